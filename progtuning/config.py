@@ -1,0 +1,276 @@
+"""Settings: the model's (`BertConfig`, a Hugging Face config.json) and the fine-tuning method's (`PeftConfig`).
+
+Small frozen dataclasses that check themselves; what they do not know, they refuse. The reader of config.json sorts its keys in
+three: those that are the architecture, those that cannot change what the encoder computes (tokens, generation, book-keeping),
+and those that would change it unless they have one value. Any other key is an error: a key that is passed over in silence may be
+a different model.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from progtuning.errors import InputError
+
+ACTIVATIONS = ("gelu", "gelu_new", "relu")
+HEADS = ("classification", "regression", "question-answering")
+PEFT_METHODS = ("none", "adapter", "bitfit", "lora", "spafit")
+
+# The six linear layers of a block, by the names that Hugging Face checkpoints give them.
+BLOCK_LINEARS = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attention-output": "attention.output.dense",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+}
+
+# Keys of a config.json with which the encoder computes the same whatever their value.
+_WITHOUT_EFFECT = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _name_or_path architectures attn_implementation bos_token_id
+    chunk_size_feed_forward cls_token_id decoder_start_token_id directionality dtype eos_token_id finetuning_task
+    gradient_checkpointing language license mask_token_id model_max_length name output_attentions output_hidden_states output_past
+    pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type prefix return_dict sep_token_id
+    task_specific_params tf_legacy_loss tie_word_embeddings tokenizer_class torch_dtype torchscript transformers_version unk_token_id
+    use_bfloat16 use_cache
+
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty
+    return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
+    """.split()
+)
+# Keys that would change what the encoder computes, with the one value that is supported.
+_SUPPORTED_VALUE = {
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "position_embedding_type": "absolute",
+    "pruned_heads": {},
+    "quantization_config": None,
+    "tie_encoder_decoder": False,
+}
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The architecture of a BERT or RoBERTa encoder and its head, in the names of Hugging Face's config.json.
+
+    `head` is one of HEADS, or None for an encoder whose file names no head. `labels` are the class names in order; a regression
+    head has one, and a question-answering head none. Raises InputError where a value is out of range.
+    """
+
+    vocab_size: int
+    hidden_size: int  # D
+    num_hidden_layers: int  # L
+    num_attention_heads: int  # H
+    intermediate_size: int  # F
+    max_position_embeddings: int
+    model_type: str = "bert"  # or "roberta"
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None  # None: hidden_dropout_prob
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = None  # None: 0 for BERT, 1 for RoBERTa
+    head: str | None = None
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+
+    def __post_init__(self):
+        if self.model_type not in ("bert", "roberta"):
+            raise InputError(f"model_type must be bert or roberta, got {self.model_type!r}")
+        if self.pad_token_id is None:
+            object.__setattr__(self, "pad_token_id", 0 if self.model_type == "bert" else 1)
+        for name in (*_REQUIRED, "type_vocab_size"):
+            _check_number(name, getattr(self, name), int, low=1)
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            if name != "classifier_dropout" or self.classifier_dropout is not None:
+                _check_number(name, getattr(self, name), float, low=0, high=1)
+        _check_number("initializer_range", self.initializer_range, float, low=0)
+        _check_number("layer_norm_eps", self.layer_norm_eps, float, low=0)
+        _check_number("pad_token_id", self.pad_token_id, int, low=0, high=self.vocab_size - 1)
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"hidden_size must be divisible by num_attention_heads, got {self.hidden_size} and {self.num_attention_heads}"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise InputError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, got {self.hidden_act!r}")
+        if self.head is not None and self.head not in HEADS:
+            raise InputError(f"head must be one of {', '.join(HEADS)}, got {self.head!r}")
+        if self.max_length < 1:
+            raise InputError(
+                f"max_position_embeddings must exceed pad_token_id + 1 for roberta, got {self.max_position_embeddings}"
+            )
+        if len(set(self.labels)) != len(self.labels) or (self.head == "classification" and len(self.labels) < 2):
+            raise InputError(f"labels must be two or more distinct names, got {list(self.labels)}")
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence in tokens. RoBERTa's first position is pad_token_id + 1."""
+        return self.max_position_embeddings - (self.pad_token_id + 1 if self.model_type == "roberta" else 0)
+
+    @property
+    def num_outputs(self) -> int:
+        """Columns of the head's last layer: classes, 1 for regression, 2 (start, end) for question answering."""
+        return {"regression": 1, "question-answering": 2}.get(self.head, len(self.labels))
+
+    @property
+    def has_pooler(self) -> bool:
+        """Whether the head begins with BERT's pooler (RoBERTa's classification head brings its own dense layer)."""
+        return self.model_type == "bert" and self.head != "question-answering"
+
+    def with_head(self, head: str, labels: tuple[str, ...] = ()) -> "BertConfig":
+        """Return this architecture under another head. `labels` are the class names, for classification."""
+        return replace(self, head=head, labels=labels if head == "classification" else ("LABEL_0",))
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> "BertConfig":
+        """Read the dictionary of a config.json. Raises InputError that names the key."""
+        if not isinstance(values, Mapping):
+            raise InputError(f"expected a JSON object, got {type(values).__name__}")
+        architecture = _architecture(values)
+        values = dict(values)
+        values.setdefault("model_type", "roberta" if architecture.startswith("Roberta") else "bert" if architecture else None)
+        for key in _REQUIRED:
+            if key not in values:
+                raise InputError(f"key {key!r} is missing")
+        for key, supported in _SUPPORTED_VALUE.items():
+            if values.pop(key, supported) not in (supported, None):
+                raise InputError(f"key {key!r} changes what the model computes and is supported only as {supported!r}")
+        if values.pop("problem_type", None) == "multi_label_classification":
+            raise InputError("problem_type 'multi_label_classification' is not supported")
+        labels = _labels(values)
+        known = {field.name for field in fields(cls)} - {"head", "labels"}
+        unknown = sorted(set(values) - known - _WITHOUT_EFFECT)
+        if unknown:
+            raise InputError(f"key {unknown[0]!r} is unknown: remove it if it does not change what the model computes")
+        head = None
+        if architecture.endswith("ForQuestionAnswering"):
+            head = "question-answering"
+        elif architecture.endswith("ForSequenceClassification"):
+            head = "regression" if len(labels) == 1 else "classification"
+        return cls(head=head, labels=labels, **{key: value for key, value in values.items() if key in known})
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "BertConfig":
+        """Read a config.json file. Raises InputError that names the file."""
+        try:
+            return cls.from_dict(read_json(path))
+        except InputError as error:
+            raise InputError(f"{path}: {error}" if not str(error).startswith(str(path)) else str(error)) from None
+
+    def to_dict(self) -> dict:
+        """Return the dictionary that transformers' AutoConfig and `from_dict` read."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("head", "labels")}
+        suffix = {None: "Model", "question-answering": "ForQuestionAnswering"}.get(self.head, "ForSequenceClassification")
+        values["architectures"] = [("Bert" if self.model_type == "bert" else "Roberta") + suffix]
+        if self.head in ("classification", "regression"):
+            values["problem_type"] = "regression" if self.head == "regression" else "single_label_classification"
+            values["id2label"] = {str(i): label for i, label in enumerate(self.labels)}
+            values["label2id"] = {label: i for i, label in enumerate(self.labels)}
+        return values
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """Which parameters a fine-tuning method trains or adds, before they are partitioned by block (Algorithm 1).
+
+    Raises InputError that names the option where a value is out of range.
+    """
+
+    method: str = "none"  # one of PEFT_METHODS; "none" trains every parameter
+    adapter_size: int = 64  # bottleneck width
+    adapter_activation: str = "gelu"
+    adapter_layer_norms: bool = True  # Houlsby et al. (2019) train the LayerNorms of the blocks with the adapters
+    lora_r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = ("query", "value")  # keys of BLOCK_LINEARS
+    bitfit_biases: str = "all"  # or "query,intermediate", the half-size variant of Zaken et al. (2021)
+    spafit_bounds: tuple[int, int] | None = None  # N1 <= N2: blocks below N1 frozen, below N2 biases only, the rest LoRA
+
+    def __post_init__(self):
+        if self.method not in PEFT_METHODS:
+            raise InputError(f"--peft must be one of {', '.join(PEFT_METHODS)}, got {self.method!r}")
+        _check_number("--adapter-size", self.adapter_size, int, low=1)
+        if self.adapter_activation not in ACTIVATIONS:
+            raise InputError(f"--adapter-activation must be one of {', '.join(ACTIVATIONS)}, got {self.adapter_activation!r}")
+        _check_number("--lora-r", self.lora_r, int, low=1)
+        _check_number("--lora-alpha", self.lora_alpha, float, low=0)
+        _check_number("--lora-dropout", self.lora_dropout, float, low=0, high=1)
+        if not self.lora_targets or not set(self.lora_targets) <= set(BLOCK_LINEARS):
+            wrong = ", ".join(sorted(set(self.lora_targets) - set(BLOCK_LINEARS))) or "nothing"
+            raise InputError(f"--lora-targets must be among {', '.join(BLOCK_LINEARS)}, got {wrong}")
+        if self.bitfit_biases not in ("all", "query,intermediate"):
+            raise InputError(f"--bitfit-biases must be all or query,intermediate, got {self.bitfit_biases!r}")
+        if self.spafit_bounds is not None:
+            n1, n2 = self.spafit_bounds
+            if not 0 <= n1 <= n2:
+                raise InputError(f"--spafit-bounds must be two numbers 0 <= N1 <= N2, got {n1},{n2}")
+
+
+def read_json(path: str | Path):
+    """Read a UTF-8 JSON file. Raises InputError that names the file where it is missing, not UTF-8 or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
+    except RecursionError:
+        raise InputError(f"{path}: JSON nested too deeply") from None
+
+
+def _check_number(name: str, value, kind: type, low: float, high: float = float("inf")) -> None:
+    right_type = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if not right_type or not low <= value <= high:
+        limit = f"in {low}..{high}" if high != float("inf") else f"of at least {low}"
+        raise InputError(f"{name} must be {'an integer' if kind is int else 'a number'} {limit}, got {value!r}")
+
+
+def _architecture(values: Mapping) -> str:
+    names = values.get("architectures") or [""]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise InputError(f"key 'architectures' must be a list of names, got {names!r}")
+    return names[0]
+
+
+def _labels(values: dict) -> tuple[str, ...]:
+    """Take the label keys out of `values` and return the names in the order of their ids."""
+    count = values.pop("num_labels", values.pop("_num_labels", None))
+    values.pop("label2id", None)
+    names = values.pop("id2label", None)
+    if names is None:
+        if count is not None:
+            _check_number("num_labels", count, int, low=1, high=100_000)
+        return tuple(f"LABEL_{i}" for i in range(2 if count is None else count))
+    if not isinstance(names, Mapping) or {str(key) for key in names} != {str(i) for i in range(len(names))}:
+        raise InputError(f"key 'id2label' must map 0..{len(names) - 1 if isinstance(names, Mapping) else 'n'} to names")
+    by_id = {str(key): name for key, name in names.items()}
+    return tuple(str(by_id[str(i)]) for i in range(len(by_id)))
+
+
+# For `plan`, which needs no weights: the public config.json of each, as published on the Hugging Face Hub.
+_BERT_BASE = BertConfig(30522, 768, 12, 12, 3072, 512)
+ARCHITECTURES = {
+    "bert-base-uncased": _BERT_BASE,
+    "bert-large-uncased": BertConfig(30522, 1024, 24, 16, 4096, 512),
+    "roberta-base": BertConfig(50265, 768, 12, 12, 3072, 514, model_type="roberta", type_vocab_size=1, layer_norm_eps=1e-5),
+    "minilm-l6": BertConfig(30522, 384, 6, 12, 1536, 512),
+}

@@ -1,0 +1,12 @@
+"""The two kinds of failure the program speaks of; `cli.py` turns each into one line and an exit status."""
+
+
+class InputError(ValueError):
+    """What was given is wrong: a command, an option, a file. Exit status 2.
+
+    The message is one line that names the option, or the file and its line, what was got and what was expected.
+    """
+
+
+class RunError(RuntimeError):
+    """What was asked for is right, but the run failed: the network, the disk, a loss that is not finite. Exit status 1."""

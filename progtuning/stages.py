@@ -1,0 +1,95 @@
+"""Eq. 3 to 5 of Progtuning (arXiv 2506.21119): which blocks train in which stage, and when a stage begins.
+
+    L  num_blocks     Transformer blocks, 0-based
+    T  num_stages     stages; as many as epochs unless the user asks otherwise
+    S_t               stage t: a contiguous run of top blocks, and always the head H (pooler included)
+    boundary          lowest active block; the blocks below it are frozen; L where the head trains alone
+    E                 embeddings: whether they train is a policy of its own (see `embeddings_train`)
+
+Schedules, for parts P_1 .. P_T of `partition.parts`:
+
+    shrinking           S_t = P_t .. P_T           Eq. 3, Progtuning: high blocks train in more stages than low ones
+    without-low-blocks  S_t = P_{t+1} .. P_T       Eq. 4, ablation: the last stage is the head alone
+    growing             S_t = P_{T-t+1} .. P_T     Eq. 5, ablation: shrinking in reverse, gradual unfreezing
+    full                S_t = P_1 .. P_T           plain fine-tuning, the baseline, by the same code
+"""
+
+from dataclasses import dataclass
+
+from progtuning.partition import boundaries
+
+SCHEDULES = ("full", "shrinking", "growing", "without-low-blocks")
+EMBEDDING_POLICIES = ("with-block-1", "always", "never")
+
+
+def embeddings_train(policy: str, boundary: int) -> bool:
+    """Say whether E trains in a stage whose lowest active block is `boundary`.
+
+    The paper trains E in every epoch ("always"), and its tables count it so. But a gradient for E crosses every frozen block, so
+    then no backward pass can be cut. "with-block-1", the default, trains E exactly while the lowest block trains.
+    Raises ValueError for any other policy.
+    """
+    if policy not in EMBEDDING_POLICIES:
+        raise ValueError(f"embeddings must be one of {', '.join(EMBEDDING_POLICIES)}, got {policy!r}")
+    return policy == "always" or (policy == "with-block-1" and boundary == 0)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What trains during one stage: `blocks` (0-based, a run that ends with the last block, or empty), E or not, and H."""
+
+    index: int  # 0-based
+    num_blocks: int  # L
+    boundary: int  # lowest active block, 0 .. L
+    embeddings: bool  # whether E trains
+
+    @property
+    def blocks(self) -> range:
+        return range(self.boundary, self.num_blocks)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The T stages of a run, and the map from optimizer step or epoch to stage. Build one with `make_schedule`."""
+
+    name: str
+    embeddings: str
+    stages: tuple[Stage, ...]
+
+    def at_step(self, step: int, num_steps: int) -> Stage:
+        """Return the stage of 0-based optimizer step `step` out of `num_steps`: stage floor(step * T / num_steps).
+
+        Where T divides the number of epochs, stages change exactly where epochs do.
+        Raises ValueError where the step lies outside 0 .. num_steps - 1.
+        """
+        if not 0 <= step < num_steps:
+            raise ValueError(f"step must be in 0..{num_steps - 1}, got {step}")
+        return self.stages[step * len(self.stages) // num_steps]
+
+    def at_epoch(self, epoch: int, num_epochs: int) -> Stage:
+        """Return the stage in which 0-based epoch `epoch` out of `num_epochs` begins."""
+        return self.at_step(epoch, num_epochs)  # e * steps_per_epoch * T / (num_epochs * steps_per_epoch)
+
+
+def make_schedule(name: str, num_blocks: int, num_stages: int, embeddings: str = "with-block-1") -> Schedule:
+    """Build the schedule `name`, one of SCHEDULES, of `num_stages` stages over `num_blocks` blocks.
+
+    >>> [list(stage.blocks) for stage in make_schedule("shrinking", num_blocks=6, num_stages=3).stages]
+    [[0, 1, 2, 3, 4, 5], [2, 3, 4, 5], [4, 5]]
+
+    Raises ValueError for an unknown name or policy, and what `partition.boundaries` raises.
+    """
+    b = boundaries(num_blocks, num_stages)
+    lowest = {
+        "shrinking": b[:-1],  # Eq. 3: P_t begins at b_{t-1}
+        "without-low-blocks": b[1:],  # Eq. 4: P_{t+1} begins at b_t, and b_T = L leaves the head alone
+        "growing": b[-2::-1],  # Eq. 5: P_{T-t+1} begins at b_{T-t}
+        "full": (0,) * num_stages,
+    }
+    if name not in lowest:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {name!r}")
+    stages = (
+        Stage(index, num_blocks, boundary, embeddings_train(embeddings, boundary))
+        for index, boundary in enumerate(lowest[name])
+    )
+    return Schedule(name, embeddings, tuple(stages))
