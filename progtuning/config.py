@@ -6,12 +6,12 @@ and those that would change it unless they have one value. Any other key is an e
 a different model.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from progtuning.errors import InputError
+from progtuning.files import read_json
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu")
 HEADS = ("classification", "regression", "question-answering")
@@ -96,7 +96,7 @@ class BertConfig:
         if self.pad_token_id is None:
             object.__setattr__(self, "pad_token_id", 0 if self.model_type == "bert" else 1)
         for name in (*_REQUIRED, "type_vocab_size"):
-            _check_number(name, getattr(self, name), int, low=1)
+            _check_number(name, getattr(self, name), int, low=1, high=1000 if name == "num_hidden_layers" else 2**24)
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             if name != "classifier_dropout" or self.classifier_dropout is not None:
                 _check_number(name, getattr(self, name), float, low=0, high=1)
@@ -131,7 +131,7 @@ class BertConfig:
     @property
     def has_pooler(self) -> bool:
         """Whether the head begins with BERT's pooler (RoBERTa's classification head brings its own dense layer)."""
-        return self.model_type == "bert" and self.head != "question-answering"
+        return self.model_type == "bert" and self.head in ("classification", "regression")
 
     def with_head(self, head: str, labels: tuple[str, ...] = ()) -> "BertConfig":
         """Return this architecture under another head. `labels` are the class names, for classification."""
@@ -168,10 +168,11 @@ class BertConfig:
     @classmethod
     def from_json(cls, path: str | Path) -> "BertConfig":
         """Read a config.json file. Raises InputError that names the file."""
+        values = read_json(path)
         try:
-            return cls.from_dict(read_json(path))
+            return cls.from_dict(values)
         except InputError as error:
-            raise InputError(f"{path}: {error}" if not str(error).startswith(str(path)) else str(error)) from None
+            raise InputError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict:
         """Return the dictionary that transformers' AutoConfig and `from_dict` read."""
@@ -221,20 +222,6 @@ class PeftConfig:
             n1, n2 = self.spafit_bounds
             if not 0 <= n1 <= n2:
                 raise InputError(f"--spafit-bounds must be two numbers 0 <= N1 <= N2, got {n1},{n2}")
-
-
-def read_json(path: str | Path):
-    """Read a UTF-8 JSON file. Raises InputError that names the file where it is missing, not UTF-8 or not JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
-    except RecursionError:
-        raise InputError(f"{path}: JSON nested too deeply") from None
 
 
 def _check_number(name: str, value, kind: type, low: float, high: float = float("inf")) -> None:

@@ -1,0 +1,112 @@
+"""The stage engine: it makes a model train exactly one stage's parameters, and cuts the autograd graph below them.
+
+Progtuning (arXiv 2506.21119), Section 3. With block b the lowest active one:
+
+                       forward                 saved for backward   gradient   optimizer state
+    H                  with grad               yes                  yes        yes
+    block L-1          with grad               yes                  yes        yes
+    ...
+    block b            with grad               yes                  yes        yes
+    - - - - - - - - - - - - - - the cut: no gradient passes below - - - - - - - - - - - - - - -
+    block b-1          under torch.no_grad     no                   None       none
+    ...
+    block 0            under torch.no_grad     no                   None       none
+    E                  under torch.no_grad     no                   None       none
+
+Where E trains while low blocks are frozen (embeddings "always"), its gradient must cross every block, so there is no cut.
+"""
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from progtuning.bert import Model
+from progtuning.optim import keep_only
+from progtuning.stages import Stage
+
+EMBEDDINGS, HEAD = "embeddings", "head"
+
+
+def unit_of(name: str) -> int | str:
+    """Say which unit of M = E . B1 ... BL . H the parameter `name` sits in: EMBEDDINGS, a 0-based block index, or HEAD."""
+    if name.startswith("embeddings."):
+        return EMBEDDINGS
+    block = re.match(r"encoder\.layer\.(\d+)\.", name)
+    return int(block[1]) if block else HEAD
+
+
+class StageEngine(nn.Module):
+    """A model under stages: `enter(stage)`, then call it as one would call the model.
+
+    The candidates for training are the parameters of `model` that require a gradient when the engine is built: all of them in
+    full fine-tuning, those that a PEFT method selected or added otherwise (Algorithm 1). A stage trains the candidates that sit in
+    its blocks, in E if it trains E, and in H.
+
+    `optimizer` (any torch optimizer over the candidates, or None) is kept in step: on entering a stage, parameters that leave
+    lose their gradient and their optimizer state, those that stay keep their moments, those that join start fresh.
+
+    With `prefix_dropout=False` everything below the cut runs in eval mode: faster, and its output depends on the example alone.
+    """
+
+    def __init__(self, model: Model, optimizer: torch.optim.Optimizer | None = None, prefix_dropout: bool = True):
+        super().__init__()
+        self.model = model
+        self.optimizer = optimizer
+        self.prefix_dropout = prefix_dropout
+        self.candidates = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.groups = [list(group["params"]) for group in optimizer.param_groups] if optimizer else []
+        self.stage: Stage | None = None
+        self.cut: int | None = None  # E and the blocks below this index run without grad; None: E runs with grad, no cut
+
+    def trainable_names(self, stage: Stage) -> set[str]:
+        """Return the names of the parameters that train in `stage`."""
+        active = {HEAD, *stage.blocks, *([EMBEDDINGS] if stage.embeddings else [])}
+        return {name for name in self.candidates if unit_of(name) in active}
+
+    def enter(self, stage: Stage) -> None:
+        """Make exactly the parameters of `stage` trainable, and the optimizer hold exactly them.
+
+        Raises ValueError where the stage was built for another number of blocks.
+        """
+        if stage.num_blocks != self.model.num_blocks:
+            raise ValueError(f"stage must be of {self.model.num_blocks} blocks, got one of {stage.num_blocks}")
+        active = self.trainable_names(stage)
+        for name, parameter in self.candidates.items():
+            parameter.requires_grad_(name in active)
+            if name not in active:
+                parameter.grad = None
+        if self.optimizer is not None:
+            keep_only(self.optimizer, self.groups, {self.candidates[name] for name in active})
+        units = {unit_of(name) for name in active}
+        lowest = min((unit for unit in units if isinstance(unit, int)), default=self.model.num_blocks)
+        self.cut = None if EMBEDDINGS in units else lowest
+        self.stage = stage
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "StageEngine":
+        super().train(mode)
+        if mode and not self.prefix_dropout and self.cut is not None:
+            for module in (self.model.embeddings, *self.model.encoder.layer[: self.cut]):
+                module.eval()
+        return self
+
+    def prefix(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Run E and the blocks below the cut without grad: the arguments of `Model.forward` -> (B, S, D)."""
+        with torch.no_grad():
+            x = self.model.embeddings(input_ids, token_type_ids)
+            return self.model.encoder(x, attention_mask, range(self.cut))
+
+    def suffix(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Run the blocks from the cut on and the head: (B, S, D) -> what `Model.head` returns."""
+        return self.model.head(self.model.encoder(x, attention_mask, range(self.cut, self.model.num_blocks)))
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Run the model, cut for the current stage. Arguments and result are those of `Model.forward`."""
+        if self.cut is None:
+            return self.model(input_ids, attention_mask, token_type_ids)
+        return self.suffix(self.prefix(input_ids, attention_mask, token_type_ids), attention_mask)
