@@ -108,7 +108,7 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, _TensorFile]:
         raise InputError(f"{index}: expected an object 'weight_map' from tensor to file name")
     files = {}
     for place in sorted(set(places.values())):
-        if Path(place).name != place:
+        if not place or Path(place).name != place:
             raise InputError(f"{index}: shard {place!r} must be the name of a file in the same folder")
         file = _open(folder / place, stack)
         expected = {key for key, where in places.items() if where == place}

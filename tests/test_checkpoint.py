@@ -1,0 +1,309 @@
+"""Hugging Face safetensors in and out, against transformers and against damaged files."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from progtuning.bert import build_model
+from progtuning.checkpoint import load_model, save_pretrained
+from progtuning.config import BertConfig
+from progtuning.errors import InputError
+from tests.models import TINY, tiny_batch, tiny_model
+
+SAVED_CLASS = {
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+}
+
+
+@pytest.fixture
+def model():
+    return tiny_model().eval()
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    """A model folder whose keys stand under `bert.`, as save_pretrained writes it."""
+    save_pretrained(model, tmp_path)
+    return tmp_path
+
+
+def rewrite(folder, change, **metadata):
+    """Pass the tensors of a folder's file through `change` and write them again."""
+    path = folder / "model.safetensors"
+    save_file({key: t.contiguous() for key, t in change(load_file(path)).items()}, path, metadata={"format": "pt", **metadata})
+
+
+def assert_same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("head", sorted(SAVED_CLASS))
+def test_transformers_loads_what_is_saved_with_equal_logits(model_type, head, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = replace(TINY, model_type=model_type, pad_token_id=1).with_head(head, ("sad", "glad"))
+    model = build_model(config, seed=3).eval()
+    save_pretrained(model, tmp_path)
+    twin, info = getattr(transformers, SAVED_CLASS[head]).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    batch = tiny_batch(config)
+    with torch.no_grad():
+        theirs = twin.eval()(**{key: value.long() for key, value in batch.items()})
+        ours = model(**batch)
+    if head == "question-answering":
+        real = batch["attention_mask"]
+        torch.testing.assert_close(ours[real], torch.stack((theirs.start_logits, theirs.end_logits), -1)[real], atol=1e-5, rtol=0)
+    else:
+        torch.testing.assert_close(ours, theirs.logits, atol=1e-5, rtol=0)
+    if head == "classification":
+        assert twin.config.id2label == {0: "sad", 1: "glad"}
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("kind", ["Model", "ForMaskedLM", "ForSequenceClassification", "ForQuestionAnswering"])
+def test_what_transformers_saves_is_loaded_with_equal_hidden_states(model_type, kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    name = "Bert" if model_type == "bert" else "Roberta"
+    values = replace(TINY, model_type=model_type, pad_token_id=1).to_dict()
+    for key in ("architectures", "model_type", "problem_type", "id2label", "label2id"):
+        del values[key]
+    twin = getattr(transformers, name + kind)(getattr(transformers, name + "Config")(**values)).eval()
+    twin.save_pretrained(tmp_path)
+    config = BertConfig.from_json(tmp_path / "config.json")
+    assert config.head == {"ForQuestionAnswering": "question-answering", "ForSequenceClassification": "classification"}.get(kind)
+    model, report = load_model(tmp_path, config.with_head("question-answering"))
+    assert set(report.fresh) == (set() if kind == "ForQuestionAnswering" else {"qa_outputs.weight", "qa_outputs.bias"})
+    batch = tiny_batch(config)
+    ours = model.encoder(model.embeddings(batch["input_ids"], batch["token_type_ids"]), batch["attention_mask"])
+    base = twin if kind == "Model" else getattr(twin, model_type)
+    theirs = base(**{key: value.long() for key, value in batch.items()}).last_hidden_state
+    torch.testing.assert_close(ours[batch["attention_mask"]], theirs[batch["attention_mask"]], atol=1e-5, rtol=0)
+
+
+def test_a_round_trip_keeps_every_bit_and_the_config(model, folder):
+    again, report = load_model(folder)
+    assert_same_weights(again, model)
+    assert again.config == model.config
+    assert report.fresh == report.unused == ()
+
+
+def without_prefix(tensors):
+    return {key.removeprefix("bert."): t for key, t in tensors.items()}
+
+
+def legacy_layer_norms(tensors):
+    return {
+        key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+        for key, t in tensors.items()
+    }
+
+
+def with_stray_tensors(tensors):
+    stray = {"cls.predictions.bias": torch.zeros(60), "bert.embeddings.position_ids": torch.arange(24)[None]}
+    return tensors | stray
+
+
+@pytest.mark.parametrize("change", [without_prefix, legacy_layer_norms, with_stray_tensors])
+def test_other_spellings_of_the_keys_load_the_same_weights(change, model, folder):
+    rewrite(folder, change)
+    again, report = load_model(folder)
+    assert_same_weights(again, model)
+    expected = {"cls.predictions.bias", "bert.embeddings.position_ids"} if change is with_stray_tensors else set()
+    assert set(report.unused) == expected and report.fresh == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_files_of_other_float_types_are_read_as_fp32(dtype, model, folder):
+    rewrite(folder, lambda tensors: {key: t.to(dtype) for key, t in tensors.items()})
+    again, _ = load_model(folder)
+    for name, tensor in again.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, model.state_dict()[name].to(dtype).float())
+
+
+def shard(folder):
+    """Divide a folder's file in two shards with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    places = {key: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(sorted(tensors))}
+    for place in set(places.values()):
+        save_file({key: tensors[key] for key in places if places[key] == place}, folder / place)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return places
+
+
+def test_shards_are_read_by_their_index(model, folder):
+    shard(folder)
+    assert_same_weights(load_model(folder)[0], model)
+
+
+def test_a_shard_that_lacks_a_tensor_or_is_missing_is_an_error_that_names_it(folder):
+    places = shard(folder)
+    place = places["classifier.bias"]
+    tensors = load_file(folder / place)
+    del tensors["classifier.bias"]
+    save_file(tensors, folder / place)
+    with pytest.raises(InputError, match=f"{place}: tensor 'classifier.bias', which .* places here, is missing"):
+        load_model(folder)
+    (folder / place).unlink()
+    with pytest.raises(InputError, match=place):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("place", ["../model.safetensors", "/etc/passwd", ""])
+def test_a_shard_outside_the_folder_is_refused(place, folder):
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"classifier.bias": place}}))
+    with pytest.raises(InputError, match="must be the name of a file in the same folder"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
+def test_an_index_that_is_none_is_refused(text, folder):
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(InputError, match="expected an object 'weight_map'"):
+        load_model(folder)
+
+
+def test_a_fresh_head_is_drawn_from_the_seed_and_reported(folder):
+    config = TINY.with_head("classification", tuple("abcde"))
+    first, report = load_model(folder, config, seed=1)
+    assert report.fresh == ("classifier.weight", "classifier.bias")
+    assert set(report.unused) == {"classifier.weight", "classifier.bias"}
+    again, other = (load_model(folder, config, seed=seed)[0] for seed in (1, 2))
+    assert torch.equal(first.classifier.weight, again.classifier.weight)
+    assert not torch.equal(first.classifier.weight, other.classifier.weight)
+    assert first.classifier.weight.shape == (5, 16) and not first.classifier.bias.any()
+
+
+def test_a_missing_head_is_an_error_where_a_fresh_one_would_be_wrong(folder):
+    rewrite(folder, lambda tensors: {key: t for key, t in tensors.items() if not key.startswith("classifier")})
+    assert load_model(folder)[1].fresh == ("classifier.weight", "classifier.bias")
+    with pytest.raises(InputError, match="tensor 'classifier.weight' is missing"):
+        load_model(folder, fresh_head=False)
+
+
+def test_a_missing_encoder_tensor_is_an_error_that_names_it(folder):
+    lost = "bert.encoder.layer.2.intermediate.dense.bias"
+    rewrite(folder, lambda tensors: {key: t for key, t in tensors.items() if key != lost})
+    with pytest.raises(InputError, match=r"tensor 'encoder\.layer\.2\.intermediate\.dense\.bias' is missing"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "roberta.", "model.bert."])
+def test_a_foreign_prefix_is_an_error_and_never_a_fresh_encoder(prefix, folder):
+    rewrite(folder, lambda tensors: {prefix + key.removeprefix("bert."): t for key, t in tensors.items()})
+    with pytest.raises(InputError, match=f"is missing .*the first: {prefix}"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "key", ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.output.dense.weight", "bert.pooler.dense.weight"]
+)
+def test_a_wrong_shape_is_an_error_that_names_the_tensor_and_both_shapes(key, folder):
+    rewrite(folder, lambda tensors: tensors | {key: tensors[key][:, :-1]})
+    with pytest.raises(InputError, match=rf"tensor '{key}' has shape \[.*\], expected \[.*\]"):
+        load_model(folder)
+
+
+def test_a_tensor_that_is_no_float_is_an_error(folder):
+    key = "bert.encoder.layer.0.output.dense.weight"
+    rewrite(folder, lambda tensors: tensors | {key: tensors[key].to(torch.int8)})
+    with pytest.raises(InputError, match="has dtype I8, expected one of F64, F32, F16, BF16"):
+        load_model(folder)
+
+
+def test_a_truncated_or_missing_file_is_an_error_that_names_it(folder):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    for size in (0, 4, 8, 200, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(InputError, match=r"model\.safetensors: not a readable safetensors file"):
+            load_model(folder)
+    path.unlink()
+    with pytest.raises(InputError, match=r"no model\.safetensors"):
+        load_model(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(InputError, match=r"pytorch_model\.bin is a pickle, which is never read"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"position_embedding_type": "relative_key"}, "'position_embedding_type' changes what the model computes"),
+        ({"is_decoder": True}, "'is_decoder' changes what the model computes"),
+        ({"rotary_base": 10000}, "'rotary_base' is unknown"),
+        ({"hidden_act": "silu"}, "hidden_act must be one of gelu, gelu_new, relu, got 'silu'"),
+        ({"hidden_size": 15}, "hidden_size must be divisible by num_attention_heads, got 15 and 2"),
+        ({"hidden_size": -16}, "hidden_size must be an integer in 1..16777216, got -16"),
+        ({"hidden_size": "16"}, "hidden_size must be an integer"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be an integer in 1..1000"),
+        ({"vocab_size": True}, "vocab_size must be an integer"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps must be a number"),
+        ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob must be a number in 0..1"),
+        ({"model_type": "gpt2"}, "model_type must be bert or roberta, got 'gpt2'"),
+        ({"id2label": {"0": "a", "2": "b"}}, "'id2label' must map 0..1 to names"),
+        ({"id2label": ["a", "b"]}, "'id2label' must map"),
+        ({"problem_type": "multi_label_classification"}, "'multi_label_classification' is not supported"),
+        ({"architectures": "BertModel"}, "'architectures' must be a list"),
+    ],
+)
+def test_a_config_that_is_wrong_or_changes_the_mathematics_is_refused_by_file_and_key(change, message, folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError) as error:
+        load_model(folder)
+    assert str(error.value).startswith(f"{path}: ") and message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"])
+def test_a_config_without_a_size_is_refused(key, folder):
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    del values[key]
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=f"key '{key}' is missing"):
+        load_model(folder)
+
+
+NOT_A_CONFIG = {
+    "empty": b"",
+    "cut": b"{",
+    "list": b"[]",
+    "null": b"null",
+    "deep": b"[" * 100_000,
+    "long number": b'{"a": ' + b"1" * 10_000 + b"}",
+    "surrogate": b"\xed\xa0\x80",
+}
+
+
+@pytest.mark.parametrize("kind", NOT_A_CONFIG)
+def test_a_config_that_is_no_json_object_is_refused_in_one_line(kind, folder):
+    (folder / "config.json").write_bytes(NOT_A_CONFIG[kind])
+    with pytest.raises(InputError, match=r"config\.json: ") as error:
+        load_model(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_failed_save_leaves_the_old_file(model, folder, monkeypatch):
+    before = (folder / "model.safetensors").read_bytes()
+
+    def full_disk(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("progtuning.checkpoint.save_file", full_disk)
+    with pytest.raises(RuntimeError, match="No space left on device"):
+        save_pretrained(model, folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}

@@ -1,0 +1,74 @@
+"""Eq. 2: the division of the blocks into parts."""
+
+import ast
+import doctest
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from progtuning import partition
+from progtuning.partition import boundaries, parts
+
+num_blocks = st.integers(1, 200)
+num_parts = st.integers(1, 300)
+
+
+def test_the_worked_example_of_the_docstring_holds():
+    assert doctest.testmod(partition).attempted == 3
+    assert doctest.testmod(partition).failed == 0
+
+
+def test_the_picture_of_the_docstring_is_the_shrinking_schedule_of_12_blocks_and_3_parts():
+    lines = [line.split() for line in partition.__doc__.splitlines()]
+    rows = [[mark == "x" for mark in line[2:] if mark in "x."] for line in lines if line[:1] == ["stage"] and len(line) > 10]
+    assert rows == [[block >= low for block in range(12)] for low in boundaries(12, 3)[:-1]]
+
+
+@settings(max_examples=400, deadline=None)
+@given(num_blocks, num_parts)
+def test_parts_cover_all_blocks_are_disjoint_and_ordered(L, T):
+    assert len(parts(L, T)) == T
+    assert [block for part in parts(L, T) for block in part] == list(range(L))
+
+
+@settings(max_examples=400, deadline=None)
+@given(num_blocks, num_parts)
+def test_parts_are_balanced_to_one_block(L, T):
+    sizes = {len(part) for part in parts(L, T)}
+    assert sizes <= {L // T, L // T + 1}
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 20))
+def test_where_T_divides_L_every_part_has_the_papers_floor_of_L_over_T_blocks(size, T):
+    assert {len(part) for part in parts(size * T, T)} == {size * T // T}
+
+
+def test_where_T_exceeds_L_some_parts_are_empty():
+    assert [len(part) for part in parts(2, 5)] == [0, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("L, T", [(0, 1), (1, 0), (-3, 2), (3, -2)])
+def test_counts_below_one_are_refused_by_name(L, T):
+    with pytest.raises(ValueError, match="must be at least 1, got"):
+        boundaries(L, T)
+
+
+@pytest.mark.parametrize("L, T", [(2.0, 1), (1, "2"), (True, 1), (None, 1)])
+def test_what_is_not_an_integer_is_refused_by_name(L, T):
+    with pytest.raises(TypeError, match="must be an integer, got"):
+        boundaries(L, T)
+
+
+@pytest.mark.parametrize("module", ["partition", "stages"])
+def test_partition_and_stages_import_no_torch(module):
+    tree = ast.parse((Path(partition.__file__).parent / f"{module}.py").read_text())
+    imported = {
+        alias.name if isinstance(node, ast.Import) else node.module
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+    assert imported <= {"dataclasses", "progtuning.partition"}
