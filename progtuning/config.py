@@ -1,4 +1,4 @@
-"""Settings: the model's (`BertConfig`, a Hugging Face config.json) and the fine-tuning method's (`PeftConfig`).
+"""Settings: the model's (`BertConfig`, a Hugging Face config.json), the fine-tuning method's (`PeftConfig`), the run's (`TrainConfig`).
 
 Small frozen dataclasses that check themselves; what they do not know, they refuse. The reader of config.json sorts its keys in
 three: those that are the architecture, those that cannot change what the encoder computes (tokens, generation, book-keeping),
@@ -12,10 +12,13 @@ from pathlib import Path
 
 from progtuning.errors import InputError
 from progtuning.files import read_json
+from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu")
 HEADS = ("classification", "regression", "question-answering")
 PEFT_METHODS = ("none", "adapter", "bitfit", "lora", "spafit")
+PRECISIONS = ("fp32", "bf16")
+_INFINITY = float("inf")
 
 # The six linear layers of a block, by the names that Hugging Face checkpoints give them.
 BLOCK_LINEARS = {
@@ -91,8 +94,7 @@ class BertConfig:
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
 
     def __post_init__(self):
-        if self.model_type not in ("bert", "roberta"):
-            raise InputError(f"model_type must be bert or roberta, got {self.model_type!r}")
+        _check_choice("model_type", self.model_type, ("bert", "roberta"))
         if self.pad_token_id is None:
             object.__setattr__(self, "pad_token_id", 0 if self.model_type == "bert" else 1)
         for name in (*_REQUIRED, "type_vocab_size"):
@@ -107,10 +109,9 @@ class BertConfig:
             raise InputError(
                 f"hidden_size must be divisible by num_attention_heads, got {self.hidden_size} and {self.num_attention_heads}"
             )
-        if self.hidden_act not in ACTIVATIONS:
-            raise InputError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, got {self.hidden_act!r}")
-        if self.head is not None and self.head not in HEADS:
-            raise InputError(f"head must be one of {', '.join(HEADS)}, got {self.head!r}")
+        _check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
+        if self.head is not None:
+            _check_choice("head", self.head, HEADS)
         if self.max_length < 1:
             raise InputError(
                 f"max_position_embeddings must exceed pad_token_id + 1 for roberta, got {self.max_position_embeddings}"
@@ -205,29 +206,75 @@ class PeftConfig:
     spafit_bounds: tuple[int, int] | None = None  # N1 <= N2: blocks below N1 frozen, below N2 biases only, the rest LoRA
 
     def __post_init__(self):
-        if self.method not in PEFT_METHODS:
-            raise InputError(f"--peft must be one of {', '.join(PEFT_METHODS)}, got {self.method!r}")
+        _check_choice("--peft", self.method, PEFT_METHODS)
         _check_number("--adapter-size", self.adapter_size, int, low=1)
-        if self.adapter_activation not in ACTIVATIONS:
-            raise InputError(f"--adapter-activation must be one of {', '.join(ACTIVATIONS)}, got {self.adapter_activation!r}")
+        _check_choice("--adapter-activation", self.adapter_activation, ACTIVATIONS)
         _check_number("--lora-r", self.lora_r, int, low=1)
         _check_number("--lora-alpha", self.lora_alpha, float, low=0)
         _check_number("--lora-dropout", self.lora_dropout, float, low=0, high=1)
         if not self.lora_targets or not set(self.lora_targets) <= set(BLOCK_LINEARS):
             wrong = ", ".join(sorted(set(self.lora_targets) - set(BLOCK_LINEARS))) or "nothing"
             raise InputError(f"--lora-targets must be among {', '.join(BLOCK_LINEARS)}, got {wrong}")
-        if self.bitfit_biases not in ("all", "query,intermediate"):
-            raise InputError(f"--bitfit-biases must be all or query,intermediate, got {self.bitfit_biases!r}")
+        _check_choice("--bitfit-biases", self.bitfit_biases, ("all", "query,intermediate"))
         if self.spafit_bounds is not None:
             n1, n2 = self.spafit_bounds
             if not 0 <= n1 <= n2:
                 raise InputError(f"--spafit-bounds must be two numbers 0 <= N1 <= N2, got {n1},{n2}")
 
 
-def _check_number(name: str, value, kind: type, low: float, high: float = float("inf")) -> None:
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a run trains. Raises InputError that names the command-line option where a value is out of range."""
+
+    schedule: str = "shrinking"  # one of stages.SCHEDULES
+    stages: int | None = None  # T; None: as many as epochs
+    embeddings: str = "with-block-1"  # one of stages.EMBEDDING_POLICIES
+    epochs: int = 3
+    batch_size: int = 32  # examples an optimizer step
+    accumulation_steps: int = 1  # pieces that a batch is processed in, to save memory; the update is the same
+    lr: float = 2e-5
+    weight_decay: float = 0.01
+    warmup: float = 0.1  # share of the optimizer steps
+    max_grad_norm: float = 1.0  # 0: no clipping
+    max_length: int = 128  # tokens
+    precision: str = "fp32"  # or "bf16", autocast
+    prefix_dropout: bool = True
+    group_by_length: bool = True
+    evaluate: str = "epoch"  # or "end"
+    seed: int = 42
+    peft: PeftConfig = PeftConfig()
+
+    def __post_init__(self):
+        _check_choice("--schedule", self.schedule, SCHEDULES)
+        _check_choice("--embeddings", self.embeddings, EMBEDDING_POLICIES)
+        _check_choice("--precision", self.precision, PRECISIONS)
+        _check_choice("--evaluate", self.evaluate, ("epoch", "end"))
+        if self.stages is not None:
+            _check_number("--stages", self.stages, int, low=1)
+        for name in ("epochs", "batch_size", "accumulation_steps", "max_length"):
+            _check_number(f"--{name.replace('_', '-')}", getattr(self, name), int, low=1)
+        for name, high in (("lr", _INFINITY), ("weight_decay", _INFINITY), ("warmup", 1), ("max_grad_norm", _INFINITY)):
+            _check_number(f"--{name.replace('_', '-')}", getattr(self, name), float, low=0, high=high)
+        _check_number("--seed", self.seed, int, low=0, high=2**63 - 1)
+        if self.accumulation_steps > self.batch_size:
+            raise InputError(
+                f"--accumulation-steps must be at most --batch-size, got {self.accumulation_steps} and {self.batch_size}"
+            )
+
+    @property
+    def num_stages(self) -> int:
+        return self.epochs if self.stages is None else self.stages
+
+
+def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_number(name: str, value, kind: type, low: float, high: float = _INFINITY) -> None:
     right_type = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    if not right_type or not low <= value <= high:
-        limit = f"in {low}..{high}" if high != float("inf") else f"of at least {low}"
+    if not right_type or not low <= value <= high or value == _INFINITY:
+        limit = f"in {low}..{high}" if high != _INFINITY else f"of at least {low}"
         raise InputError(f"{name} must be {'an integer' if kind is int else 'a number'} {limit}, got {value!r}")
 
 

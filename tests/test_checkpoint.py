@@ -251,7 +251,7 @@ def test_a_truncated_or_missing_file_is_an_error_that_names_it(folder):
         ({"vocab_size": True}, "vocab_size must be an integer"),
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps must be a number"),
         ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob must be a number in 0..1"),
-        ({"model_type": "gpt2"}, "model_type must be bert or roberta, got 'gpt2'"),
+        ({"model_type": "gpt2"}, "model_type must be one of bert, roberta, got 'gpt2'"),
         ({"id2label": {"0": "a", "2": "b"}}, "'id2label' must map 0..1 to names"),
         ({"id2label": ["a", "b"]}, "'id2label' must map"),
         ({"problem_type": "multi_label_classification"}, "'multi_label_classification' is not supported"),
