@@ -1,0 +1,78 @@
+"""What a run costs, measured: seconds of each phase on the device, and peak memory."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+class Clock:
+    """Adds up the seconds that a device spends in named phases.
+
+    On CUDA the phases are marked by events on the current stream, which cost no synchronisation while the work is queued; `seconds`
+    waits for them. On a CPU they are read from the process's clock.
+    """
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside the `with` block as `name`'s."""
+        if self._cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._pending.append((name, begin, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - begin
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of every phase so far."""
+        if self._pending:
+            self._pending[-1][2].synchronize()
+            for name, begin, end in self._pending:
+                self._seconds[name] += begin.elapsed_time(end) / 1000  # milliseconds
+            self._pending.clear()
+        return dict(self._seconds)
+
+
+def reset_peak_bytes(device: torch.device) -> None:
+    """Begin a new measurement of the peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: set VmHWM back to the present resident set
+        except OSError:
+            pass
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Return the peak since `reset_peak_bytes`: memory that PyTorch allocated on CUDA, else the process's resident set (Linux).
+
+    None where the system does not tell. On a CPU memory that was freed may still be resident, so this is an upper bound.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
+    return int(line.split()[1]) * 1024 if line else None
+
+
+def describe_device(device: torch.device) -> str:
+    """Name the hardware for a report, for example "NVIDIA H100 80GB HBM3" or "CPU, 2 threads"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
