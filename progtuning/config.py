@@ -1,4 +1,4 @@
-"""Settings: the model's (`BertConfig`, a Hugging Face config.json), the fine-tuning method's (`PeftConfig`), the run's (`TrainConfig`).
+"""Settings: the model's (`BertConfig`, a Hugging Face config.json), the method's (`PeftConfig`), the run's (`TrainConfig`).
 
 Small frozen dataclasses that check themselves; what they do not know, they refuse. The reader of config.json sorts its keys in
 three: those that are the architecture, those that cannot change what the encoder computes (tokens, generation, book-keeping),
@@ -65,6 +65,18 @@ _REQUIRED = (
     "intermediate_size",
     "max_position_embeddings",
 )
+
+
+def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_number(name: str, value, kind: type, low: float, high: float = _INFINITY) -> None:
+    right_type = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if not right_type or not low <= value <= high or value == _INFINITY:
+        limit = f"in {low}..{high}" if high != _INFINITY else f"of at least {low}"
+        raise InputError(f"{name} must be {'an integer' if kind is int else 'a number'} {limit}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -187,6 +199,38 @@ class BertConfig:
         return values
 
 
+def _architecture(values: Mapping) -> str:
+    names = values.get("architectures") or [""]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise InputError(f"key 'architectures' must be a list of names, got {names!r}")
+    return names[0]
+
+
+def _labels(values: dict) -> tuple[str, ...]:
+    """Take the label keys out of `values` and return the names in the order of their ids."""
+    count = values.pop("num_labels", values.pop("_num_labels", None))
+    values.pop("label2id", None)
+    names = values.pop("id2label", None)
+    if names is None:
+        if count is not None:
+            _check_number("num_labels", count, int, low=1, high=100_000)
+        return tuple(f"LABEL_{i}" for i in range(2 if count is None else count))
+    if not isinstance(names, Mapping) or {str(key) for key in names} != {str(i) for i in range(len(names))}:
+        raise InputError(f"key 'id2label' must map 0..{len(names) - 1 if isinstance(names, Mapping) else 'n'} to names")
+    by_id = {str(key): name for key, name in names.items()}
+    return tuple(str(by_id[str(i)]) for i in range(len(by_id)))
+
+
+# For `plan`, which needs no weights: the public config.json of each, as published on the Hugging Face Hub.
+_BERT_BASE = BertConfig(30522, 768, 12, 12, 3072, 512)
+ARCHITECTURES = {
+    "bert-base-uncased": _BERT_BASE,
+    "bert-large-uncased": BertConfig(30522, 1024, 24, 16, 4096, 512),
+    "roberta-base": BertConfig(50265, 768, 12, 12, 3072, 514, model_type="roberta", type_vocab_size=1, layer_norm_eps=1e-5),
+    "minilm-l6": BertConfig(30522, 384, 6, 12, 1536, 512),
+}
+
+
 @dataclass(frozen=True)
 class PeftConfig:
     """Which parameters a fine-tuning method trains or adds, before they are partitioned by block (Algorithm 1).
@@ -264,47 +308,3 @@ class TrainConfig:
     @property
     def num_stages(self) -> int:
         return self.epochs if self.stages is None else self.stages
-
-
-def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_number(name: str, value, kind: type, low: float, high: float = _INFINITY) -> None:
-    right_type = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    if not right_type or not low <= value <= high or value == _INFINITY:
-        limit = f"in {low}..{high}" if high != _INFINITY else f"of at least {low}"
-        raise InputError(f"{name} must be {'an integer' if kind is int else 'a number'} {limit}, got {value!r}")
-
-
-def _architecture(values: Mapping) -> str:
-    names = values.get("architectures") or [""]
-    if not isinstance(names, list) or not isinstance(names[0], str):
-        raise InputError(f"key 'architectures' must be a list of names, got {names!r}")
-    return names[0]
-
-
-def _labels(values: dict) -> tuple[str, ...]:
-    """Take the label keys out of `values` and return the names in the order of their ids."""
-    count = values.pop("num_labels", values.pop("_num_labels", None))
-    values.pop("label2id", None)
-    names = values.pop("id2label", None)
-    if names is None:
-        if count is not None:
-            _check_number("num_labels", count, int, low=1, high=100_000)
-        return tuple(f"LABEL_{i}" for i in range(2 if count is None else count))
-    if not isinstance(names, Mapping) or {str(key) for key in names} != {str(i) for i in range(len(names))}:
-        raise InputError(f"key 'id2label' must map 0..{len(names) - 1 if isinstance(names, Mapping) else 'n'} to names")
-    by_id = {str(key): name for key, name in names.items()}
-    return tuple(str(by_id[str(i)]) for i in range(len(by_id)))
-
-
-# For `plan`, which needs no weights: the public config.json of each, as published on the Hugging Face Hub.
-_BERT_BASE = BertConfig(30522, 768, 12, 12, 3072, 512)
-ARCHITECTURES = {
-    "bert-base-uncased": _BERT_BASE,
-    "bert-large-uncased": BertConfig(30522, 1024, 24, 16, 4096, 512),
-    "roberta-base": BertConfig(50265, 768, 12, 12, 3072, 514, model_type="roberta", type_vocab_size=1, layer_norm_eps=1e-5),
-    "minilm-l6": BertConfig(30522, 384, 6, 12, 1536, 512),
-}
