@@ -1,0 +1,120 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): a frozen linear layer learns an update of low rank.
+
+    h = W x + b + (alpha / r) B A x                                                               Eq. 3
+
+    W  (n_out, n_in), frozen    A  lora_A (r, n_in)    B  lora_B (n_out, r)    alpha / r  scaling
+
+A starts from Kaiming's uniform distribution and B at zero, so that the start is the frozen layer. `merge` adds the update to W,
+after which the layer costs what it did before; `unmerge` gives W back bit for bit.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import skip_init
+
+from progtuning.bert import Model
+from progtuning.config import BLOCK_LINEARS
+from progtuning.errors import InputError
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with an update of rank `r`: (..., n_in) -> (..., n_out). `weight` and `bias` are those of `linear`.
+
+    Once merged, A and B have no part in the forward pass and get no gradient.
+    """
+
+    def __init__(self, linear: nn.Linear, r: int, alpha: float, dropout: float, generator: torch.Generator):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_A = skip_init(nn.Linear, linear.in_features, r, bias=False)
+        self.lora_B = skip_init(nn.Linear, r, linear.out_features, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.scaling = alpha / r
+        self.base_weight: Tensor | None = None  # W while merged
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5), generator=generator)
+        nn.init.zeros_(self.lora_B.weight)
+        self.to(self.weight.device, self.weight.dtype)
+
+    @property
+    def merged(self) -> bool:
+        return self.base_weight is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if self.merged:
+            return y
+        return y + self.lora_B(self.lora_A(self.dropout(x))) * self.scaling  # Eq. 3
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W <- W + (alpha / r) B A. A layer that is merged stays as it is. Keeps a copy of W, since rounding has no inverse."""
+        if not self.merged:
+            self.base_weight = self.weight.clone()
+            self.weight += self.lora_B.weight @ self.lora_A.weight * self.scaling
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Give W back, bit for bit. A layer that is not merged stays as it is."""
+        if self.merged:
+            self.weight.copy_(self.base_weight)
+            self.base_weight = None
+
+
+def insert_lora(
+    model: Model,
+    targets: Iterable[str],
+    r: int,
+    alpha: float,
+    dropout: float,
+    generator: torch.Generator,
+    blocks: Iterable[int] | None = None,
+) -> None:
+    """Wrap the layers `targets` (keys of BLOCK_LINEARS) in each of `blocks` (0-based; all where None).
+
+    Raises InputError, before anything is wrapped, where `r` is larger than a layer.
+    """
+    targets = [target for target in BLOCK_LINEARS if target in set(targets)]  # draws do not depend on the order given
+    for target in targets:
+        n_out, n_in = model.encoder.layer[0].get_submodule(BLOCK_LINEARS[target]).weight.shape
+        if not 1 <= r <= min(n_out, n_in):
+            raise InputError(f"--lora-r must be in 1..{min(n_out, n_in)} for {target} ({n_out} x {n_in}), got {r}")
+    for index in range(model.num_blocks) if blocks is None else blocks:
+        for target in targets:
+            parent, _, name = BLOCK_LINEARS[target].rpartition(".")
+            parent = model.encoder.layer[index].get_submodule(parent)
+            setattr(parent, name, LoRALinear(getattr(parent, name), r, alpha, dropout, generator))
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """Give the name and the module of every layer with LoRA."""
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear))
+
+
+def merge(model: nn.Module) -> None:
+    """Merge every layer with LoRA. A second call changes nothing."""
+    for _, layer in lora_layers(model):
+        layer.merge()
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo `merge`: every base weight is again what it was, bit for bit."""
+    for _, layer in lora_layers(model):
+        layer.unmerge()
+
+
+def unwrap(model: nn.Module) -> None:
+    """Merge, and put plain linear layers back: the model has the parameters and names of one that never had LoRA."""
+    for name, layer in list(lora_layers(model)):
+        layer.merge()
+        linear = nn.Linear(*reversed(layer.weight.shape), device="meta")
+        linear.weight, linear.bias = layer.weight, layer.bias
+        model.set_submodule(name, linear.train(layer.training))
+
+
+def lora_trains(name: str) -> bool:
+    """Say whether a block's parameter `name` trains: A and B alone."""
+    return ".lora_" in name
