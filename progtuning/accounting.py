@@ -1,0 +1,604 @@
+"""What a stage costs, in closed form: parameters, FLOPs and bytes of M = E . B1 ... BL . H, without building the model.
+
+    B  batch    S  length    N = B * S  tokens    D  hidden_size    H  heads    F  intermediate_size    C  num_outputs
+    r  lora_r   A  adapter_size
+
+Updated parameters (Progtuning, arXiv 2506.21119, Section 4.1): those that train in an epoch, summed over the epochs.
+
+FLOPs are those of matrix products, 2 a multiply-add, with attention as two products ("math" attention). A product
+Y = X W of an (m, k) and a (k, n) matrix costs
+
+    forward                  Y  = X W          2 m k n
+    gradient of its input    dX = dY W^T       2 m k n    where something that trains lies at or below X
+    gradient of its weight   dW = X^T dY       2 m k n    where W trains
+
+and Q K^T and P V likewise, with an activation on either side. The products of one block, from below:
+
+    name                          times     m     k     n
+    attention.self.query              1     N     D     D
+    attention.self.key                1     N     D     D
+    attention.self.value              1     N     D     D
+    Q K^T                           B H     S   D/H     S
+    P V                             B H     S     S   D/H
+    attention.output.dense            1     N     D     D
+    intermediate.dense                1     N     D     F
+    output.dense                      1     N     F     D
+    LoRA beside any of these linear layers, of shape k by n: lora_A 1, N, k, r and lora_B 1, N, r, n
+    adapters after either output.dense: adapter.down 1, N, D, A and adapter.up 1, N, A, D
+
+What needs a gradient is not written down for each method and stage but derived: `_Trace` runs the model over symbols,
+in bert.py's order, and passes on from each operation to the next whether autograd would track its result. So the
+lowest active block needs no input gradient for its query, key and value; with LoRA on query and value alone it needs
+none for K either; and blocks below the boundary cost input gradients exactly where E trains beneath them.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import prod
+
+from progtuning.config import ARCHITECTURES, BLOCK_LINEARS, BertConfig, PeftConfig
+from progtuning.errors import InputError
+from progtuning.stages import Schedule, Stage, make_schedule
+
+ITEMSIZE = {"fp32": 4, "bf16": 2}  # bytes an element, by --precision
+_FP32 = ITEMSIZE["fp32"]
+_PLAIN = PeftConfig()
+
+
+# Parameters
+
+
+@dataclass(frozen=True)
+class Unit:
+    """E, one block or H: the shapes of its parameters by name, and the names of those that train."""
+
+    prefix: str  # of the names in the whole model: "embeddings.", "encoder.layer.0.", "" for H
+    shapes: Mapping[str, tuple[int, ...]]
+    trainable: frozenset[str]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(prod(self.shapes[name]) for name in self.trainable)
+
+
+@dataclass(frozen=True)
+class Units:
+    """E, B1 .. BL and H, with what a method trains (from `units`) or what it trains in one stage (from `during`)."""
+
+    embeddings: Unit
+    blocks: tuple[Unit, ...]
+    head: Unit
+
+    def __iter__(self):
+        return iter((self.embeddings, *self.blocks, self.head))
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(unit.num_parameters for unit in self)
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(unit.num_trainable for unit in self)
+
+    @property
+    def trainable(self) -> set[str]:
+        """The names, in the whole model, of the parameters that train."""
+        return {unit.prefix + name for unit in self for name in unit.trainable}
+
+    def during(self, stage: Stage) -> "Units":
+        """Freeze what `stage` does not train. Raises ValueError for a stage of another number of blocks."""
+        if stage.num_blocks != len(self.blocks):
+            raise ValueError(f"stage must be of {len(self.blocks)} blocks, got one of {stage.num_blocks}")
+        return Units(
+            self.embeddings if stage.embeddings else _frozen(self.embeddings),
+            tuple(unit if index in stage.blocks else _frozen(unit) for index, unit in enumerate(self.blocks)),
+            self.head,
+        )
+
+    def cut(self) -> int | None:
+        """Return how many blocks lie below the lowest that trains, run without grad; None where E trains: no cut."""
+        if self.embeddings.trainable:
+            return None
+        return next((index for index, unit in enumerate(self.blocks) if unit.trainable), len(self.blocks))
+
+
+def _frozen(unit: Unit) -> Unit:
+    return replace(unit, trainable=frozenset())
+
+
+def units(config: BertConfig, peft: PeftConfig = _PLAIN) -> Units:
+    """Return every unit of the model under a fine-tuning method, with the parameters that the method trains or adds.
+
+    The names are those of bert.py, and so of Hugging Face checkpoints; a wrapped layer keeps its name and gains
+    lora_A and lora_B, or adapter.down and adapter.up. Raises InputError where the method does not fit the
+    architecture.
+    """
+    bounds = spafit_bounds(config, peft) if peft.method == "spafit" else None
+    shapes = _embedding_shapes(config)
+    embeddings = Unit("embeddings.", shapes, frozenset(name for name in shapes if _embedding_trains(name, peft)))
+    blocks = []
+    for index in range(config.num_hidden_layers):
+        method = peft.method if bounds is None else _stratum(index, bounds)
+        shapes = _block_shapes(config, peft, method)
+        trainable = frozenset(name for name in shapes if _block_trains(name, peft, method))
+        blocks.append(Unit(f"encoder.layer.{index}.", shapes, trainable))
+    shapes = _head_shapes(config)
+    head = Unit("", shapes, frozenset(name for name in shapes if _head_trains(name, peft)))
+    return Units(embeddings, tuple(blocks), head)
+
+
+def spafit_bounds(config: BertConfig, peft: PeftConfig) -> tuple[int, int]:
+    """Return N1, N2 of SPAFIT (arXiv 2405.00201); where none are given 4, 9 for 24 blocks, else in proportion.
+
+    Raises InputError where they exceed the number of blocks.
+    """
+    num_blocks = config.num_hidden_layers
+    if peft.spafit_bounds is None:
+        return 4 * num_blocks // 24, 9 * num_blocks // 24
+    n1, n2 = peft.spafit_bounds
+    if n2 > num_blocks:
+        raise InputError(f"--spafit-bounds must be two numbers 0 <= N1 <= N2 <= {num_blocks}, got {n1},{n2}")
+    return n1, n2
+
+
+def _stratum(index: int, bounds: tuple[int, int]) -> str:
+    """Name what SPAFIT does to block `index`: group 1 frozen, group 2 biases, group 3 LoRA and biases."""
+    return ("frozen", "biases", "lora+biases")[sum(index >= bound for bound in bounds)]
+
+
+def _embedding_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
+    d = config.hidden_size
+    return {
+        "word_embeddings.weight": (config.vocab_size, d),
+        "position_embeddings.weight": (config.max_position_embeddings, d),
+        "token_type_embeddings.weight": (config.type_vocab_size, d),
+        "LayerNorm.weight": (d,),
+        "LayerNorm.bias": (d,),
+    }
+
+
+def _block_shapes(config: BertConfig, peft: PeftConfig, method: str) -> dict[str, tuple[int, ...]]:
+    d, f, a, r = config.hidden_size, config.intermediate_size, peft.adapter_size, peft.lora_r
+    shapes = {}
+    for target, name in BLOCK_LINEARS.items():
+        n_out, n_in = {"intermediate": (f, d), "output": (d, f)}.get(target, (d, d))
+        shapes |= {f"{name}.weight": (n_out, n_in), f"{name}.bias": (n_out,)}
+        if method in ("lora", "lora+biases") and target in peft.lora_targets:
+            if r > min(n_in, n_out):
+                raise InputError(f"--lora-r must be at most {min(n_in, n_out)} for {target}, {n_out} x {n_in}, got {r}")
+            shapes |= {f"{name}.lora_A.weight": (r, n_in), f"{name}.lora_B.weight": (n_out, r)}
+    for name in ("attention.output", "output"):
+        shapes |= {f"{name}.LayerNorm.weight": (d,), f"{name}.LayerNorm.bias": (d,)}
+        if method == "adapter":
+            shapes |= {f"{name}.adapter.down.weight": (a, d), f"{name}.adapter.down.bias": (a,)}
+            shapes |= {f"{name}.adapter.up.weight": (d, a), f"{name}.adapter.up.bias": (d,)}
+    return shapes
+
+
+def _head_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
+    d, c = config.hidden_size, config.num_outputs
+    if config.head is None:
+        layers = {}
+    elif config.head == "question-answering":
+        layers = {"qa_outputs": (c, d)}
+    elif config.has_pooler:
+        layers = {"pooler.dense": (d, d), "classifier": (c, d)}
+    else:
+        layers = {"classifier.dense": (d, d), "classifier.out_proj": (c, d)}
+    weights = {f"{name}.weight": shape for name, shape in layers.items()}
+    return weights | {f"{name}.bias": shape[:1] for name, shape in layers.items()}
+
+
+def _embedding_trains(name: str, peft: PeftConfig) -> bool:
+    """E under each method: all of it, its one bias under BitFit, and nothing else."""
+    every_bias = peft.method == "bitfit" and peft.bitfit_biases == "all"
+    return peft.method == "none" or (every_bias and name == "LayerNorm.bias")
+
+
+def _block_trains(name: str, peft: PeftConfig, method: str) -> bool:
+    """A block under `method`, one of PEFT_METHODS or a stratum of SPAFIT."""
+    layer, _, kind = name.rpartition(".")
+    if method == "none":
+        return True
+    if method == "adapter":  # Houlsby et al. 2019 train the LayerNorms too
+        return ".adapter." in name or (peft.adapter_layer_norms and layer.endswith("LayerNorm"))
+    if method == "bitfit" and peft.bitfit_biases == "query,intermediate":
+        return kind == "bias" and layer in (BLOCK_LINEARS["query"], BLOCK_LINEARS["intermediate"])
+    if method in ("bitfit", "biases"):
+        return kind == "bias"
+    if method == "lora":
+        return ".lora_" in name
+    if method == "lora+biases":  # LoRA, and biases elsewhere: not that of a layer which has LoRA
+        wrapped = {BLOCK_LINEARS[target] for target in peft.lora_targets}
+        return ".lora_" in name or (kind == "bias" and layer not in wrapped)
+    return False
+
+
+def _head_trains(name: str, peft: PeftConfig) -> bool:
+    """H under each method: all of it; but BERT's pooler is pre-trained, and a method trains of it at most the bias."""
+    if peft.method == "none" or not name.startswith("pooler."):
+        return True
+    return peft.method in ("bitfit", "spafit") and name == "pooler.dense.bias"
+
+
+def trainable_parameters(config: BertConfig, stage: Stage, peft: PeftConfig = _PLAIN) -> int:
+    """Return the number of parameters that train in `stage`."""
+    return units(config, peft).during(stage).num_trainable
+
+
+def updated_parameters(config: BertConfig, schedule: Schedule, num_epochs: int, peft: PeftConfig = _PLAIN) -> int:
+    """Return the updated parameters (Section 4.1) of a run: each of the T stages counts for num_epochs / T epochs.
+
+    Rounded to the nearest integer where T does not divide num_epochs.
+    """
+    return sum(_updated_by_stage(units(config, peft), schedule, num_epochs))
+
+
+def _updated_by_stage(model: Units, schedule: Schedule, num_epochs: int) -> list[int]:
+    """Round the sums up to each stage, not each stage, so that the stages add up to the rounded total."""
+    _check_count("--epochs", num_epochs)
+    epochs = Fraction(num_epochs, len(schedule.stages))
+    so_far, counts = Fraction(0), []
+    for stage in schedule.stages:
+        before, so_far = so_far, so_far + epochs * model.during(stage).num_trainable
+        counts.append(round(so_far) - round(before))
+    return counts
+
+
+# FLOPs
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """`count` products Y = X W of an (m, k) and a (k, n) matrix, and which of their gradients are computed."""
+
+    name: str
+    count: int
+    m: int
+    k: int
+    n: int
+    input_grad: bool  # dX = dY W^T
+    weight_grad: bool  # dW = X^T dY; of the right-hand activation in Q K^T and P V
+
+    @property
+    def forward_flops(self) -> int:
+        return 2 * self.count * self.m * self.k * self.n
+
+    @property
+    def backward_flops(self) -> int:
+        return self.forward_flops * (self.input_grad + self.weight_grad)
+
+
+@dataclass(eq=False)
+class _Symbol:
+    """A tensor of the forward pass. Of a parameter the size is 0: its bytes are counted as a parameter's."""
+
+    size: int  # elements
+    grad: bool  # whether autograd tracks it
+    base: "_Symbol | None" = None  # the tensor whose memory this one is a view of
+
+
+class _Trace:
+    """A forward pass over symbols. It notes every matrix product, and what autograd keeps for the backward pass."""
+
+    def __init__(self, config: BertConfig, peft: PeftConfig, batch: int, length: int, mask_itemsize: int):
+        self.config, self.peft, self.batch, self.length = config, peft, batch, length
+        self.mask_itemsize = mask_itemsize
+        self.matmuls: list[Matmul] = []
+        self.kept: dict[_Symbol, int] = {}  # bytes
+
+    def model(self, model: Units) -> "_Trace":
+        x = self.embeddings(model.embeddings)
+        for unit in model.blocks:
+            x = self.block(unit, x)
+        self.head(model.head, x)
+        return self
+
+    def embeddings(self, unit: Unit) -> _Symbol:
+        tables = any(name.endswith("_embeddings.weight") for name in unit.trainable)
+        x = _Symbol(self.batch * self.length * self.config.hidden_size, tables)  # look-ups multiply nothing
+        return self.dropout(self.layer_norm(unit, "LayerNorm", x), self.config.hidden_dropout_prob)
+
+    def block(self, unit: Unit, x: _Symbol) -> _Symbol:
+        config, s = self.config, self.length
+        heads = self.batch * config.num_attention_heads
+        width = config.hidden_size // config.num_attention_heads
+        query = self.linear(unit, "attention.self.query", x)
+        key = self.linear(unit, "attention.self.key", x)
+        value = self.linear(unit, "attention.self.value", x)
+        scores = self.matmul(f"{unit.prefix}Q K^T", query, key, heads, s, width, s)
+        probabilities = self.dropout(self.elementwise("softmax", scores), config.attention_probs_dropout_prob)
+        context = self.matmul(f"{unit.prefix}P V", probabilities, value, heads, s, s, width)
+        x = self.output(unit, "attention.output", context, residual=x)
+        widened = self.elementwise(config.hidden_act, self.linear(unit, "intermediate.dense", x))
+        return self.output(unit, "output", widened, residual=x)
+
+    def output(self, unit: Unit, name: str, x: _Symbol, residual: _Symbol) -> _Symbol:
+        x = self.dropout(self.linear(unit, f"{name}.dense", x), self.config.hidden_dropout_prob)
+        if f"{name}.adapter.down.weight" in unit.shapes:
+            down = self.linear(unit, f"{name}.adapter.down", x)
+            up = self.linear(unit, f"{name}.adapter.up", self.elementwise(self.peft.adapter_activation, down))
+            x = _Symbol(x.size, x.grad or up.grad)
+        return self.layer_norm(unit, f"{name}.LayerNorm", _Symbol(x.size, x.grad or residual.grad))
+
+    def head(self, unit: Unit, x: _Symbol) -> None:
+        config = self.config
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        first = _Symbol(self.batch * config.hidden_size, x.grad, base=x)  # of each sequence its first token
+        if config.head == "question-answering":
+            self.linear(unit, "qa_outputs", x)
+        elif config.head is not None and config.has_pooler:
+            pooled = self.elementwise("tanh", self.linear(unit, "pooler.dense", first))
+            self.linear(unit, "classifier", self.dropout(pooled, dropout))
+        elif config.head is not None:
+            hidden = self.elementwise("tanh", self.linear(unit, "classifier.dense", self.dropout(first, dropout)))
+            self.linear(unit, "classifier.out_proj", self.dropout(hidden, dropout))
+
+    def linear(self, unit: Unit, name: str, x: _Symbol) -> _Symbol:
+        n, k = unit.shapes[f"{name}.weight"]
+        weight = _Symbol(0, f"{name}.weight" in unit.trainable)
+        y = self.matmul(unit.prefix + name, x, weight, 1, x.size // k, k, n)
+        y.grad |= f"{name}.bias" in unit.trainable
+        if f"{name}.lora_A.weight" in unit.shapes:  # W x + (alpha / r) B A x
+            low = self.linear(unit, f"{name}.lora_A", self.dropout(x, self.peft.lora_dropout))
+            y.grad |= self.linear(unit, f"{name}.lora_B", low).grad
+        return y
+
+    def matmul(self, name: str, x: _Symbol, w: _Symbol, count: int, m: int, k: int, n: int) -> _Symbol:
+        self.matmuls.append(Matmul(name, count, m, k, n, input_grad=x.grad, weight_grad=w.grad))
+        self.keep(w, x.grad)  # dX = dY W^T
+        self.keep(x, w.grad)  # dW = X^T dY
+        return _Symbol(count * m * n, x.grad or w.grad)
+
+    def elementwise(self, name: str, x: _Symbol) -> _Symbol:
+        """A function whose derivative is taken from its result (softmax, tanh, relu) or from its input (gelu)."""
+        y = _Symbol(x.size, x.grad)
+        self.keep(x if name.startswith("gelu") else y, x.grad)
+        return y
+
+    def layer_norm(self, unit: Unit, name: str, x: _Symbol) -> _Symbol:
+        y = _Symbol(x.size, x.grad or not unit.trainable.isdisjoint((f"{name}.weight", f"{name}.bias")))
+        self.keep(x, y.grad)
+        self.keep(_Symbol(2 * x.size // self.config.hidden_size, False), y.grad)  # a token's mean and 1 / deviation
+        return y
+
+    def dropout(self, x: _Symbol, probability: float) -> _Symbol:
+        if probability == 0:
+            return x
+        self.keep(_Symbol(x.size, False), x.grad, self.mask_itemsize)
+        return _Symbol(x.size, x.grad)
+
+    def keep(self, x: _Symbol, needed: bool, itemsize: int = _FP32) -> None:
+        if needed:
+            x = x.base or x
+            self.kept[x] = x.size * itemsize
+
+
+def _trace(
+    config: BertConfig, model: Units, peft: PeftConfig, batch: int, length: int, mask_itemsize: int = _FP32
+) -> _Trace:
+    _check_count("--batch-size", batch)
+    _check_count("--length", length, config.max_length)
+    return _Trace(config, peft, batch, length, mask_itemsize).model(model)
+
+
+def matmuls(config: BertConfig, stage: Stage, peft: PeftConfig, batch: int, length: int) -> tuple[Matmul, ...]:
+    """Return the derivation: the matrix products of a step in `stage` over (batch, length) tokens, in forward order.
+
+    Raises InputError where batch or length is not in range.
+    """
+    return tuple(_trace(config, units(config, peft).during(stage), peft, batch, length).matmuls)
+
+
+def forward_flops(config: BertConfig, peft: PeftConfig, batch: int, length: int) -> int:
+    """Return the FLOPs of a forward pass through all blocks and the head, the same in every stage."""
+    return sum(matmul.forward_flops for matmul in _trace(config, units(config, peft), peft, batch, length).matmuls)
+
+
+def backward_flops(config: BertConfig, stage: Stage, peft: PeftConfig, batch: int, length: int) -> int:
+    """Return the FLOPs of a backward pass in `stage`."""
+    return sum(matmul.backward_flops for matmul in matmuls(config, stage, peft, batch, length))
+
+
+# Bytes
+
+
+def stage_bytes(
+    config: BertConfig, stage: Stage, peft: PeftConfig, batch: int, length: int, mask_itemsize: int = _FP32
+) -> dict[str, int]:
+    """Return what fp32 training with AdamW keeps in memory during `stage`, in bytes.
+
+    parameter_bytes    every parameter, frozen or not
+    gradient_bytes     one element for each that trains
+    optimizer_bytes    AdamW's two moments for each that trains, and its step count, one fp32 scalar for each tensor
+    activation_bytes   the floating-point tensors that autograd keeps from the forward to the backward pass, those of
+                       bert.py in train mode with math attention, which PyTorch takes on a CPU wherever attention drops
+                       out. Fused attention does not keep the (B, H, S, S) probabilities, and autocast and torch.compile
+                       keep other tensors: there, measure. What the loss keeps, and int64 indices, are left out.
+
+    `mask_itemsize` is the size of an element of a dropout mask: 4 on a CPU, where it is a float, 1 on CUDA, a bool.
+    """
+    active = units(config, peft).during(stage)
+    return _bytes(active, _trace(config, active, peft, batch, length, mask_itemsize))
+
+
+def _bytes(active: Units, trace: _Trace) -> dict[str, int]:
+    return {
+        "parameter_bytes": active.num_parameters * _FP32,
+        "gradient_bytes": active.num_trainable * _FP32,
+        "optimizer_bytes": (2 * active.num_trainable + len(active.trainable)) * _FP32,
+        "activation_bytes": sum(trace.kept.values()),
+    }
+
+
+def cache_bytes(
+    config: BertConfig, stage: Stage, tokens: int, precision: str = "fp32", peft: PeftConfig = _PLAIN
+) -> int:
+    """Return the bytes of a prefix cache at the cut of `stage`: D elements for each of `tokens` tokens (no padding).
+
+    0 where E trains or no block is frozen: there is no prefix to keep. Raises InputError for an unknown precision.
+    """
+    if precision not in ITEMSIZE:
+        raise InputError(f"--precision must be one of {', '.join(ITEMSIZE)}, got {precision!r}")
+    return tokens * config.hidden_size * ITEMSIZE[precision] if units(config, peft).during(stage).cut() else 0
+
+
+# Documents
+
+
+def plan(
+    config: BertConfig,
+    schedule: Schedule,
+    num_epochs: int,
+    peft: PeftConfig = _PLAIN,
+    batch: int = 32,
+    length: int = 128,
+    model_name: str = "",
+    tokens: int | None = None,
+    precision: str = "fp32",
+) -> dict:
+    """Return the document that `progtuning plan --json` prints: what every stage of a run costs.
+
+    FLOPs and bytes are those of one training step over (batch, length) tokens; the cache holds `tokens` tokens, one
+    batch where None. The baseline, "full", is plain fine-tuning by the same method: every block and E in every epoch.
+    A config that names no head is given a classification head. Raises InputError where an argument is out of range.
+    """
+    if config.head is None:
+        config = config.with_head("classification" if len(config.labels) > 1 else "regression", config.labels)
+    model = units(config, peft)
+    full = make_schedule("full", config.num_hidden_layers, 1)
+    full_updated = sum(_updated_by_stage(model, full, num_epochs))
+    full_backward = backward_flops(config, full.stages[0], peft, batch, length)
+    updated = _updated_by_stage(model, schedule, num_epochs)
+    epochs = Fraction(num_epochs, len(schedule.stages))
+    stages = []
+    num_tokens = batch * length if tokens is None else tokens
+    for stage, stage_updated in zip(schedule.stages, updated):
+        active = model.during(stage)
+        trace = _trace(config, active, peft, batch, length)
+        backward = sum(matmul.backward_flops for matmul in trace.matmuls)
+        stages.append(
+            {
+                "stage": stage.index + 1,
+                "epochs": int(epochs) if epochs.denominator == 1 else float(epochs),
+                "active_blocks": _active_blocks(active),
+                "embeddings": bool(active.embeddings.trainable),
+                "trainable_parameters": active.num_trainable,
+                "updated_parameters": stage_updated,
+                "forward_flops": sum(matmul.forward_flops for matmul in trace.matmuls),
+                "backward_flops": backward,
+                "share_of_full": backward / full_backward,
+                **_bytes(active, trace),
+                "cache_bytes": cache_bytes(config, stage, num_tokens, precision, peft),
+            }
+        )
+    return {
+        "model": model_name,
+        "num_blocks": config.num_hidden_layers,
+        "stages": stages,
+        "updated_parameters": sum(updated),
+        "updated_parameters_full": full_updated,
+        "updated_share_of_full": sum(updated) / full_updated,
+        "backward_share_of_full": sum(stage["share_of_full"] for stage in stages) / len(stages),
+    }
+
+
+def _active_blocks(active: Units) -> list[int] | None:
+    """Return the first and last block that train, counted from 1, or None."""
+    numbers = [number for number, unit in enumerate(active.blocks, start=1) if unit.trainable]
+    return [numbers[0], numbers[-1]] if numbers else None
+
+
+_TOLERANCE = 0.1  # millions: the paper prints one decimal, at times cut off and at times rounded
+_BELOW_HALF = "the paper's figure is under half of its full row; stages of equal parts update more than half"
+
+
+def paper_rows() -> list[dict]:
+    """Return the rows that `progtuning paper --json` prints: updated parameters of Figure 4 and Tables 2 and 3.
+
+    `ours` and `paper` are in millions; `paper` is None where it prints no figure, and `agrees` then too. Otherwise
+    `agrees` says whether the two differ by at most 0.1. The Adapter + Progtuning rows do not agree, and their `note`
+    says why.
+    """
+    return [*_figure_4(), *_table_2(), *_table_3()]
+
+
+def _figure_4() -> list[dict]:
+    printed = {"bert-base": (None, None), "bert-large": (1005.4, 703.1), "roberta-base": (None, None)}
+    rows = []
+    for row, paper in printed.items():
+        config = _classifier(row if row == "roberta-base" else f"{row}-uncased")
+        rows += _pair("Figure 4", row, "GLUE, 2 classes", 3, config, paper)
+    return rows
+
+
+def _table_2() -> list[dict]:
+    config = ARCHITECTURES["bert-base-uncased"].with_head("question-answering")
+    return [
+        *_pair("Table 2", "bert-base", "SQuAD v1.1", 3, config, (326.7, 241.6)),
+        *_pair("Table 2", "bert-base", "SQuAD v2.0", 2, config, (217.7, 175.3)),
+    ]
+
+
+def _table_3() -> list[dict]:
+    bert = _classifier("bert-base-uncased")
+    adapter = PeftConfig("adapter", adapter_size=48, adapter_layer_norms=False)  # D / 16, as the full rows have it
+    rows = []
+    for epochs, paper in {16: (28.6, 9.9), 20: (35.8, 11.9)}.items():
+        rows += _pair("Table 3", "Adapter", "GLUE, 2 classes", epochs, bert, paper, adapter)
+    # The 768 of E's one bias are left out: one decimal does not show them.
+    bitfit = PeftConfig("bitfit")
+    for epochs, paper in {8: (0.8, 0.5), 10: (1.0, 0.6)}.items():
+        rows += _pair("Table 3", "BitFit", "GLUE, 2 classes", epochs, bert, paper, bitfit, embeddings="never")
+    lora = PeftConfig("lora", lora_r=8, lora_targets=("query", "value"))
+    # Epochs of Hu et al. 2021 (arXiv 2106.09685), Table 9; classes (1: regression).
+    for task, epochs, classes, *paper in (
+        ("MNLI", 30, 3, 26.6, 22.6),
+        ("SST-2", 60, 2, 53.2, 45.1),
+        ("MRPC", 30, 2, 26.6, 22.6),
+        ("CoLA", 80, 2, 70.9, 60.2),
+        ("QNLI", 25, 2, 22.2, 18.9),
+        ("QQP", 25, 2, 22.2, 18.9),
+        ("RTE", 80, 2, 70.9, 60.2),
+        ("STS-B", 40, 1, 35.4, 30.1),
+    ):
+        rows += _pair("Table 3", "LoRA", task, epochs, _classifier("roberta-base", classes), paper, lora)
+    return rows
+
+
+def _classifier(name: str, classes: int = 2) -> BertConfig:
+    head = "classification" if classes > 1 else "regression"
+    return ARCHITECTURES[name].with_head(head, tuple(f"LABEL_{i}" for i in range(classes)))
+
+
+def _pair(
+    table: str,
+    row: str,
+    task: str,
+    epochs: int,
+    config: BertConfig,
+    paper: Iterable[float | None],
+    peft: PeftConfig = _PLAIN,
+    embeddings: str = "always",
+) -> list[dict]:
+    """A row without and one with Progtuning, T stages for T epochs. The paper's tables count E in every epoch."""
+    rows = []
+    for schedule, suffix, printed in zip(("full", "shrinking"), ("", " + Progtuning"), paper):
+        stages = make_schedule(schedule, config.num_hidden_layers, epochs, embeddings)
+        ours = updated_parameters(config, stages, epochs, peft) / 1e6
+        agrees = None if printed is None else abs(ours - printed) <= _TOLERANCE
+        values = {"table": table, "row": row + suffix, "task": task, "epochs": epochs}
+        values |= {"ours": ours, "paper": printed, "agrees": agrees}
+        rows.append(values if agrees is not False else values | {"note": _BELOW_HALF})
+    return rows
+
+
+def _check_count(option: str, value: int, high: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (high is not None and value > high):
+        limit = "of at least 1" if high is None else f"in 1..{high}"
+        raise InputError(f"{option} must be an integer {limit}, got {value!r}")
