@@ -17,6 +17,7 @@ from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES
 ACTIVATIONS = ("gelu", "gelu_new", "relu")
 HEADS = ("classification", "regression", "question-answering")
 PEFT_METHODS = ("none", "adapter", "bitfit", "lora", "spafit")
+DPS_MODES = ("off", "dense", "mix")
 PRECISIONS = ("fp32", "bf16")
 _INFINITY = float("inf")
 
@@ -251,7 +252,7 @@ class PeftConfig:
 
     def __post_init__(self):
         _check_choice("--peft", self.method, PEFT_METHODS)
-        _check_number("--adapter-size", self.adapter_size, int, low=1)
+        _check_number("--adapter-size", self.adapter_size, int, low=1, high=2**16)
         _check_choice("--adapter-activation", self.adapter_activation, ACTIVATIONS)
         _check_number("--lora-r", self.lora_r, int, low=1)
         _check_number("--lora-alpha", self.lora_alpha, float, low=0)
@@ -262,8 +263,28 @@ class PeftConfig:
         _check_choice("--bitfit-biases", self.bitfit_biases, ("all", "query,intermediate"))
         if self.spafit_bounds is not None:
             n1, n2 = self.spafit_bounds
-            if not 0 <= n1 <= n2:
+            _check_number("--spafit-bounds", n1, int, low=0)
+            _check_number("--spafit-bounds", n2, int, low=0)
+            if n1 > n2:
                 raise InputError(f"--spafit-bounds must be two numbers 0 <= N1 <= N2, got {n1},{n2}")
+
+
+@dataclass(frozen=True)
+class DPSConfig:
+    """Gradient-chosen subnetworks (Zhang et al. 2022). Raises InputError that names the option that is out of range."""
+
+    mode: str = "off"  # one of DPS_MODES
+    p: float = 0.3  # share of each weight matrix that a subnetwork leaves out
+    update_ratio: float = 0.05  # length of a window, as a share of all optimizer steps
+
+    def __post_init__(self):
+        _check_choice("--dps", self.mode, DPS_MODES)
+        _check_number("--dps-p", self.p, float, low=0, high=1)
+        _check_number("--dps-update-ratio", self.update_ratio, float, low=0, high=1)
+        if self.p == 1:
+            raise InputError("--dps-p must be less than 1, the share that would leave nothing to train")
+        if self.update_ratio == 0:
+            raise InputError("--dps-update-ratio must be more than 0, got 0")
 
 
 @dataclass(frozen=True)
@@ -287,6 +308,7 @@ class TrainConfig:
     evaluate: str = "epoch"  # or "end"
     seed: int = 42
     peft: PeftConfig = PeftConfig()
+    dps: DPSConfig = DPSConfig()
 
     def __post_init__(self):
         _check_choice("--schedule", self.schedule, SCHEDULES)
@@ -304,7 +326,65 @@ class TrainConfig:
             raise InputError(
                 f"--accumulation-steps must be at most --batch-size, got {self.accumulation_steps} and {self.batch_size}"
             )
+        if self.dps.mode != "off" and self.peft.method != "none":
+            raise InputError(f"--dps masks weights that --peft {self.peft.method} freezes: give --peft none with it")
 
     @property
     def num_stages(self) -> int:
         return self.epochs if self.stages is None else self.stages
+
+
+# The authors' settings by method. Devlin et al. 2019 (arXiv 1810.04805): Section 4.1 gives GLUE's batch, epochs and
+# learning rates (the best of four), 4.2 and 4.3 SQuAD's; the rest are defaults of google-research/bert's
+# run_classifier.py and, for SQuAD, run_squad.py.
+_BERT = {"warmup": 0.1, "weight_decay": 0.01}
+_BERT_GLUE = {"lr": 2e-5, "epochs": 3, "batch_size": 32, "max_length": 128, **_BERT}
+_BERT_SQUAD = {
+    "squad": {"lr": 5e-5, "epochs": 3, "batch_size": 32, "max_length": 384, **_BERT},
+    "squad_v2": {"lr": 5e-5, "epochs": 2, "batch_size": 48, "max_length": 384, **_BERT},
+}
+# Houlsby et al. 2019 (arXiv 1902.00751), Section 3: batch, and a size and learning rate of their sweep. Epochs are
+# those of the example of google-research/adapter-bert, whose optimization.py keeps BERT's weight decay.
+_ADAPTER = {**_BERT_GLUE, "adapter_size": 64, "lr": 3e-4, "epochs": 5}
+# Ben Zaken et al. 2022 (arXiv 2106.10199): the defaults of benzakenelad/BitFit, run_glue.py, whose AdamW decays no
+# weight.
+_BITFIT = {"lr": 1e-3, "epochs": 16, "batch_size": 8, "max_length": 128, "warmup": 0.0, "weight_decay": 0.0}
+# Hu et al. 2021 (arXiv 2106.09685), Table 9, RoBERTa-base; alpha (the table prints 8) and weight decay are those of
+# microsoft/LoRA, NLU/roberta_base_*.sh. Theirs start MRPC, RTE and STS-B from the LoRA of MNLI; here every task starts
+# afresh.
+_LORA = {"lora_r": 8, "lora_alpha": 16.0, "max_length": 512, "warmup": 0.06, "weight_decay": 0.1}
+_LORA_GLUE = {
+    "mnli": {"lr": 5e-4, "epochs": 30, "batch_size": 16},
+    "sst-2": {"lr": 5e-4, "epochs": 60, "batch_size": 16},
+    "mrpc": {"lr": 4e-4, "epochs": 30, "batch_size": 16},
+    "cola": {"lr": 4e-4, "epochs": 80, "batch_size": 32},
+    "qnli": {"lr": 4e-4, "epochs": 25, "batch_size": 32},
+    "qqp": {"lr": 5e-4, "epochs": 25, "batch_size": 16},
+    "rte": {"lr": 5e-4, "epochs": 80, "batch_size": 32},
+    "sts-b": {"lr": 4e-4, "epochs": 40, "batch_size": 16},
+}
+# Zhang et al. 2022 (arXiv 2211.01642): ZhangHaojie077/DPS, script/run_glue.sh, whose max_steps are 3 epochs, and
+# script/run_trainer.py, which turns dropout off.
+_DPS = {"dps_p": 0.3, "dps_update_ratio": 0.05, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def recipe(method: str, task: str, dps: str = "off") -> dict:
+    """Return what `--recipe paper` sets: the values that a method's authors trained with, by field of the settings.
+
+    The keys are fields of TrainConfig and PeftConfig, `dps_` and a field of DPSConfig, and the two dropouts of
+    BertConfig. `method` is one of PEFT_METHODS, `task` the name of a task, `dps` one of DPS_MODES. Raises InputError
+    where the authors give no values; it says for what they do.
+    """
+    if dps != "off" and task not in _BERT_SQUAD:
+        return {**_BERT_GLUE, **_DPS, "batch_size": 16}
+    if dps == "off" and method == "none":
+        return dict(_BERT_SQUAD.get(task, _BERT_GLUE))
+    if dps == "off" and method == "lora" and task in _LORA_GLUE:
+        return {**_LORA, **_LORA_GLUE[task]}
+    if dps == "off" and method in ("adapter", "bitfit") and task not in _BERT_SQUAD:
+        return dict(_ADAPTER if method == "adapter" else _BITFIT)
+    got = f"--peft {method}" if dps == "off" else f"--dps {dps}"
+    raise InputError(
+        "--recipe paper has values for --peft none on every task, for adapter, bitfit and --dps on all but SQuAD, "
+        f"and for lora on {', '.join(_LORA_GLUE)}; it has none for {got} on {task}"
+    )
