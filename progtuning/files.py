@@ -51,3 +51,22 @@ def read_json(path: str | Path):
         raise InputError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
     except (RecursionError, ValueError):  # ValueError: an integer of more digits than Python converts
         raise InputError(f"{path}: not JSON: nested too deeply, or a number too long") from None
+
+
+def check_new_folder(path: str | Path, option: str = "--output-dir") -> None:
+    """Raise InputError that names the option where `path` exists and is no empty folder."""
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"{option} must be a new or empty folder, got {path} with files in it")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{option} must be a new or empty folder, got the file {path}")
+
+
+def new_folder(path: str | Path, option: str = "--output-dir") -> Path:
+    """Create an empty folder, its parents too; one that exists and is empty will do. Raises InputError that names the option."""
+    check_new_folder(path, option)
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{option} {path} cannot be made a folder: {error.strerror or error}") from None
+    return Path(path)

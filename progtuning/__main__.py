@@ -1,0 +1,8 @@
+"""`python -m progtuning` is the command `progtuning`."""
+
+import sys
+
+from progtuning.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

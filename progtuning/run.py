@@ -1,0 +1,183 @@
+"""A whole run: from the names of a model and a task to an output folder, and from there to metrics and predictions."""
+
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from progtuning import __version__
+from progtuning.bert import Model
+from progtuning.checkpoint import CONFIG, load_model, save_pretrained
+from progtuning.config import BertConfig, TrainConfig
+from progtuning.data.batching import encode_examples
+from progtuning.data.glue import load_glue
+from progtuning.data.text import Splits, load_folder, movie_reviews, read_table
+from progtuning.data.tokenization import Tokenizer, load_tokenizer
+from progtuning.errors import InputError
+from progtuning.files import new_folder, read_json, write_json
+from progtuning.measure import describe_device
+from progtuning.sources import data_folder
+from progtuning.train import LOSSES, Trainer, measure_splits, predict
+
+SUMMARY, LOG = "summary.json", "metrics.jsonl"
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device of that name; None takes CUDA where there is one. Raises InputError where it cannot be used."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise InputError(f"--device must be cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch finds no CUDA device here")
+    return torch.device(name)
+
+
+def load_splits(task: str, data: str | None) -> Splits:
+    """Read a task's training and held-out rows. `data` names a folder or what `sources.data_folder` takes.
+
+    `task` is a GLUE task, "movie-reviews", or "classification" or "regression" for a folder of one's own. Raises InputError.
+    """
+    if task == "movie-reviews":
+        return movie_reviews(data_folder(data or "movie-reviews"))
+    if data is None:
+        raise InputError(f"--task {task} needs --data, the folder with its files")
+    if task in ("classification", "regression"):
+        return load_folder(data_folder(data), regression=task == "regression")
+    return load_glue(task, data_folder(data))
+
+
+def fine_tune(
+    model_name: str,
+    model_folder: Path,
+    splits: Splits,
+    settings: TrainConfig,
+    device: torch.device,
+    output_dir: str | Path | None = None,
+) -> dict:
+    """Fine-tune the model of a folder on a task and return the document of `summary.json`.
+
+    With `output_dir`, a new or empty folder, the model in Hugging Face layout, its tokenizer, `metrics.jsonl` and `summary.json`
+    are written there; every input has been checked before it is made. Raises InputError for a wrong input, RunError for a run
+    that fails.
+    """
+    task = splits.task
+    config = BertConfig.from_json(model_folder / CONFIG)
+    config = config.with_head("regression" if task.is_regression else "classification", task.labels)
+    tokenizer = load_tokenizer(model_folder, config)
+    train_rows = encode_examples(splits.train, tokenizer, settings.max_length)
+    dev_rows = {name: encode_examples(rows, tokenizer, settings.max_length) for name, rows in splits.dev.items()}
+    model, loaded = load_model(model_folder, config, settings.seed)
+    with RunLog(None if output_dir is None else new_folder(output_dir)) as log:
+        trainer = Trainer(model, train_rows, settings, device, log)
+
+        def measure(epoch: int) -> None:
+            if settings.evaluate == "epoch" or epoch == settings.epochs - 1:
+                values = measure_splits(model, dev_rows, task, settings.batch_size, device, settings.precision)
+                log({"epoch": epoch + 1, "metrics": values})
+
+        trainer.fit(after_epoch=measure)
+    summary = {
+        "model": model_name,
+        "task": task.name,
+        "num_blocks": model.num_blocks,
+        "train_rows": len(train_rows),
+        "dev_rows": {name: len(rows) for name, rows in dev_rows.items()},
+        "metrics": log.rows[-1]["metrics"],
+        **trainer.account(),
+        "fresh_parameters": loaded.fresh,
+        "unused_tensors": loaded.unused,
+        "settings": asdict(settings),
+        "device": describe_device(device),
+        "versions": {"progtuning": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    if output_dir is not None:
+        save_pretrained(model, output_dir)
+        tokenizer.save(output_dir)
+        write_json(Path(output_dir) / SUMMARY, summary)
+    return summary
+
+
+class RunLog:
+    """The rows of `metrics.jsonl`, kept and, where there is a folder, appended to the file at once."""
+
+    def __init__(self, folder: Path | None):
+        self.rows: list[dict] = []
+        self._file = open(folder / LOG, "w", encoding="utf-8", newline="\n") if folder else None
+
+    def __call__(self, row: dict) -> None:
+        self.rows.append(row)
+        if self._file:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._file:
+            self._file.close()
+
+
+def load_checkpoint(folder: Path, max_length: int | None) -> tuple[Model, Tokenizer, int]:
+    """Load a fine-tuned model, its tokenizer, and the longest sequence: `max_length`, or where None that of its training.
+
+    Raises InputError where the folder has no head, or where a file is missing or damaged.
+    """
+    config = BertConfig.from_json(folder / CONFIG)
+    if config.head not in LOSSES:
+        raise InputError(f"--checkpoint {folder} must have a classification or regression head, got {config.head}")
+    model, _ = load_model(folder, fresh_head=False)
+    tokenizer = load_tokenizer(folder, config)
+    if max_length is None and (folder / SUMMARY).is_file():
+        try:
+            max_length = read_json(folder / SUMMARY)["settings"]["max_length"]
+        except (KeyError, TypeError):
+            raise InputError(f"{folder / SUMMARY}: expected settings.max_length; give --max-length") from None
+    return model, tokenizer, tokenizer.check_max_length(max_length)
+
+
+def evaluate_checkpoint(
+    folder: Path,
+    splits: Splits,
+    device: torch.device,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    precision: str = "fp32",
+) -> dict[str, float]:
+    """Return the metrics of a fine-tuned model on a task's held-out rows. Raises InputError where its classes are others."""
+    model, tokenizer, max_length = load_checkpoint(folder, max_length)
+    task = splits.task
+    if (model.config.head == "regression") != task.is_regression:
+        raise InputError(f"--checkpoint {folder} has a {model.config.head} head, which does not fit --task {task.name}")
+    if not task.is_regression and model.config.labels != task.labels:
+        got, expected = ", ".join(model.config.labels), ", ".join(task.labels)
+        raise InputError(f"--checkpoint {folder} has the classes {got}, expected those of --task {task.name}: {expected}")
+    rows = {name: encode_examples(examples, tokenizer, max_length) for name, examples in splits.dev.items()}
+    return measure_splits(model, rows, task, batch_size, device, precision)
+
+
+def predict_file(
+    folder: Path,
+    file: str,
+    device: torch.device,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    precision: str = "fp32",
+) -> str:
+    """Return the predictions for a TSV or JSONL file (`-`: standard input) as a TSV, a row for each of its rows.
+
+    Columns: the predicted class `label` and its `probability`, or for regression `score`. Raises InputError.
+    """
+    _, examples = read_table(file, require_label=False)
+    model, tokenizer, max_length = load_checkpoint(folder, max_length)
+    outputs = predict(model, encode_examples(examples, tokenizer, max_length), batch_size, device, precision)
+    if model.config.head == "regression":
+        return "score\n" + "".join(f"{score:.6g}\n" for score in outputs[:, 0])
+    exponentials = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+    rows = (f"{model.config.labels[row.argmax()]}\t{row.max():.6f}\n" for row in probabilities)
+    return "label\tprobability\n" + "".join(rows)

@@ -1,0 +1,224 @@
+"""Fine-tuning: the loop of Algorithm 1 (Progtuning, arXiv 2506.21119), evaluation, and what they cost."""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from progtuning import accounting, metrics
+from progtuning.bert import Model
+from progtuning.config import BertConfig, PeftConfig, TrainConfig
+from progtuning.data.batching import EncodedRows, TrainBatches, evaluation_batches, split
+from progtuning.data.text import Task
+from progtuning.engine import StageEngine
+from progtuning.errors import RunError
+from progtuning.measure import Clock, peak_bytes, reset_peak_bytes
+from progtuning.optim import build_optimizer, linear_schedule
+from progtuning.stages import Schedule, Stage, make_schedule
+
+LOG_EVERY = 10  # optimizer steps; the loss is read from the device only then
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # outputs of Model.head, labels -> mean over the batch
+    "classification": F.cross_entropy,  # (B, C) float, (B,) int64
+    "regression": lambda scores, labels: F.mse_loss(scores.squeeze(-1), labels),  # (B, 1) float, (B,) float
+}
+
+
+@dataclass
+class StageCost:
+    """What one stage of a run did and cost."""
+
+    stage: Stage
+    trainable_parameters: int
+    clock: Clock
+    steps: int = 0
+    forward_flops: int = 0
+    backward_flops: int = 0
+    peak_bytes: int | None = None
+
+    def to_dict(self, steps_per_epoch: int) -> dict:
+        """The stage as `summary.json` has it. Updated parameters: those trainable, once an epoch (Section 4.1)."""
+        blocks = self.stage.blocks
+        return {
+            "stage": self.stage.index + 1,
+            "steps": self.steps,
+            "active_blocks": [blocks[0] + 1, blocks[-1] + 1] if blocks else None,  # counted from 1
+            "embeddings": self.stage.embeddings,
+            "trainable_parameters": self.trainable_parameters,
+            "updated_parameters": round(self.trainable_parameters * self.steps / steps_per_epoch),
+            "forward_flops": self.forward_flops,
+            "backward_flops": self.backward_flops,
+            "seconds": self.clock.seconds(),
+            "peak_bytes": self.peak_bytes,
+        }
+
+
+@dataclass
+class Trainer:
+    """A model, its training data and the settings of a run; `fit` trains it.
+
+    `model` has its trainable parameters selected already (requires_grad). `log` takes every row of `metrics.jsonl`. After `fit`,
+    `costs` has an entry for each stage.
+    """
+
+    model: Model
+    data: EncodedRows
+    settings: TrainConfig
+    device: torch.device
+    log: Callable[[Mapping], None] = lambda row: None
+    costs: list[StageCost] = field(default_factory=list)
+
+    def __post_init__(self):
+        settings = self.settings
+        self.model.to(self.device)
+        self.loss = LOSSES[self.model.config.head]
+        self.schedule: Schedule = make_schedule(
+            settings.schedule, self.model.num_blocks, settings.num_stages, settings.embeddings
+        )
+        self.batches = TrainBatches(self.data.lengths, settings.batch_size, settings.seed, settings.group_by_length)
+        self.num_steps = settings.epochs * len(self.batches)
+        self.optimizer = build_optimizer(self.model, settings.lr, settings.weight_decay)
+        self.lr_schedule = linear_schedule(self.optimizer, self.num_steps, math.ceil(settings.warmup * self.num_steps))
+        self.engine = StageEngine(self.model, self.optimizer, settings.prefix_dropout)
+        self.losses: list[Tensor] = []  # of the steps since the last row of the log
+
+    def fit(self, after_epoch: Callable[[int], None] = lambda epoch: None) -> None:
+        """Algorithm 1. Its first lines stand outside: PEFT selects or adds parameters before the engine is built, and Eq. 2
+        and 3 divide the blocks into the stages of `self.schedule`. Then
+
+            for each epoch e = 1 .. T                                              (1)
+                for each batch                                                     (2)
+                    S_t <- the blocks that train in this stage, and H              (3)
+                    forward; backward through S_t alone                            (4)
+                    update S_t                                                     (5)
+
+        Raises RunError where the loss is not finite.
+        """
+        settings, step = self.settings, 0
+        torch.manual_seed(settings.seed)  # of dropout
+        with tqdm(total=self.num_steps, unit="step", disable=None) as bar:
+            for epoch in range(settings.epochs):  # (1)
+                self.engine.train()
+                for batch in self.batches.epoch(epoch):  # (2)
+                    stage = self.schedule.at_step(step, self.num_steps)
+                    if stage != self.engine.stage:  # (3)
+                        self.enter(stage)
+                    cost = self.costs[-1]
+                    for piece in split(batch, settings.accumulation_steps):  # (4)
+                        inputs, labels = load(self.data, piece, self.device)
+                        with cost.clock.phase("forward"), autocast(self.device, settings.precision):
+                            loss = self.loss(self.engine(**inputs), labels) * (len(piece) / len(batch))
+                        with cost.clock.phase("backward"):
+                            loss.backward()
+                        self.count(loss, *inputs["input_ids"].shape)
+                    with cost.clock.phase("optimizer"):  # (5)
+                        self.clip_gradients()
+                        self.optimizer.step()
+                        self.lr_schedule.step()
+                        self.optimizer.zero_grad()
+                    step += 1
+                    cost.steps += 1
+                    self.report(step, epoch, bar)
+                cost.peak_bytes = peak_bytes(self.device)
+                after_epoch(epoch)
+
+    def enter(self, stage: Stage) -> None:
+        """Begin a stage: its trainable set, its account."""
+        if self.costs:
+            self.costs[-1].peak_bytes = peak_bytes(self.device)
+        reset_peak_bytes(self.device)
+        self.engine.enter(stage)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.costs.append(StageCost(stage, sum(p.numel() for p in parameters), Clock(self.device)))
+
+    def count(self, loss: Tensor, batch: int, length: int) -> None:
+        """Add the FLOPs and the loss of one forward and backward pass over (batch, length) tokens."""
+        cost = self.costs[-1]
+        forward, backward = _flops(self.model.config, self.settings.peft, cost.stage, batch, length)
+        cost.forward_flops += forward
+        cost.backward_flops += backward
+        self.losses.append(loss.detach())
+
+    def clip_gradients(self) -> None:
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf)
+
+    def account(self) -> dict:
+        """Return what `summary.json` says of the stages."""
+        settings, stages = self.settings, [cost.to_dict(len(self.batches)) for cost in self.costs]
+        full = make_schedule("full", self.model.num_blocks, 1)
+        return {
+            "stages": stages,
+            "updated_parameters": sum(stage["updated_parameters"] for stage in stages),
+            "updated_parameters_full": accounting.updated_parameters(self.model.config, full, settings.epochs, settings.peft),
+        }
+
+    def report(self, step: int, epoch: int, bar: tqdm) -> None:
+        """Log the mean loss every LOG_EVERY steps; only then does the host wait for the device."""
+        bar.update()
+        if step % LOG_EVERY and step != self.num_steps:
+            return
+        steps = (step - 1) % LOG_EVERY + 1
+        loss, stage = torch.stack(self.losses).sum().item() / steps, self.engine.stage.index + 1
+        if not math.isfinite(loss):
+            raise RunError(f"the loss is {loss} in steps {step - steps + 1}..{step} (stage {stage}): try a lower --lr")
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.log({"step": step, "epoch": epoch + 1, "stage": stage, "loss": loss, "lr": lr})
+        bar.set_postfix(stage=stage, loss=f"{loss:.3f}")
+        self.losses.clear()
+
+
+@lru_cache(maxsize=4096)  # a run has few shapes: lengths up to the limit, in a few stages
+def _flops(config: BertConfig, peft: PeftConfig, stage: Stage, batch: int, length: int) -> tuple[int, int]:
+    matmuls = accounting.matmuls(config, stage, peft, batch, length)
+    return sum(matmul.forward_flops for matmul in matmuls), sum(matmul.backward_flops for matmul in matmuls)
+
+
+def autocast(device: torch.device, precision: str):
+    """The context of a forward pass: bf16 autocast, or none for fp32."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def load(data: EncodedRows, rows: list[int], device: torch.device) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Return the model's inputs and the labels of `rows`, on the device."""
+    batch = {
+        key: value.to(device, non_blocking=True)
+        for key, value in data.collate(rows).items()
+        if value is not None and key != "index"
+    }
+    return {key: value for key, value in batch.items() if key != "labels"}, batch.get("labels")
+
+
+@torch.no_grad()
+def predict(
+    model: Model, data: EncodedRows, batch_size: int, device: torch.device, precision: str = "fp32"
+) -> np.ndarray:
+    """Return the head's outputs, (N, C) float32, for the N rows of `data` in their order. The model is left in eval mode."""
+    model.to(device).eval()
+    outputs = np.empty((len(data), model.config.num_outputs), dtype=np.float32)
+    for rows in tqdm(evaluation_batches(data.lengths, batch_size), unit="batch", leave=False, disable=None):
+        with autocast(device, precision):
+            logits = model(**load(data, rows, device)[0])
+        outputs[rows] = logits.float().cpu().numpy()
+    return outputs
+
+
+def measure_splits(
+    model: Model, splits: Mapping[str, EncodedRows], task: Task, batch_size: int, device: torch.device, precision: str
+) -> dict[str, float]:
+    """Return the task's metrics on every held-out split, under "metric", or "split/metric" where there are several splits."""
+    values = {}
+    for name, data in splits.items():
+        outputs = predict(model, data, batch_size, device, precision)
+        predictions = outputs[:, 0] if task.is_regression else outputs.argmax(axis=1)
+        measured = metrics.compute(task.metrics, predictions, data.labels.numpy())
+        values |= measured if len(splits) == 1 else {f"{name}/{metric}": value for metric, value in measured.items()}
+    return values

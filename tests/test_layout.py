@@ -1,0 +1,79 @@
+"""The structure of the package: imports go one way, nothing reads a pickle, nothing but the five runtime packages is needed."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import progtuning
+
+PACKAGE = Path(progtuning.__file__).parent
+# Each may import from those before it alone.
+ORDER = (
+    "errors files partition stages config accounting bert peft dps checkpoint sources data metrics measure optim cache engine train run "
+    "report cli __main__"
+).split()
+RUNTIME = {"torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "tqdm"}
+
+
+def imports(path: Path) -> set[str]:
+    """Return the dotted names of the modules that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path} imports by a relative name"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def unit(dotted: str) -> str | None:
+    """Return which entry of ORDER a dotted name `progtuning.x.y` belongs to."""
+    parts = dotted.split(".")
+    return parts[1] if parts[0] == "progtuning" and len(parts) > 1 and not parts[1].startswith("__") else None
+
+
+def test_imports_go_only_up_the_list_of_modules():
+    for path in PACKAGE.rglob("*.py"):
+        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if own == "__init__":
+            assert not any(name.startswith("progtuning") for name in imports(path))
+            continue
+        used = {unit(name) for name in imports(path)} - {None, own}
+        late = [name for name in used if ORDER.index(name) > ORDER.index(own)]
+        assert not late, f"{path.name} imports {late}, which stand after it"
+
+
+def test_only_the_runtime_packages_and_the_standard_library_are_imported_matplotlib_for_plots():
+    for path in PACKAGE.rglob("*.py"):
+        outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"progtuning"}
+        allowed = RUNTIME | ({"matplotlib"} if path.name == "report.py" else set())
+        assert outside <= allowed, f"{path.name} imports {outside - allowed}"
+
+
+def test_no_module_reads_or_writes_a_pickle():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not {name.split(".")[0] for name in imports(path)} & {"pickle", "dill", "cloudpickle", "joblib", "shelve"}
+        assert not re.search(r"torch\.(load|save)\(|allow_pickle|\beval\(|\bexec\(", text.replace(".eval(", "")), path.name
+
+
+def test_the_model_and_the_methods_name_no_stage_and_no_loop():
+    bert = (PACKAGE / "bert.py").read_text(encoding="utf-8")
+    assert not re.search(r"\b(lora|adapter|bitfit|spafit|boundary|Stage)\b", bert, re.IGNORECASE)
+
+
+def test_importing_every_module_touches_no_network_and_plans_without_torch():
+    code = (
+        "import socket, sys\n"
+        "def refuse(*args, **kwargs): raise SystemExit('network at import')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "import progtuning.cli\n"
+        "assert 'torch' not in sys.modules, 'the command line imports torch before it needs it'\n"
+        "import importlib, pkgutil, progtuning\n"
+        "for module in pkgutil.walk_packages(progtuning.__path__, 'progtuning.'):\n"
+        "    if not module.name.endswith('__main__'): importlib.import_module(module.name)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
