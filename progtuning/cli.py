@@ -81,7 +81,7 @@ def build_parser() -> Parser:
 
     plan_command = add_command(commands, "plan", run_plan, "what every stage of a run will cost; needs no weights")
     plan_command.add_argument("--model", required=True, help=f"{', '.join(ARCHITECTURES)}, a config.json or its folder")
-    plan_command.add_argument("--length", type=int, default=128, help="tokens a sequence (%(default)s)")
+    plan_command.add_argument("--length", type=int, help="tokens a sequence (128, or what the model takes)")
     plan_command.add_argument("--labels", type=int, default=2, help="classes; 1 is regression (%(default)s)")
     plan_command.add_argument("--head", default="classification", choices=("classification", "question-answering"))
     add_train_options(plan_command, only=("schedule", "stages", "embeddings", "epochs", "batch_size", "precision"))
@@ -128,7 +128,7 @@ def add_train_options(parser: Parser, only: Sequence[str] | None = None) -> None
         "weight_decay": "AdamW's decay of weights, not of biases and LayerNorms",
         "warmup": "share of the steps in which the learning rate rises",
         "max_grad_norm": "clip the gradient's norm; 0 does not",
-        "max_length": "tokens a sequence",
+        "max_length": "tokens a sequence (128, or what the model takes)",
         "precision": "fp32 or bf16",
         "prefix_dropout": "dropout in the frozen blocks",
         "group_by_length": "batches of like lengths",
@@ -235,8 +235,9 @@ def run_plan(args: argparse.Namespace) -> None:
     config = config.with_head(head, tuple(f"LABEL_{i}" for i in range(args.labels)))
     settings = train_config(args)
     schedule = make_schedule(settings.schedule, config.num_hidden_layers, settings.num_stages, settings.embeddings)
+    length = min(128, config.max_length) if args.length is None else args.length
     document = plan(
-        config, schedule, settings.epochs, PeftConfig(), settings.batch_size, args.length, args.model, precision=settings.precision
+        config, schedule, settings.epochs, PeftConfig(), settings.batch_size, length, args.model, precision=settings.precision
     )
     print_json(document) if args.json else print(report.plan_table(document))
 

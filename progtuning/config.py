@@ -301,7 +301,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     warmup: float = 0.1  # share of the optimizer steps
     max_grad_norm: float = 1.0  # 0: no clipping
-    max_length: int = 128  # tokens
+    max_length: int | None = None  # tokens; None: 128, or what the model takes where that is less
     precision: str = "fp32"  # or "bf16", autocast
     prefix_dropout: bool = True
     group_by_length: bool = True
@@ -315,9 +315,9 @@ class TrainConfig:
         _check_choice("--embeddings", self.embeddings, EMBEDDING_POLICIES)
         _check_choice("--precision", self.precision, PRECISIONS)
         _check_choice("--evaluate", self.evaluate, ("epoch", "end"))
-        if self.stages is not None:
-            _check_number("--stages", self.stages, int, low=1)
-        for name in ("epochs", "batch_size", "accumulation_steps", "max_length"):
+        for name in ("epochs", "stages", "batch_size", "accumulation_steps", "max_length"):
+            if getattr(self, name) is None and name in ("stages", "max_length"):
+                continue
             _check_number(f"--{name.replace('_', '-')}", getattr(self, name), int, low=1)
         for name, high in (("lr", _INFINITY), ("weight_decay", _INFINITY), ("warmup", 1), ("max_grad_norm", _INFINITY)):
             _check_number(f"--{name.replace('_', '-')}", getattr(self, name), float, low=0, high=high)

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +67,8 @@ def fine_tune(
     task = splits.task
     config = BertConfig.from_json(model_folder / CONFIG)
     config = config.with_head("regression" if task.is_regression else "classification", task.labels)
+    if settings.max_length is None:
+        settings = replace(settings, max_length=min(128, config.max_length))
     tokenizer = load_tokenizer(model_folder, config)
     train_rows = encode_examples(splits.train, tokenizer, settings.max_length)
     dev_rows = {name: encode_examples(rows, tokenizer, settings.max_length) for name, rows in splits.dev.items()}

