@@ -1,11 +1,19 @@
-"""Weights on disk: Hugging Face safetensors in and out. Nothing here reads or writes a pickle.
+"""Weights on disk: Hugging Face and PEFT safetensors in and out. Nothing here reads or writes a pickle.
 
 A model folder is `config.json` and `model.safetensors`, or shards listed by `model.safetensors.index.json`. The tensors of embeddings,
 encoder and pooler stand under the prefix `bert.` or `roberta.`, or under none (a bare encoder); the head's stand under none.
+
+The folder of a model that a PEFT method trained has `config.json` and only what was trained: LoRA in the format of the
+library peft (`adapter_config.json`, `adapter_model.safetensors`), any other method in `trained.json` and
+`trained.safetensors`. Both name the base model and carry a digest of every base tensor that the method leaves alone, so
+that what is loaded is what was saved, or an error.
 """
 
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +22,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from progtuning.accounting import units
 from progtuning.bert import Model
-from progtuning.config import BertConfig
+from progtuning.config import BLOCK_LINEARS, BertConfig, PeftConfig
 from progtuning.errors import InputError
 from progtuning.files import read_json, replacing, write_json
+from progtuning.peft import apply_peft
+from progtuning.peft.lora import lora_layers
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+LORA_WEIGHTS, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # the names that peft gives them
+TRAINED_WEIGHTS, TRAINED_CONFIG = "trained.safetensors", "trained.json"
 _BACKBONE = ("embeddings.", "encoder.", "pooler.")  # under the prefix in a file; the rest is the head's last layers
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -71,14 +84,223 @@ def save_pretrained(model: Model, folder: str | Path) -> None:
 
     Raises RunError where the disk refuses; a file is written whole or not at all.
     """
-    prefix = f"{model.config.model_type}." if model.config.head else ""
-    state = {
-        (prefix if name.startswith(_BACKBONE) else "") + name: tensor.detach().float().cpu().contiguous()
-        for name, tensor in model.state_dict().items()
-    }
-    with replacing(Path(folder) / WEIGHTS) as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
+    _save(model, model.state_dict(), Path(folder) / WEIGHTS)
     write_json(Path(folder) / CONFIG, model.config.to_dict())
+
+
+def _save(model: Model, names: Iterable[str], path: Path, prefix: str = "", **metadata: str) -> None:
+    """Write the tensors `names` of a model, in fp32, under the keys of Hugging Face with `prefix` before them."""
+    state = model.state_dict()
+    tensors = {prefix + _key(name, model.config): state[name].float().cpu().contiguous() for name in sorted(names)}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+
+
+def _key(name: str, config: BertConfig) -> str:
+    """Map our parameter's name to the key that it has in a file; `_internal_name` is the way back."""
+    return f"{config.model_type}.{name}" if config.head and name.startswith(_BACKBONE) else name
+
+
+_DIGEST = "base_sha256"
+_LORA_PREFIX = "base_model.model."
+_HEAD_MODULES = {"classification": "classifier", "regression": "classifier", "question-answering": "qa_outputs"}
+_TASK_TYPES = {"classifier": "SEQ_CLS", "qa_outputs": "QUESTION_ANS", None: "FEATURE_EXTRACTION"}
+# Keys of an adapter_config.json that are read elsewhere, or with which a trained LoRA computes the same whatever their
+# value: what is wrapped is read from the tensors.
+_LORA_WITHOUT_EFFECT = frozenset(
+    """
+    auto_mapping base_model_name_or_path exclude_modules inference_mode layers_pattern lora_alpha lora_dropout
+    megatron_core modules_to_save peft_type peft_version qalora_group_size r revision target_modules task_type
+    """.split()
+)
+# Values other than None, false and empty with which a key changes nothing. Any other setting may be another model.
+_LORA_NEUTRAL = {"bias": ("none",), "init_lora_weights": (True, "gaussian")}
+
+
+def save_peft(model: Model, folder: str | Path, peft: PeftConfig, base_model: str) -> None:
+    """Write what `peft` trained in `model` into an existing folder, with the name of the base model that it belongs to.
+
+    LoRA is written as the library peft reads it, other methods in our own format. Merged layers are written as if they
+    were not. Raises ValueError for method "none", which trains whole models, and RunError where the disk refuses.
+    """
+    if peft.method == "none":
+        raise ValueError("peft.method must not be none: save_pretrained writes whole models")
+    folder, trained = Path(folder), _trained_shapes(model.config, peft)
+    digest = base_digest(model, trained)
+    if peft.method == "lora":
+        _save(model, trained, folder / LORA_WEIGHTS, prefix=_LORA_PREFIX, **{_DIGEST: digest})
+        write_json(folder / LORA_CONFIG, _lora_config(model.config, peft, base_model))
+    else:
+        _save(model, trained, folder / TRAINED_WEIGHTS)
+        names = sorted(_key(name, model.config) for name in trained)
+        values = {"base_model": base_model, _DIGEST: digest, "peft": asdict(peft), "tensors": names}
+        write_json(folder / TRAINED_CONFIG, values)
+    write_json(folder / CONFIG, model.config.to_dict())
+
+
+def base_model_name(folder: str | Path) -> str | None:
+    """Return the base model of a folder that `save_peft` or the library peft wrote; None for any other folder.
+
+    Raises InputError where the folder's file is damaged or names none.
+    """
+    for name, key in ((LORA_CONFIG, "base_model_name_or_path"), (TRAINED_CONFIG, "base_model")):
+        path = Path(folder) / name
+        if path.is_file():
+            base_model = _read_object(path).get(key)
+            if not isinstance(base_model, str) or not base_model:
+                raise InputError(f"{path}: key {key!r} must name the base model, got {base_model!r}")
+            return base_model
+    return None
+
+
+def load_peft(model: Model, folder: str | Path) -> PeftConfig:
+    """Apply to a base model what a folder of `save_peft`, or of the library peft with LoRA, holds; return the method.
+
+    `model` is the base model under the head of the folder's `config.json`. Raises InputError where a file is missing or
+    damaged, where a setting is not supported, or where the folder was written for another base; the model is then as it
+    was.
+    """
+    folder = Path(folder)
+    if (folder / LORA_CONFIG).is_file():
+        return _load_lora(model, folder / LORA_CONFIG, folder / LORA_WEIGHTS)
+    path = folder / TRAINED_CONFIG
+    values = _read_object(path)
+    peft, trained = _method(values.get("peft"), model.config, path)
+    with ExitStack() as stack:
+        file = _open(folder / TRAINED_WEIGHTS, stack)
+        _check_base(model, trained, values.get(_DIGEST), folder)
+        tensors = _read_trained(file, {_internal_name(key, model.config): key for key in file.tensors.keys()}, trained)
+    _apply(model, peft, tensors)
+    return peft
+
+
+def base_digest(model: Model, trained: Iterable[str]) -> str:
+    """Return the SHA-256, in hexadecimal, of the model's base without the parameters `trained`.
+
+    Hashed are, in the order of their Hugging Face names (without the prefix of the model's type), of every other
+    parameter the line "name dtype shape" and its bytes. Wrapping and merging change nothing, nor does training.
+    """
+    merged = {f"{name}.weight": layer.base_weight for name, layer in lora_layers(model) if layer.merged}
+    base = {name: merged.get(name, parameter) for name, parameter in model.named_parameters()}
+    digest = hashlib.sha256()
+    for name in sorted(base.keys() - set(trained)):
+        tensor = base[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _lora_config(config: BertConfig, peft: PeftConfig, base_model: str) -> dict:
+    """Return the adapter_config.json with which peft rebuilds the model."""
+    head = _HEAD_MODULES.get(config.head)
+    targets = []
+    for target in sorted(peft.lora_targets):
+        name = BLOCK_LINEARS[target]  # peft adapts every layer whose name ends with one of these
+        if target == "output":  # as attention.output.dense does
+            targets += [f"layer.{index}.{name}" for index in range(config.num_hidden_layers)]
+        else:
+            targets.append(name.removeprefix("attention.self."))
+    return {
+        "peft_type": "LORA",
+        "task_type": _TASK_TYPES[head],
+        "base_model_name_or_path": base_model,
+        "r": peft.lora_r,
+        "lora_alpha": peft.lora_alpha,
+        "lora_dropout": peft.lora_dropout,
+        "target_modules": targets,
+        "modules_to_save": [head] if head else None,
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def _load_lora(model: Model, config_path: Path, path: Path) -> PeftConfig:
+    values = _read_object(config_path)
+    _check_lora_settings(values, config_path)
+    with ExitStack() as stack:
+        file = _open(path, stack)
+        keys = {_internal_name(key.removeprefix(_LORA_PREFIX), model.config): key for key in file.tensors.keys()}
+        settings = {key: values.get(key) for key in ("lora_alpha", "lora_dropout")}
+        settings |= {"method": "lora", "lora_r": values.get("r"), "lora_targets": _lora_targets(keys, path)}
+        peft, trained = _method(settings, model.config, config_path)
+        if not values.get("modules_to_save") and not any("lora_" not in name for name in keys):
+            trained = {name: shape for name, shape in trained.items() if "lora_" in name}  # the head is the base's
+        if digest := (file.tensors.metadata() or {}).get(_DIGEST):  # peft writes none
+            _check_base(model, trained, digest, path.parent)
+        tensors = _read_trained(file, keys, trained)
+    _apply(model, peft, tensors)
+    return peft
+
+
+def _check_lora_settings(values: Mapping, path: Path) -> None:
+    if values.get("peft_type") != "LORA":
+        raise InputError(f"{path}: key 'peft_type' must be 'LORA', got {values.get('peft_type')!r}")
+    for key, value in values.items():
+        off = (None, False, "", [], {}, *_LORA_NEUTRAL.get(key, ()))
+        if key not in _LORA_WITHOUT_EFFECT and value not in off:
+            raise InputError(f"{path}: key {key!r} changes what LoRA computes and is not supported, got {value!r}")
+
+
+def _lora_targets(names: Iterable[str], path: Path) -> tuple[str, ...]:
+    """Return which layers have LoRA, as keys of BLOCK_LINEARS, from the names of their tensors."""
+    targets = {layer: target for target, layer in BLOCK_LINEARS.items()}
+    found = set()
+    for name in names:
+        if ".lora_" not in name:
+            continue
+        match = re.fullmatch(r"encoder\.layer\.\d+\.(.+)\.lora_[AB]\.weight", name)
+        if match is None or match[1] not in targets:
+            raise InputError(f"{path}: tensor {name!r}: LoRA is supported on {', '.join(targets)} of a block")
+        found.add(targets[match[1]])
+    if not found:
+        raise InputError(f"{path}: no tensor of LoRA (lora_A, lora_B) in the file")
+    return tuple(target for target in BLOCK_LINEARS if target in found)
+
+
+def _trained_shapes(config: BertConfig, peft: PeftConfig) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every parameter that a method trains, over all stages."""
+    model = units(config, peft)
+    return {unit.prefix + name: unit.shapes[name] for unit in model for name in unit.trainable}
+
+
+def _check_base(model: Model, trained: Iterable[str], expected: object, folder: Path) -> None:
+    found = base_digest(model, trained)
+    if found != expected:
+        raise InputError(
+            f"{folder}: trained on another base model: the weights that it leaves alone have SHA-256 {expected}, "
+            f"those of the given base {found}"
+        )
+
+
+def _read_trained(file: "_TensorFile", keys: Mapping[str, str], trained: Mapping) -> dict[str, Tensor]:
+    """Read exactly the tensors `trained`. Raises InputError where the file has fewer or more, or of other shapes."""
+    for name in sorted(trained.keys() ^ keys.keys()):
+        kind = "missing" if name in trained else "unexpected: the method trains no such parameter"
+        raise InputError(f"{file.path}: tensor {keys.get(name, name)!r} is {kind}")
+    return {name: _read(file, keys[name], shape) for name, shape in trained.items()}
+
+
+def _apply(model: Model, peft: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+    apply_peft(model, peft)
+    model.load_state_dict(tensors, strict=False)
+
+
+def _method(values: object, config: BertConfig, path: Path) -> tuple[PeftConfig, dict[str, tuple[int, ...]]]:
+    """Return the method whose settings a file gives, and name and shape of what it trains. Raises InputError."""
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: key 'peft' must be an object, got {values!r}")
+    try:
+        peft = PeftConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        return peft, _trained_shapes(config, peft)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _read_object(path: Path) -> dict:
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
 
 
 def _internal_name(key: str, config: BertConfig) -> str:
