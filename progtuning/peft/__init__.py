@@ -1,15 +1,15 @@
-"""Fine-tuning methods that train few parameters, put into a built model from outside (Algorithm 1 of Progtuning, its first line).
+"""Fine-tuning methods that train few parameters, put into a built model from outside (Algorithm 1 of Progtuning).
 
-A method inserts modules, and says of every parameter whether it trains. Parameters of the base keep their names, which are those
-of Hugging Face checkpoints; what is inserted stands in its block (`encoder.layer.3.output.adapter.down.weight`), so that the stage
-engine partitions it with the block.
+A method inserts modules, and says of every parameter whether it trains. Parameters of the base keep their names, which
+are those of Hugging Face checkpoints; what is inserted stands in its block, as in
+`encoder.layer.3.output.adapter.down.weight`, so that the stage engine partitions it with the block.
 
-    method    E                   a block                                                      H
-    none      all                 all                                                          all
-    adapter   -                   two adapters, the LayerNorms by option                       all but the pooler
-    lora      -                   A and B of the targets                                       all but the pooler
-    bitfit    LayerNorm's bias    biases                                                       all but the pooler's weight
-    spafit    -                   by group: nothing; biases; A and B, and biases elsewhere     all but the pooler's weight
+    method    E                  a block                                                   H
+    none      all                all                                                       all
+    adapter   -                  two adapters, the LayerNorms by option                    all but the pooler
+    lora      -                  A and B of the targets                                    all but the pooler
+    bitfit    LayerNorm's bias   biases                                                    all but the pooler's weight
+    spafit    -                  by group: nothing; biases; A and B, and other biases      all but the pooler's weight
 
 The pooler is BERT's, and pre-trained. RoBERTa's classification head has none and trains whole.
 """
@@ -28,8 +28,8 @@ from progtuning.peft.spafit import insert_spafit, spafit_trains
 def apply_peft(model: Model, peft: PeftConfig, seed: int = 0) -> None:
     """Insert the modules of `peft.method` and make exactly what it trains require a gradient.
 
-    What is drawn depends on `seed` alone; the global random state is left as it was. Raises InputError where the method does not
-    fit the model, which is then as it was, and ValueError where the model has inserted modules already.
+    What is drawn depends on `seed` alone; the global random state is left as it was. Raises InputError where the method
+    does not fit the model, which is then as it was, and ValueError where the model has inserted modules already.
     """
     if any(isinstance(module, (AdaptedOutput, LoRALinear)) for module in model.modules()):
         raise ValueError("the model has adapters or LoRA already")
@@ -47,16 +47,17 @@ def apply_peft(model: Model, peft: PeftConfig, seed: int = 0) -> None:
 
 
 def trainable_names(model: Model, peft: PeftConfig) -> set[str]:
-    """Return the names of the parameters that `peft` trains in `model`, to which it has been applied, over all stages."""
+    """Return the names of all parameters that `peft` trains in `model`, to which it has been applied."""
     if peft.method == "none":
         return {name for name, _ in model.named_parameters()}
     names = {name for name, _ in model.named_parameters() if _outside_blocks_trains(name, peft)}
     for index, block in enumerate(model.encoder.layer):
-        names |= {f"encoder.layer.{index}.{name}" for name, _ in block.named_parameters() if _trains(name, index, model, peft)}
+        trained = (name for name, _ in block.named_parameters() if _in_block_trains(name, index, model, peft))
+        names |= {f"encoder.layer.{index}.{name}" for name in trained}
     return names
 
 
-def _trains(name: str, index: int, model: Model, peft: PeftConfig) -> bool:
+def _in_block_trains(name: str, index: int, model: Model, peft: PeftConfig) -> bool:
     """Say whether the parameter `name` of block `index` trains."""
     if peft.method == "adapter":
         return adapter_trains(name, peft.adapter_layer_norms)

@@ -1,9 +1,9 @@
-"""Adapters (Houlsby et al. 2019, arXiv 1902.00751): two small bottlenecks in every block, trained while the block stays frozen.
+"""Adapters (Houlsby et al. 2019, arXiv 1902.00751): two trained bottlenecks in every block, which itself stays frozen.
 
     D  hidden_size    A  adapter size    f  nonlinearity
 
-Each half of a block ends with dense -> dropout -> residual sum -> LayerNorm. The adapter stands before the residual sum (their
-Figure 2):
+Each half of a block ends with dense -> dropout -> residual sum -> LayerNorm. The adapter stands before the residual sum
+(their Figure 2):
 
     x -> dense -> dropout -> x + up(f(down(x))) -> + residual -> LayerNorm
                              down: D -> A    up: A -> D
@@ -19,7 +19,7 @@ INIT_STD = 1e-2  # Section 3.6: a zero-mean Gaussian of this deviation, truncate
 
 
 class Adapter(nn.Module):
-    """x + up(f(down(x))): (..., D) -> (..., D). Near the identity at the start, since both projections are near zero."""
+    """x + up(f(down(x))): (..., D) -> (..., D). Near the identity at the start: both projections are near zero."""
 
     def __init__(self, hidden_size: int, size: int, activation: str, generator: torch.Generator):
         super().__init__()
@@ -35,7 +35,7 @@ class Adapter(nn.Module):
 
 
 class AdaptedOutput(nn.Module):
-    """The end of half a block with an adapter in it. The layers of `output` keep their names; the adapter is `adapter`."""
+    """The end of half a block, with an adapter in it. The layers of `output` keep their names."""
 
     def __init__(self, output: Output, adapter: Adapter):
         super().__init__()
@@ -56,5 +56,5 @@ def insert_adapters(model: Model, size: int, activation: str, generator: torch.G
 
 
 def adapter_trains(name: str, layer_norms: bool) -> bool:
-    """Say whether a block's parameter `name` trains: the adapters and, as in the paper (Section 2.1), the block's LayerNorms."""
+    """Say whether a block's parameter `name` trains: the adapters and, as in Section 2.1, the LayerNorms."""
     return ".adapter." in name or (layer_norms and ".LayerNorm." in name)

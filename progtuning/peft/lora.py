@@ -4,8 +4,8 @@
 
     W  (n_out, n_in), frozen    A  lora_A (r, n_in)    B  lora_B (n_out, r)    alpha / r  scaling
 
-A starts from Kaiming's uniform distribution and B at zero, so that the start is the frozen layer. `merge` adds the update to W,
-after which the layer costs what it did before; `unmerge` gives W back bit for bit.
+A starts from Kaiming's uniform distribution and B at zero, so that the start is the frozen layer. `merge` adds the
+update to W, after which the layer costs what it did before; `unmerge` gives W back bit for bit.
 """
 
 import math
@@ -22,9 +22,9 @@ from progtuning.errors import InputError
 
 
 class LoRALinear(nn.Module):
-    """A linear layer with an update of rank `r`: (..., n_in) -> (..., n_out). `weight` and `bias` are those of `linear`.
+    """A linear layer with an update of rank `r`: (..., n_in) -> (..., n_out).
 
-    Once merged, A and B have no part in the forward pass and get no gradient.
+    `weight` and `bias` are those of `linear`. Once merged, A and B have no part in the forward pass and no gradient.
     """
 
     def __init__(self, linear: nn.Linear, r: int, alpha: float, dropout: float, generator: torch.Generator):
@@ -51,14 +51,14 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W <- W + (alpha / r) B A. A layer that is merged stays as it is. Keeps a copy of W, since rounding has no inverse."""
+        """W <- W + (alpha / r) B A, unless it is merged. Keeps a copy of W, since the sum's rounding has no inverse."""
         if not self.merged:
             self.base_weight = self.weight.clone()
             self.weight += self.lora_B.weight @ self.lora_A.weight * self.scaling
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Give W back, bit for bit. A layer that is not merged stays as it is."""
+        """Give W back, bit for bit, if it is merged."""
         if self.merged:
             self.weight.copy_(self.base_weight)
             self.base_weight = None

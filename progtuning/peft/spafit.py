@@ -1,13 +1,15 @@
-"""SPAFIT (Arora & Wang 2024, arXiv 2405.00201): the blocks in three groups, from below, each tuned more than the one before.
+"""SPAFIT (Arora & Wang 2024, arXiv 2405.00201): the blocks in three groups, each tuned more than the one below it.
 
     group 1   blocks  0 .. N1-1     frozen, as is E
     group 2   blocks N1 .. N2-1     biases
     group 3   blocks N2 .. L-1      LoRA on the targets, the biases of every other layer
 
-H trains too: its last layers, and of the pooler the bias. Under a schedule, a stage trains what it has in common with the groups.
-The paper's variants are named after their bounds, of the 24 blocks of BERT-large; for other depths the bounds are in proportion,
-rounded down.
+H trains too: its last layers, and of the pooler the bias. Under a schedule, a stage trains what it has in common with
+the groups. The paper's variants are named after their bounds, of the 24 blocks of BERT-large; for other depths the
+bounds are in proportion, rounded down.
 """
+
+import re
 
 import torch
 
@@ -31,9 +33,8 @@ def parse_bounds(text: str, num_blocks: int) -> tuple[int, int]:
     if text in VARIANTS:
         n1, n2 = VARIANTS[text]
         return n1 * num_blocks // 24, n2 * num_blocks // 24
-    numbers = text.split(",")
-    if len(numbers) == 2 and all(number.strip().isdecimal() for number in numbers):
-        n1, n2 = map(int, numbers)
+    if numbers := re.fullmatch(r"\s*(\d{1,9})\s*,\s*(\d{1,9})\s*", text):
+        n1, n2 = map(int, numbers.groups())
         if n1 <= n2 <= num_blocks:
             return n1, n2
     names = " or ".join(VARIANTS)
