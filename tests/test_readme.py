@@ -1,0 +1,89 @@
+"""The README: its commands and its code run as they stand."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from progtuning.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("sh") for line in block.splitlines()]
+
+
+def test_the_first_screen_has_the_two_commands_and_ci_runs_the_second_word_for_word():
+    first_screen = "\n".join(README.splitlines()[:25])
+    demo, tests = (block.strip() for block in blocks("sh")[:2])
+    assert demo in first_screen and demo.endswith("progtuning demo")
+    assert tests in first_screen and tests.endswith("pytest")
+    script = (ROOT / ".ci" / "run").read_text()
+    pattern = re.search(r"grep -E '(.*)' README\.md", script)[1]
+    assert [line for line in README.splitlines() if re.search(pattern, line)] == [tests]
+    for command in (demo, tests):
+        assert command.startswith("python3 -m venv .venv && .venv/bin/python -m pip install -c requirements.txt -e ")
+
+
+def test_the_python_blocks_run_as_they_stand(minilm, tmp_path):
+    for block in blocks("python"):
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "-c", block], check=True, cwd=tmp_path, env=environment)
+
+
+def test_the_commands_on_a_task_run_in_order(minilm, shared_data, tmp_path, monkeypatch, capsys):
+    """As they stand, but on 64 training rows: `--max-train-rows` is appended."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "glue_data").symlink_to(shared_data / "glue")
+    (tmp_path / "pairs.tsv").write_text("text\ttext_pair\nHe left .\tHe went away .\nIt rains .\tShares rose .\n")
+    ran = set()
+    for command in commands():
+        program, *arguments = shlex.split(command)
+        if program != "progtuning":
+            continue
+        if arguments[0] == "train":
+            arguments += ["--max-train-rows", "64"]
+        assert main(arguments) == 0, f"{command}\n{capsys.readouterr().err}"
+        ran.add(arguments[0])
+    assert ran == {"plan", "paper", "train", "evaluate", "predict"}
+    predictions = (tmp_path / "predictions.tsv").read_text().splitlines()
+    assert predictions[0] == "label\tprobability" and len(predictions) == 3
+
+
+def test_every_module_named_in_the_readme_exists():
+    for name in re.findall(r"`(\w+\.py)`", README):
+        assert (ROOT / "progtuning" / name).is_file(), name
+
+
+@pytest.mark.parametrize("schedule", ["shrinking", "without-low-blocks", "growing", "full"])
+def test_every_schedule_is_in_the_readmes_table(schedule):
+    assert re.search(rf"^\| `{schedule}` ", README, re.MULTILINE)
+
+
+def test_the_figures_on_embeddings_are_those_of_the_closed_forms():
+    from progtuning.accounting import updated_parameters
+    from progtuning.config import ARCHITECTURES
+    from progtuning.stages import make_schedule
+
+    config = ARCHITECTURES["bert-base-uncased"].with_head("classification", ("a", "b"))
+    full = updated_parameters(config, make_schedule("full", 12, 3), 3)
+    for policy, printed_parameters, printed_work in (("always", 26, 11), ("with-block-1", 40, 22)):
+        schedule = make_schedule("shrinking", 12, 3, policy)
+        assert round(100 * (1 - updated_parameters(config, schedule, 3) / full)) == printed_parameters
+        # Forward 1, input gradient 1, weight gradient 1 a block; three epochs of twelve blocks.
+        work = 0
+        for stage in schedule.stages:
+            crossed = 12 if stage.embeddings else len(stage.blocks)
+            work += 12 + crossed + len(stage.blocks)
+        assert round(100 * (1 - work / (3 * 12 * 3))) == printed_work
+        assert re.search(rf"`{policy}`.*\|\s+{printed_parameters} % \|\s+{printed_work} % \|", README)
