@@ -170,7 +170,7 @@ def _block_shapes(config: BertConfig, peft: PeftConfig, method: str) -> dict[str
         shapes |= {f"{name}.weight": (n_out, n_in), f"{name}.bias": (n_out,)}
         if method in ("lora", "lora+biases") and target in peft.lora_targets:
             if r > min(n_in, n_out):
-                raise InputError(f"--lora-r must be at most {min(n_in, n_out)} for {target}, {n_out} x {n_in}, got {r}")
+                raise InputError(f"--lora-r must be in 1..{min(n_in, n_out)} for {target} ({n_out} x {n_in}), got {r}")
             shapes |= {f"{name}.lora_A.weight": (r, n_in), f"{name}.lora_B.weight": (n_out, r)}
     for name in ("attention.output", "output"):
         shapes |= {f"{name}.LayerNorm.weight": (d,), f"{name}.LayerNorm.bias": (d,)}
