@@ -23,7 +23,7 @@ LAYERS = (*BLOCK_LINEARS.values(), "attention.output.LayerNorm", "output.LayerNo
 
 
 def group(index: int, n1: int, n2: int, targets) -> set[str]:
-    """What trains in block `index`, from DESIGN's sentence: frozen; biases; LoRA on the targets and biases elsewhere."""
+    """What trains in block `index`: nothing; or biases; or LoRA on the targets, and biases elsewhere."""
     layers = [BLOCK_LINEARS[target] for target in targets]
     if index < n1:
         names = set()
@@ -93,7 +93,9 @@ def test_two_numbers_in_order_are_read_back(num_blocks, data):
         assert 0 <= low <= high <= num_blocks
 
 
-@pytest.mark.parametrize("text", ["9,4", "4,13", "-1,4", "4", "4,", "4,9,12", "a,b", "4-8", "", "4.0,9", "9" * 5000 + ",1"])
+@pytest.mark.parametrize(
+    "text", ["9,4", "4,13", "-1,4", "4", "4,", "4,9,12", "a,b", "4-8", "", "4.0,9", "9" * 5000 + ",1"]
+)
 def test_other_bounds_are_an_error_that_says_what_is_allowed(text):
     with pytest.raises(InputError, match="must be 4-9 or 4-14, or N1,N2 with 0 <= N1 <= N2 <= 12, got"):
         parse_bounds(text, 12)
