@@ -10,7 +10,7 @@ from pathlib import Path
 
 from progtuning import __version__, report
 from progtuning.accounting import paper_rows, plan
-from progtuning.config import ARCHITECTURES, BertConfig, PeftConfig, TrainConfig
+from progtuning.config import ARCHITECTURES, BLOCK_LINEARS, BertConfig, DPSConfig, PeftConfig, TrainConfig, recipe
 from progtuning.errors import InputError, RunError
 from progtuning.files import check_new_folder, write_json, write_text
 from progtuning.stages import make_schedule
@@ -21,7 +21,10 @@ DEMO_SETTINGS = {"epochs": 3, "batch_size": 32, "lr": 1e-4, "max_length": 64, "e
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but that an error is one line."""
+    """argparse, but that an error is one line and no option can be abbreviated."""
+
+    def __init__(self, **values):
+        super().__init__(**values, allow_abbrev=False)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -65,6 +68,8 @@ def build_parser() -> Parser:
     add_task_options(train)
     train.add_argument("--output-dir", required=True, help="a new or empty folder")
     train.add_argument("--max-train-rows", type=int, metavar="N", help="train on a sample of N rows")
+    train.add_argument("--recipe", choices=("paper",), help="the values of the method's authors for all options not given")
+    train.add_argument("--merge", action="store_true", help="write a whole model, the PEFT method's update merged into it")
     add_train_options(train)
     add_run_options(train)
 
@@ -84,7 +89,10 @@ def build_parser() -> Parser:
     plan_command.add_argument("--length", type=int, help="tokens a sequence (128, or what the model takes)")
     plan_command.add_argument("--labels", type=int, default=2, help="classes; 1 is regression (%(default)s)")
     plan_command.add_argument("--head", default="classification", choices=("classification", "question-answering"))
-    add_train_options(plan_command, only=("schedule", "stages", "embeddings", "epochs", "batch_size", "precision"))
+    add_train_options(
+        plan_command,
+        only=("schedule", "stages", "embeddings", "epochs", "batch-size", "precision", *(row[0] for row in OPTIONS[PeftConfig])),
+    )
     plan_command.add_argument("--json", action="store_true", help="print JSON")
 
     paper = add_command(commands, "paper", run_paper, "the paper's Tables 2 and 3 and Figure 4 from the closed forms")
@@ -115,41 +123,100 @@ def add_run_options(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
 
 
+# The options that are fields of a settings class, by class: (option, field, help). What they allow is checked there.
+OPTIONS = {
+    TrainConfig: (
+        ("schedule", "schedule", "full, shrinking, growing or without-low-blocks"),
+        ("stages", "stages", "number of stages (one an epoch)"),
+        ("embeddings", "embeddings", "when E trains: with-block-1, always or never"),
+        ("epochs", "epochs", "passes over the training rows"),
+        ("batch-size", "batch_size", "examples an optimizer step"),
+        ("accumulation-steps", "accumulation_steps", "pieces that a batch is processed in, to save memory"),
+        ("lr", "lr", "peak learning rate"),
+        ("weight-decay", "weight_decay", "AdamW's decay of weights, not of biases and LayerNorms"),
+        ("warmup", "warmup", "share of the steps in which the learning rate rises"),
+        ("max-grad-norm", "max_grad_norm", "clip the gradient's norm; 0 does not"),
+        ("max-length", "max_length", "tokens a sequence (128, or what the model takes)"),
+        ("precision", "precision", "fp32 or bf16"),
+        ("hidden-dropout-prob", "hidden_dropout_prob", "dropout (the model's own)"),
+        ("attention-probs-dropout-prob", "attention_probs_dropout_prob", "dropout of attention (the model's own)"),
+        ("prefix-dropout", "prefix_dropout", "dropout in the frozen blocks"),
+        ("group-by-length", "group_by_length", "batches of like lengths"),
+        ("evaluate", "evaluate", "after every epoch, or at the end"),
+        ("seed", "seed", "of the data order, what is drawn afresh, and dropout"),
+    ),
+    PeftConfig: (
+        ("peft", "method", "none, adapter, bitfit, lora or spafit"),
+        ("adapter-size", "adapter_size", "width of the bottleneck"),
+        ("adapter-activation", "adapter_activation", "gelu, gelu_new or relu"),
+        ("adapter-layer-norms", "adapter_layer_norms", "train the blocks' LayerNorms with the adapters"),
+        ("lora-r", "lora_r", "rank"),
+        ("lora-alpha", "lora_alpha", "the update is scaled by alpha / r"),
+        ("lora-dropout", "lora_dropout", "dropout before A"),
+        ("lora-targets", "lora_targets", f"comma-separated, of {', '.join(BLOCK_LINEARS)}"),
+        ("bitfit-biases", "bitfit_biases", "all, or query,intermediate"),
+        ("spafit-bounds", "spafit_bounds", "N1,N2, or 4-9 or 4-14 (of 24 blocks) (4-9)"),
+    ),
+    DPSConfig: (
+        ("dps", "mode", "gradient-chosen subnetworks: off, dense or mix"),
+        ("dps-p", "p", "share of each matrix that a subnetwork leaves out"),
+        ("dps-update-ratio", "update_ratio", "length of a window, as a share of all steps"),
+    ),
+}
+
+
 def add_train_options(parser: Parser, only: Sequence[str] | None = None) -> None:
-    """Add the options that are fields of TrainConfig; what they allow is checked there."""
-    texts = {
-        "schedule": "full, shrinking, growing or without-low-blocks",
-        "stages": "number of stages (one an epoch)",
-        "embeddings": "when E trains: with-block-1, always or never",
-        "epochs": "passes over the training rows",
-        "batch_size": "examples an optimizer step",
-        "accumulation_steps": "pieces that a batch is processed in, to save memory",
-        "lr": "peak learning rate",
-        "weight_decay": "AdamW's decay of weights, not of biases and LayerNorms",
-        "warmup": "share of the steps in which the learning rate rises",
-        "max_grad_norm": "clip the gradient's norm; 0 does not",
-        "max_length": "tokens a sequence (128, or what the model takes)",
-        "precision": "fp32 or bf16",
-        "prefix_dropout": "dropout in the frozen blocks",
-        "group_by_length": "batches of like lengths",
-        "evaluate": "after every epoch, or at the end",
-        "seed": "of the data order, the fresh head and dropout",
+    """Add the options of OPTIONS (`only` these). One that is not given is absent, so that a recipe can tell."""
+    for settings, options in OPTIONS.items():
+        defaults = {field.name: field.default for field in fields(settings)}
+        for option, field, text in options:
+            default = defaults[field]
+            if only is not None and option not in only:
+                continue
+            if default is not None:
+                shown = ",".join(default) if isinstance(default, tuple) else default
+                text += f" ({str(shown).lower() if isinstance(default, bool) else shown})"
+            values = {"dest": option, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+            if isinstance(default, bool):
+                parser.add_argument(f"--{option}", action=argparse.BooleanOptionalAction, **values)
+            else:
+                metavar = option.rpartition("-")[2].upper()
+                parser.add_argument(f"--{option}", type=option_type(option, default), metavar=metavar, **values)
+
+
+def option_type(option: str, default) -> Callable[[str], object]:
+    if option in ("stages", "max-length"):
+        return int
+    if option.endswith("dropout-prob"):
+        return float
+    if isinstance(default, tuple):
+        return split_names
+    return str if default is None else type(default)
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def train_config(args: argparse.Namespace, num_blocks: int, task: str | None = None) -> TrainConfig:
+    """Build the settings from the options given; with `--recipe paper` the authors' values stand where none is given."""
+    given = {
+        settings: {field: getattr(args, option) for option, field, _ in options if hasattr(args, option)}
+        for settings, options in OPTIONS.items()
     }
-    for field in fields(TrainConfig):
-        if field.name not in texts or (only is not None and field.name not in only):
-            continue
-        flag = f"--{field.name.replace('_', '-')}"
-        text = texts[field.name] + ("" if field.default is None else " (%(default)s)")
-        if isinstance(field.default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
-        else:
-            kind = int if field.default is None else type(field.default)
-            parser.add_argument(flag, type=kind, default=field.default, help=text)
+    if "spafit_bounds" in given[PeftConfig]:
+        from progtuning.peft.spafit import parse_bounds
 
-
-def train_config(args: argparse.Namespace, **changes) -> TrainConfig:
-    given = {field.name: getattr(args, field.name) for field in fields(TrainConfig) if hasattr(args, field.name)}
-    return TrainConfig(**given | changes)
+        given[PeftConfig]["spafit_bounds"] = parse_bounds(given[PeftConfig]["spafit_bounds"], num_blocks)
+    peft, dps = PeftConfig(**given[PeftConfig]), DPSConfig(**given[DPSConfig])
+    if getattr(args, "recipe", None) == "paper":
+        values = recipe(peft.method, task, dps.mode)
+        dps_values = {key.removeprefix("dps_"): value for key, value in values.items() if key.startswith("dps_")}
+        for settings, known in ((TrainConfig, values), (PeftConfig, values), (DPSConfig, dps_values)):
+            names = {field.name for field in fields(settings)}
+            given[settings] = {key: value for key, value in known.items() if key in names} | given[settings]
+        peft, dps = PeftConfig(**given[PeftConfig]), DPSConfig(**given[DPSConfig])
+    return TrainConfig(**given[TrainConfig], peft=peft, dps=dps)
 
 
 def run_demo(args: argparse.Namespace) -> None:
@@ -190,12 +257,13 @@ def run_train(args: argparse.Namespace) -> None:
     from progtuning.sources import model_folder
     from progtuning.run import choose_device, fine_tune, load_splits
 
-    settings, device = train_config(args), choose_device(args.device)
+    check_new_folder(args.output_dir)
+    folder, device = model_folder(args.model), choose_device(args.device)
     splits = load_splits(args.task, args.data)
+    settings = train_config(args, BertConfig.from_json(folder / "config.json").num_hidden_layers, splits.task.name)
     if args.max_train_rows is not None:
         splits = limit_train(splits, args.max_train_rows, settings.seed)
-    check_new_folder(args.output_dir)
-    summary = fine_tune(args.model, model_folder(args.model), splits, settings, device, args.output_dir)
+    summary = fine_tune(args.model, folder, splits, settings, device, args.output_dir, args.merge)
     write_text(Path(args.output_dir) / "README.md", report.card(summary))
     if args.json:
         print_json(summary)
@@ -233,11 +301,11 @@ def run_plan(args: argparse.Namespace) -> None:
         raise InputError(f"--labels must be at least 1, got {args.labels}")
     head = "regression" if args.head == "classification" and args.labels == 1 else args.head
     config = config.with_head(head, tuple(f"LABEL_{i}" for i in range(args.labels)))
-    settings = train_config(args)
+    settings = train_config(args, config.num_hidden_layers)
     schedule = make_schedule(settings.schedule, config.num_hidden_layers, settings.num_stages, settings.embeddings)
     length = min(128, config.max_length) if args.length is None else args.length
     document = plan(
-        config, schedule, settings.epochs, PeftConfig(), settings.batch_size, length, args.model, precision=settings.precision
+        config, schedule, settings.epochs, settings.peft, settings.batch_size, length, args.model, precision=settings.precision
     )
     print_json(document) if args.json else print(report.plan_table(document))
 

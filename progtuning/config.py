@@ -303,6 +303,8 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # 0: no clipping
     max_length: int | None = None  # tokens; None: 128, or what the model takes where that is less
     precision: str = "fp32"  # or "bf16", autocast
+    hidden_dropout_prob: float | None = None  # None: the model's own; so the next
+    attention_probs_dropout_prob: float | None = None
     prefix_dropout: bool = True
     group_by_length: bool = True
     evaluate: str = "epoch"  # or "end"
@@ -321,6 +323,9 @@ class TrainConfig:
             _check_number(f"--{name.replace('_', '-')}", getattr(self, name), int, low=1)
         for name, high in (("lr", _INFINITY), ("weight_decay", _INFINITY), ("warmup", 1), ("max_grad_norm", _INFINITY)):
             _check_number(f"--{name.replace('_', '-')}", getattr(self, name), float, low=0, high=high)
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if getattr(self, name) is not None:
+                _check_number(f"--{name.replace('_', '-')}", getattr(self, name), float, low=0, high=1)
         _check_number("--seed", self.seed, int, low=0, high=2**63 - 1)
         if self.accumulation_steps > self.batch_size:
             raise InputError(

@@ -10,7 +10,7 @@ import torch
 
 from progtuning import __version__
 from progtuning.bert import Model
-from progtuning.checkpoint import CONFIG, load_model, save_pretrained
+from progtuning.checkpoint import CONFIG, base_model_name, load_model, load_peft, save_peft, save_pretrained
 from progtuning.config import BertConfig, TrainConfig
 from progtuning.data.batching import encode_examples
 from progtuning.data.glue import load_glue
@@ -19,7 +19,9 @@ from progtuning.data.tokenization import Tokenizer, load_tokenizer
 from progtuning.errors import InputError
 from progtuning.files import new_folder, read_json, write_json
 from progtuning.measure import describe_device
-from progtuning.sources import data_folder
+from progtuning.peft import apply_peft
+from progtuning.peft.lora import unwrap
+from progtuning.sources import data_folder, model_folder
 from progtuning.train import LOSSES, Trainer, measure_splits, predict
 
 SUMMARY, LOG = "summary.json", "metrics.jsonl"
@@ -52,29 +54,36 @@ def load_splits(task: str, data: str | None) -> Splits:
 
 def fine_tune(
     model_name: str,
-    model_folder: Path,
+    folder: Path,
     splits: Splits,
     settings: TrainConfig,
     device: torch.device,
     output_dir: str | Path | None = None,
+    merge: bool = False,
 ) -> dict:
-    """Fine-tune the model of a folder on a task and return the document of `summary.json`.
+    """Fine-tune the model of `folder` on a task and return the document of `summary.json`.
 
-    With `output_dir`, a new or empty folder, the model in Hugging Face layout, its tokenizer, `metrics.jsonl` and `summary.json`
-    are written there; every input has been checked before it is made. Raises InputError for a wrong input, RunError for a run
-    that fails.
+    With `output_dir`, a new or empty folder, the tokenizer, `metrics.jsonl`, `summary.json` and the model are written there; every
+    input has been checked before it is made. A model that a PEFT method trained is written as what was trained alone, or with
+    `merge` as a whole one in Hugging Face layout. Raises InputError for a wrong input, RunError for a run that fails.
     """
+    if merge and settings.peft.method in ("none", "adapter"):
+        raise InputError(f"--merge needs --peft lora, bitfit or spafit, got {settings.peft.method}")
     task = splits.task
-    config = BertConfig.from_json(model_folder / CONFIG)
+    config = BertConfig.from_json(folder / CONFIG)
     config = config.with_head("regression" if task.is_regression else "classification", task.labels)
+    dropouts = {name: getattr(settings, name) for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
+    config = replace(config, **{name: value for name, value in dropouts.items() if value is not None})
     if settings.max_length is None:
         settings = replace(settings, max_length=min(128, config.max_length))
-    tokenizer = load_tokenizer(model_folder, config)
+    tokenizer = load_tokenizer(folder, config)
     train_rows = encode_examples(splits.train, tokenizer, settings.max_length)
     dev_rows = {name: encode_examples(rows, tokenizer, settings.max_length) for name, rows in splits.dev.items()}
-    model, loaded = load_model(model_folder, config, settings.seed)
+    model, loaded = load_model(folder, config, settings.seed)
+    apply_peft(model, settings.peft, settings.seed)
+    trainer = Trainer(model, train_rows, settings, device)
     with RunLog(None if output_dir is None else new_folder(output_dir)) as log:
-        trainer = Trainer(model, train_rows, settings, device, log)
+        trainer.log = log
 
         def measure(epoch: int) -> None:
             if settings.evaluate == "epoch" or epoch == settings.epochs - 1:
@@ -97,7 +106,12 @@ def fine_tune(
         "versions": {"progtuning": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     if output_dir is not None:
-        save_pretrained(model, output_dir)
+        if settings.peft.method == "none" or merge:
+            unwrap(model)
+            save_pretrained(model, output_dir)
+        else:
+            base = str(Path(model_name).resolve()) if Path(model_name).is_dir() else model_name
+            save_peft(model, output_dir, settings.peft, base)
         tokenizer.save(output_dir)
         write_json(Path(output_dir) / SUMMARY, summary)
     return summary
@@ -127,12 +141,17 @@ class RunLog:
 def load_checkpoint(folder: Path, max_length: int | None) -> tuple[Model, Tokenizer, int]:
     """Load a fine-tuned model, its tokenizer, and the longest sequence: `max_length`, or where None that of its training.
 
-    Raises InputError where the folder has no head, or where a file is missing or damaged.
+    What a PEFT method trained is put on its base model, which is fetched by the name that the folder has for it. Raises InputError where the folder has no head, or where a file is missing or damaged.
     """
     config = BertConfig.from_json(folder / CONFIG)
     if config.head not in LOSSES:
         raise InputError(f"--checkpoint {folder} must have a classification or regression head, got {config.head}")
-    model, _ = load_model(folder, fresh_head=False)
+    base = base_model_name(folder)
+    if base is None:
+        model, _ = load_model(folder, fresh_head=False)
+    else:
+        model, _ = load_model(model_folder(base), config)
+        load_peft(model, folder)
     tokenizer = load_tokenizer(folder, config)
     if max_length is None and (folder / SUMMARY).is_file():
         try:

@@ -18,6 +18,7 @@ from progtuning.bert import Model
 from progtuning.config import BertConfig, PeftConfig, TrainConfig
 from progtuning.data.batching import EncodedRows, TrainBatches, evaluation_batches, split
 from progtuning.data.text import Task
+from progtuning.dps import DPS
 from progtuning.engine import StageEngine
 from progtuning.errors import RunError
 from progtuning.measure import Clock, peak_bytes, reset_peak_bytes
@@ -87,6 +88,7 @@ class Trainer:
         self.num_steps = settings.epochs * len(self.batches)
         self.optimizer = build_optimizer(self.model, settings.lr, settings.weight_decay)
         self.lr_schedule = linear_schedule(self.optimizer, self.num_steps, math.ceil(settings.warmup * self.num_steps))
+        self.dps = DPS(self.model, settings.dps, self.num_steps, settings.seed) if settings.dps.mode != "off" else None
         self.engine = StageEngine(self.model, self.optimizer, settings.prefix_dropout)
         self.losses: list[Tensor] = []  # of the steps since the last row of the log
 
@@ -112,6 +114,8 @@ class Trainer:
                     if stage != self.engine.stage:  # (3)
                         self.enter(stage)
                     cost = self.costs[-1]
+                    if self.dps:
+                        self.dps.before_step()
                     for piece in split(batch, settings.accumulation_steps):  # (4)
                         inputs, labels = load(self.data, piece, self.device)
                         with cost.clock.phase("forward"), autocast(self.device, settings.precision):
@@ -120,8 +124,12 @@ class Trainer:
                             loss.backward()
                         self.count(loss, *inputs["input_ids"].shape)
                     with cost.clock.phase("optimizer"):  # (5)
+                        if self.dps:
+                            self.dps.after_backward()
                         self.clip_gradients()
                         self.optimizer.step()
+                        if self.dps:
+                            self.dps.after_step()
                         self.lr_schedule.step()
                         self.optimizer.zero_grad()
                     step += 1

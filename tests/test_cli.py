@@ -156,6 +156,70 @@ def test_train_on_pairs_of_a_glue_task(tiny_folder, tmp_path):
     assert [stage["active_blocks"] for stage in json.loads(out)["stages"]] == [[3, 4], [1, 4]]
 
 
+METHODS = {
+    "adapter": (["--adapter-size", "4"], {"trained.json", "trained.safetensors"}),
+    "lora": (["--lora-r", "2", "--lora-targets", "query,output"], {"adapter_config.json", "adapter_model.safetensors"}),
+    "bitfit": ([], {"trained.json", "trained.safetensors"}),
+    "spafit": (["--spafit-bounds", "1,2"], {"trained.json", "trained.safetensors"}),
+}
+
+
+@pytest.mark.parametrize("schedule", ["full", "shrinking"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_peft_method_writes_what_it_trained_and_evaluates_as_it_did(method, schedule, tiny_folder, tiny_task, tmp_path):
+    options, files = METHODS[method]
+    task = ["--task", "classification", "--data", tiny_task]
+    arguments = ["--model", tiny_folder, *task, "--output-dir", tmp_path / "run", "--schedule", schedule, "--peft", method]
+    status, out, err = call("train", *arguments, *FAST, *options, "--json")
+    assert status == 0, err
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names >= files | {"config.json", "vocab.txt", "summary.json"} and "model.safetensors" not in names
+    summary = json.loads(out)
+    assert summary["updated_parameters"] <= summary["updated_parameters_full"]
+    assert (summary["updated_parameters"] == summary["updated_parameters_full"]) == (schedule == "full")
+    status, out, err = call("evaluate", "--checkpoint", tmp_path / "run", *task, "--json")
+    assert status == 0, err
+    assert json.loads(out)["metrics"] == summary["metrics"]
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit", "spafit"])
+def test_merge_writes_a_whole_model_that_evaluates_as_it_did(method, tiny_folder, tiny_task, tmp_path):
+    task = ["--task", "classification", "--data", tiny_task]
+    arguments = ["--model", tiny_folder, *task, "--output-dir", tmp_path / "run", "--peft", method, "--merge"]
+    status, out, err = call("train", *arguments, *FAST, *METHODS[method][0], "--json")
+    assert status == 0, err
+    assert (tmp_path / "run" / "model.safetensors").is_file() and not (tmp_path / "run" / "trained.json").exists()
+    status, again, err = call("evaluate", "--checkpoint", tmp_path / "run", *task, "--json")
+    assert status == 0, err
+    assert json.loads(again)["metrics"] == json.loads(out)["metrics"]
+
+
+@pytest.mark.parametrize("mode", ["dense", "mix"])
+@pytest.mark.parametrize("schedule", ["full", "shrinking"])
+def test_dps_trains_under_a_schedule(mode, schedule, tiny_folder, tiny_task, tmp_path):
+    task = ["--task", "classification", "--data", tiny_task]
+    arguments = ["--model", tiny_folder, *task, "--output-dir", tmp_path / "run", "--schedule", schedule, "--dps", mode]
+    status, out, err = call("train", *arguments, *FAST, "--accumulation-steps", "2", "--json")
+    assert status == 0, err
+    assert json.loads(out)["metrics"]["accuracy"] > 0.6
+    assert json.loads(out)["settings"]["dps"]["mode"] == mode
+
+
+def test_a_recipe_sets_what_is_not_given_and_nothing_else(tiny_folder, tiny_task, tmp_path):
+    task = ["--model", tiny_folder, "--task", "classification", "--data", tiny_task, "--max-train-rows", "64", "--json"]
+    arguments = ["--recipe", "paper", "--peft", "bitfit", "--epochs", "2", "--max-length", "16"]
+    status, out, err = call("train", *task, *arguments, "--output-dir", tmp_path / "bitfit")
+    assert status == 0, err
+    settings = json.loads(out)["settings"]
+    assert {key: settings[key] for key in ("lr", "batch_size", "epochs")} == {"lr": 1e-3, "batch_size": 8, "epochs": 2}
+    arguments = ["--recipe", "paper", "--dps", "dense", "--dps-p", "0.4", "--epochs", "5", "--max-length", "16"]
+    status, out, err = call("train", *task, *arguments, "--output-dir", tmp_path / "dps")
+    assert status == 0, err
+    settings = json.loads(out)["settings"]
+    assert settings["dps"] == {"mode": "dense", "p": 0.4, "update_ratio": 0.05}
+    assert (settings["batch_size"], settings["hidden_dropout_prob"]) == (16, 0.0)
+
+
 BAD_DATA = {
     "columns": (b"text\tlabel\ngood\tlike\nbad\n", "line 3: got 1 tab-separated columns, expected 2"),
     "label": (b"text\tlabel\ngood\tlove\n", "line 2: got label 'love', expected one of 'dislike', 'like'"),
@@ -188,6 +252,16 @@ BAD_OPTIONS = {
     "word": (["--epochs", "three"], "argument --epochs: invalid int value: 'three'"),
     "unknown": (["--epoch-count", "3"], "unrecognized arguments: --epoch-count"),
     "rows": (["--max-train-rows", "0"], "got 0"),
+    "abbreviated": (["--epoch", "3"], "unrecognized arguments: --epoch"),
+    "peft": (["--peft", "prefix"], "--peft must be one of none, adapter, bitfit, lora, spafit, got 'prefix'"),
+    "rank": (["--peft", "lora", "--lora-r", "17"], "--lora-r must be in 1..16 for query (16 x 16), got 17"),
+    "target": (["--peft", "lora", "--lora-targets", "query,gate"], "--lora-targets must be among query, key,"),
+    "bounds": (["--peft", "spafit", "--spafit-bounds", "3,2"], "--spafit-bounds must be 4-9 or 4-14, or N1,N2 with"),
+    "high bounds": (["--peft", "spafit", "--spafit-bounds", "3,5"], "0 <= N1 <= N2 <= 4, got '3,5'"),
+    "dps and peft": (["--peft", "lora", "--dps", "dense"], "--dps masks weights that --peft lora freezes"),
+    "dps window": (["--dps", "mix", "--dps-update-ratio", "0.0001"], "--dps-update-ratio 0.0001 of 120 steps"),
+    "recipe": (["--recipe", "paper", "--peft", "spafit"], "--recipe paper has values for"),
+    "merge": (["--peft", "adapter", "--merge"], "--merge needs --peft lora, bitfit or spafit, got adapter"),
     "device": (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
     "task": (["--task", "wnli"], "--task must be one of"),
     "model": (["--model", "no-such-model"], "no-such-model"),
