@@ -1,0 +1,1 @@
+"""Labelled text: reading files, tokenizing, batching."""

@@ -1,0 +1,147 @@
+"""Batches: which rows go together, in which order, and their padding.
+
+B rows of a batch, S tokens of its longest row. Training shuffles the rows, sorts within spans of many batches by
+length, cuts the batches and shuffles these: rows of one batch are of nearly equal length, so little is padded, and yet
+every epoch differs. The order is a pure function of seed and epoch, so that a run can be resumed at any batch.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from progtuning.data.text import Example
+from progtuning.data.tokenization import Encoding, Tokenizer
+
+_SPAN_BATCHES = 50  # batches that are sorted together
+
+
+class EncodedRows:
+    """Encoded rows and their labels, to be collated into batches.
+
+    `labels` are None, integers (classes) or floats (regression). Raises ValueError where they are not as many as the
+    encodings.
+    """
+
+    def __init__(
+        self, encodings: Sequence[Encoding], labels: Sequence[int] | Sequence[float] | None, pad_token_id: int
+    ):
+        if labels is not None and len(labels) != len(encodings):
+            raise ValueError(f"labels must be as many as encodings, got {len(labels)} and {len(encodings)}")
+        self.encodings = encodings
+        self.pad_token_id = pad_token_id
+        self.lengths = np.array([len(encoding.input_ids) for encoding in encodings], dtype=np.int64)
+        self.labels = None
+        if labels is not None:
+            is_float = any(isinstance(label, (float, np.floating)) for label in labels)
+            self.labels = torch.tensor(list(labels), dtype=torch.float32 if is_float else torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.encodings)
+
+    def collate(self, indices: Sequence[int]) -> dict[str, Tensor | None]:
+        """Return the rows `indices` as a batch of CPU tensors, padded on the right to the longest of them.
+
+            input_ids       (B, S) int64
+            token_type_ids  (B, S) int64, 0 where padded
+            attention_mask  (B, S) bool, False where padded; None where nothing is
+            index           (B,)   int64, the rows' numbers in the data set
+            labels          (B,)   int64 or float32; absent where the rows have none
+
+        Raises ValueError for an empty batch.
+        """
+        if not len(indices):
+            raise ValueError("a batch must have at least one row, got none")
+        lengths = self.lengths[list(indices)]
+        shape = (len(lengths), int(lengths.max()))
+        input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
+        token_type_ids = np.zeros(shape, dtype=np.int64)
+        for row, index in enumerate(indices):
+            input_ids[row, : lengths[row]] = self.encodings[index].input_ids
+            token_type_ids[row, : lengths[row]] = self.encodings[index].token_type_ids
+        attention_mask = np.arange(shape[1]) < lengths[:, None]
+        batch = {
+            "input_ids": torch.from_numpy(input_ids),
+            "token_type_ids": torch.from_numpy(token_type_ids),
+            "attention_mask": None if attention_mask.all() else torch.from_numpy(attention_mask),
+            "index": torch.tensor(list(indices), dtype=torch.int64),
+        }
+        if self.labels is not None:
+            batch["labels"] = self.labels[batch["index"]]
+        return batch
+
+
+def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int | None = None) -> EncodedRows:
+    """Encode `examples` (all with a label or none) for `tokenizer`'s model. Raises what `Tokenizer.encode` raises."""
+    pairs = [example.text_pair for example in examples]
+    pairs = None if all(pair is None for pair in pairs) else pairs
+    labels = [example.label for example in examples]
+    labels = None if all(label is None for label in labels) else labels
+    encodings = tokenizer.encode([example.text for example in examples], pairs, max_length=max_length)
+    return EncodedRows(encodings, labels, tokenizer.config.pad_token_id)
+
+
+class TrainBatches:
+    """The batches of each training epoch, as lists of row indices.
+
+    Every row comes once an epoch, and every batch but at most one has `batch_size` rows. Without `group_by_length` the
+    rows are only shuffled. Raises ValueError where batch_size is less than 1, the seed negative, or there are no rows.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, group_by_length: bool = True):
+        _check(lengths, batch_size)
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        self.lengths = np.asarray(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.group_by_length = group_by_length
+
+    def __len__(self) -> int:
+        """The number of batches, the same in every epoch."""
+        return -(-len(self.lengths) // self.batch_size)
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """Return the batches of 0-based epoch `epoch`: a pure function of it, the seed and the lengths."""
+        generator = np.random.default_rng([self.seed, epoch])
+        rows = generator.permutation(len(self.lengths))
+        if self.group_by_length:
+            # At least 4 spans, or a small set would be sorted as a whole and its batches hardly differ between epochs.
+            span = self.batch_size * max(1, min(_SPAN_BATCHES, len(self) // 4))
+            rows = rows[np.lexsort((-self.lengths[rows], np.arange(len(rows)) // span))]
+        batches = _cut(rows, self.batch_size)
+        return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def evaluation_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Return batches that hold every row once, longest first, so that too large a batch fails at the start.
+
+    `collate` gives the rows' numbers as `index`: `results[batch["index"]] = ...` puts results back in the order of the
+    rows. Raises ValueError where batch_size is less than 1 or there are no rows.
+    """
+    _check(lengths, batch_size)
+    return _cut(np.argsort(-np.asarray(lengths), kind="stable"), batch_size)
+
+
+def split(batch: Sequence[int], pieces: int) -> list[Sequence[int]]:
+    """Cut a batch into `pieces` micro-batches, in order, whose sizes differ by at most one; fewer where it has fewer
+    rows.
+
+    Raises ValueError where `pieces` is less than 1.
+    """
+    if pieces < 1:
+        raise ValueError(f"pieces must be at least 1, got {pieces}")
+    pieces = min(pieces, len(batch))
+    return [batch[len(batch) * i // pieces : len(batch) * (i + 1) // pieces] for i in range(pieces)]
+
+
+def _check(lengths: Sequence[int], batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not len(lengths):
+        raise ValueError("there must be at least one row, got none")
+
+
+def _cut(rows: np.ndarray, batch_size: int) -> list[list[int]]:
+    return [rows[start : start + batch_size].tolist() for start in range(0, len(rows), batch_size)]

