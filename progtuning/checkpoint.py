@@ -25,7 +25,7 @@ from torch import Tensor
 from progtuning.accounting import units
 from progtuning.bert import Model
 from progtuning.config import BLOCK_LINEARS, BertConfig, PeftConfig
-from progtuning.errors import InputError
+from progtuning.errors import InputError, RunError
 from progtuning.files import read_json, replacing, write_json
 from progtuning.peft import apply_peft
 from progtuning.peft.lora import lora_layers
@@ -93,7 +93,10 @@ def _save(model: Model, names: Iterable[str], path: Path, prefix: str = "", **me
     state = model.state_dict()
     tensors = {prefix + _key(name, model.config): state[name].float().cpu().contiguous() for name in sorted(names)}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+        except SafetensorError as error:
+            raise RunError(f"{path}: cannot be written: {error}") from None
 
 
 def _key(name: str, config: BertConfig) -> str:
@@ -236,8 +239,8 @@ def _check_lora_settings(values: Mapping, path: Path) -> None:
     if values.get("peft_type") != "LORA":
         raise InputError(f"{path}: key 'peft_type' must be 'LORA', got {values.get('peft_type')!r}")
     for key, value in values.items():
-        off = (None, False, "", [], {}, *_LORA_NEUTRAL.get(key, ()))
-        if key not in _LORA_WITHOUT_EFFECT and value not in off:
+        off = value is None or value is False or value in ("", [], {}, *_LORA_NEUTRAL.get(key, ()))
+        if key not in _LORA_WITHOUT_EFFECT and not off:
             raise InputError(f"{path}: key {key!r} changes what LoRA computes and is not supported, got {value!r}")
 
 
@@ -277,7 +280,7 @@ def _read_trained(file: "_TensorFile", keys: Mapping[str, str], trained: Mapping
     for name in sorted(trained.keys() ^ keys.keys()):
         kind = "missing" if name in trained else "unexpected: the method trains no such parameter"
         raise InputError(f"{file.path}: tensor {keys.get(name, name)!r} is {kind}")
-    return {name: _read(file, keys[name], shape) for name, shape in trained.items()}
+    return {name: _read(file, keys[name], trained[name]) for name in sorted(trained)}
 
 
 def _apply(model: Model, peft: PeftConfig, tensors: Mapping[str, Tensor]) -> None:

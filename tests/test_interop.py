@@ -1,0 +1,462 @@
+"""Fine-tuned parameters on disk: LoRA in the format of the library peft, both ways, and files of what was trained."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from progtuning.bert import Model
+from progtuning.checkpoint import base_digest, base_model_name, load_model, load_peft, save_peft, save_pretrained
+from progtuning.config import BLOCK_LINEARS, BertConfig, PeftConfig
+from progtuning.errors import InputError, RunError
+from progtuning.peft import apply_peft, trainable_names
+from progtuning.peft.lora import merge, unwrap
+from tests.models import TINY, tiny_batch, tiny_model
+
+ALL_TARGETS = tuple(BLOCK_LINEARS)
+HEADS = {
+    "classification": ("SEQ_CLS", "AutoModelForSequenceClassification"),
+    "regression": ("SEQ_CLS", "AutoModelForSequenceClassification"),
+    "question-answering": ("QUESTION_ANS", "AutoModelForQuestionAnswering"),
+}
+SETTINGS = [
+    PeftConfig("adapter", adapter_size=3, adapter_activation="relu"),
+    PeftConfig("adapter", adapter_size=2, adapter_layer_norms=False),
+    PeftConfig("bitfit"),
+    PeftConfig("bitfit", bitfit_biases="query,intermediate"),
+    PeftConfig("spafit", lora_r=2, spafit_bounds=(1, 2), lora_targets=("key", "output")),
+    PeftConfig("spafit", lora_r=2),
+]
+LORA = PeftConfig("lora", lora_r=3, lora_alpha=5.0)
+
+
+def under_head(model: Model, head: str | None, labels=()) -> Model:
+    """The same encoder under another, random head."""
+    other = base_model(head, labels)
+    encoder = {name: t for name, t in model.state_dict().items() if name.startswith(("embeddings.", "encoder."))}
+    other.load_state_dict(encoder, strict=False)
+    return other
+
+
+def base_model(head: str | None = "classification", labels=("a", "b", "c"), **changes) -> Model:
+    config = TINY.with_head(head, labels)
+    return tiny_model(**{"head": head, "labels": config.labels, **changes}).eval()
+
+
+def train(model: Model, peft: PeftConfig) -> Model:
+    """Apply the method, and move everything that it trains far from its start."""
+    apply_peft(model, peft)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def logits(model: Model) -> torch.Tensor:
+    """The head's output; for question answering, of real tokens only."""
+    batch = tiny_batch(model.config)
+    with torch.no_grad():
+        output = model(**batch)
+    return output[batch["attention_mask"]] if model.config.head == "question-answering" else output
+
+
+def their_logits(model, config: BertConfig) -> torch.Tensor:
+    """The same of a model of transformers, inside which peft has put its layers.
+
+    peft 0.21's own forward for question answering loses token_type_ids, so the model that it wraps is called.
+    """
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    batch = tiny_batch(config)
+    with torch.no_grad():
+        output = model.eval()(**{key: value.long() for key, value in batch.items()})
+    if config.head != "question-answering":
+        return output.logits
+    return torch.stack((output.start_logits, output.end_logits), -1)[batch["attention_mask"]]
+
+
+def their_base(folder, head: str):
+    transformers = pytest.importorskip("transformers")
+    return getattr(transformers, HEADS[head][1]).from_pretrained(folder)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    base.mkdir()
+    tuned.mkdir()
+    return base, tuned
+
+
+def edit(path, **changes):
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, **changes}))
+
+
+def rewrite(path, change, metadata=None):
+    tensors = load_file(path)
+    change(tensors)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata)
+
+
+# LoRA and the library peft
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("head", sorted(HEADS))
+@pytest.mark.parametrize(
+    "targets", [("query", "value"), ("output",), ("attention-output",), ("intermediate", "key"), ALL_TARGETS]
+)
+def test_peft_loads_what_we_write_with_equal_logits(model_type, head, targets, folders):
+    peft = pytest.importorskip("peft")
+    base, tuned = folders
+    model = base_model(model_type=model_type, pad_token_id=1, head=head)
+    save_pretrained(model, base)
+    settings = PeftConfig("lora", lora_r=3, lora_alpha=5.0, lora_dropout=0.1, lora_targets=targets)
+    save_peft(train(model, settings), tuned, settings, str(base))
+    twin = peft.PeftModel.from_pretrained(their_base(base, head), tuned)
+    assert sum("lora_A" in name for name, _ in twin.named_parameters()) == 4 * len(targets)
+    torch.testing.assert_close(their_logits(twin, model.config), logits(model), atol=1e-5, rtol=1e-5)
+    before = their_logits(their_base(base, head), model.config)
+    assert not torch.allclose(before, logits(model), atol=1e-2)  # it is the file that made them equal
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("head", sorted(HEADS))
+@pytest.mark.parametrize("targets", [("query", "value"), ALL_TARGETS])
+def test_what_peft_writes_loads_here_with_equal_logits(model_type, head, targets, folders):
+    peft = pytest.importorskip("peft")
+    base, tuned = folders
+    model = base_model(model_type=model_type, pad_token_id=1, head=head)
+    save_pretrained(model, base)
+    modules = r".*encoder\.layer\.\d+\.(" + "|".join(BLOCK_LINEARS[target] for target in targets) + ")"
+    config = peft.LoraConfig(task_type=HEADS[head][0], r=3, lora_alpha=5, lora_dropout=0.1, target_modules=modules)
+    twin = peft.get_peft_model(their_base(base, head), config)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    twin.save_pretrained(tuned)
+    loaded = load_peft(model, tuned)
+    assert loaded == PeftConfig("lora", lora_r=3, lora_alpha=5, lora_dropout=0.1, lora_targets=targets)
+    assert base_model_name(tuned) == str(base)
+    torch.testing.assert_close(logits(model), their_logits(twin, model.config), atol=1e-5, rtol=1e-5)
+
+
+def test_the_keys_are_those_that_peft_writes(folders):
+    peft = pytest.importorskip("peft")
+    base, tuned = folders
+    theirs = tuned.parent / "theirs"
+    model = base_model()
+    save_pretrained(model, base)
+    save_peft(train(model, LORA), tuned, LORA, "some/base")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=3, lora_alpha=5, target_modules=["query", "value"])
+    peft.get_peft_model(their_base(base, "classification"), config).save_pretrained(theirs)
+    ours = load_file(tuned / "adapter_model.safetensors")
+    expected = load_file(theirs / "adapter_model.safetensors")
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in expected.items()}
+    written = json.loads((tuned / "adapter_config.json").read_text())
+    assert written.keys() <= json.loads((theirs / "adapter_config.json").read_text()).keys()
+    assert written["target_modules"] == ["query", "value"] and written["base_model_name_or_path"] == "some/base"
+
+
+def test_a_bare_encoders_lora_goes_through_peft_and_back(folders):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    base, tuned = folders
+    model = base_model(head=None)
+    save_pretrained(model, base)
+    save_peft(train(model, LORA), tuned, LORA, str(base))
+    twin = peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(base, add_pooling_layer=False), tuned)
+    mask = tiny_batch(model.config)["attention_mask"]
+    batch = {key: value.long() for key, value in tiny_batch(model.config).items()}
+    with torch.no_grad():
+        theirs = twin.eval()(**batch).last_hidden_state
+    torch.testing.assert_close(theirs[mask], logits(model)[mask], atol=1e-5, rtol=1e-5)
+    again = base_model(head=None)
+    load_peft(again, tuned)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_folder_of_peft_without_a_head_leaves_the_bases_head(folders):
+    peft = pytest.importorskip("peft")
+    base, tuned = folders
+    model = base_model()
+    save_pretrained(model, base)
+    twin = peft.get_peft_model(their_base(base, "classification"), peft.LoraConfig(r=2, target_modules=["query"]))
+    twin.save_pretrained(tuned)
+    classifier = model.classifier.weight.clone()
+    load_peft(model, tuned)
+    assert torch.equal(model.classifier.weight, classifier)
+
+
+@pytest.fixture
+def lora_folder(folders):
+    base, tuned = folders
+    model = base_model()
+    save_pretrained(model, base)
+    save_peft(train(model, LORA), tuned, LORA, str(base))
+    return tuned
+
+
+def test_lora_comes_back_bit_for_bit_and_merged_or_not_the_same_is_written(lora_folder):
+    original, loaded = train(base_model(), LORA), base_model()
+    assert load_peft(loaded, lora_folder) == LORA
+    assert torch.equal(logits(loaded), logits(original))
+    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == trainable_names(original, LORA)
+    merge(original)
+    again = lora_folder.parent / "again"
+    again.mkdir()
+    save_peft(original, again, LORA, str(lora_folder.parent / "base"))
+    for name in ("adapter_model.safetensors", "adapter_config.json", "config.json"):
+        assert (again / name).read_bytes() == (lora_folder / name).read_bytes()
+
+
+def test_a_merged_and_unwrapped_model_is_a_plain_transformers_model(lora_folder):
+    model = base_model()
+    load_peft(model, lora_folder)
+    expected = logits(model)
+    unwrap(model)
+    plain = lora_folder.parent / "plain"
+    plain.mkdir()
+    save_pretrained(model, plain)
+    ours, report = load_model(plain, fresh_head=False)
+    assert not report.fresh and not report.unused
+    torch.testing.assert_close(logits(ours), expected, atol=1e-5, rtol=1e-5)
+    theirs = their_logits(their_base(plain, "classification"), model.config)
+    torch.testing.assert_close(theirs, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"use_dora": True}, "key 'use_dora' changes what LoRA computes and is not supported, got True"),
+        ({"use_rslora": True}, "'use_rslora'"),
+        ({"bias": "all"}, "'bias' .* got 'all'"),
+        ({"bias": "lora_only"}, "'bias'"),
+        ({"lora_bias": True}, "'lora_bias'"),
+        ({"rank_pattern": {"query": 4}}, "'rank_pattern'"),
+        ({"alpha_pattern": {"query": 4}}, "'alpha_pattern'"),
+        ({"layers_to_transform": [0, 1]}, "'layers_to_transform'"),
+        ({"layers_to_transform": 0}, None),  # 0 is not off: it is a layer
+        ({"layer_replication": [[0, 2]]}, "'layer_replication'"),
+        ({"fan_in_fan_out": True}, "'fan_in_fan_out'"),
+        ({"init_lora_weights": "pissa"}, "'init_lora_weights'"),
+        ({"trainable_token_indices": [3]}, "'trainable_token_indices'"),
+        ({"a_key_of_tomorrow": "on"}, "'a_key_of_tomorrow'"),
+        ({"peft_type": "IA3"}, "'peft_type' must be 'LORA', got 'IA3'"),
+        ({"r": 4}, "has shape"),
+        ({"r": 0}, "--lora-r must be an integer of at least 1, got 0"),
+        ({"r": None}, "--lora-r must be an integer"),
+        ({"r": 17}, "--lora-r must be"),
+        ({"lora_alpha": "16"}, "--lora-alpha must be a number"),
+        ({"lora_dropout": 2}, "--lora-dropout must be a number in 0..1"),
+    ],
+)
+def test_settings_that_change_the_mathematics_are_refused_by_name(changes, message, lora_folder):
+    edit(lora_folder / "adapter_config.json", **changes)
+    model = base_model()
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(InputError, match=message or "'layers_to_transform'") as error:
+        load_peft(model, lora_folder)
+    assert str(lora_folder) in str(error.value) and "\n" not in str(error.value)
+    assert [name for name, _ in model.named_parameters()] == names  # as it was
+
+
+@pytest.mark.parametrize("setting", [{"init_lora_weights": "gaussian"}, {"use_dora": False}, {"key_of_tomorrow": None}])
+def test_settings_that_change_nothing_are_accepted(setting, lora_folder):
+    edit(lora_folder / "adapter_config.json", **setting)
+    load_peft(base_model(), lora_folder)
+
+
+PREFIX = "base_model.model.bert."
+POOLER = f"{PREFIX}pooler.dense"
+QUERY = f"{PREFIX}encoder.layer.1.attention.self.query.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop(QUERY), "layer.1.attention.self.query.lora_A.weight' is missing"),
+        (lambda t: t.pop("base_model.model.classifier.bias"), "'classifier.bias' is missing"),
+        (lambda t: t.update({f"{POOLER}.weight": torch.zeros(16, 16)}), "pooler.dense.weight' is unexpected"),
+        (lambda t: t.update({f"{POOLER}.lora_A.weight": torch.zeros(3, 16)}), "LoRA is supported on attention"),
+        (lambda t: t.update({QUERY: torch.zeros(3, 15)}), r"has shape \[3, 15\], expected \[3, 16\]"),
+        (lambda t: t.update({QUERY: torch.zeros(3, 16, dtype=torch.int64)}), "has dtype I64"),
+        (lambda t: [t.pop(key) for key in list(t) if "lora_" in key], "no tensor of LoRA"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(change, message, lora_folder):
+    path = lora_folder / "adapter_model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    rewrite(path, change, metadata)
+    with pytest.raises(InputError, match=message) as error:
+        load_peft(base_model(), lora_folder)
+    assert str(path) in str(error.value)
+
+
+def test_lora_of_lower_precision_is_read_as_fp32(lora_folder):
+    path = lora_folder / "adapter_model.safetensors"
+    rewrite(path, lambda t: t.update({key: value.bfloat16() for key, value in t.items()}))
+    model = base_model()
+    load_peft(model, lora_folder)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+# What only was trained
+
+
+@pytest.mark.parametrize("peft", [*SETTINGS, LORA], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"model_type": "roberta"}, {"head": "question-answering"}], ids=str)
+def test_exactly_what_was_trained_is_written_and_comes_back_bit_for_bit(peft, changes, folders):
+    _, tuned = folders
+    model, base = train(base_model(**changes), peft), base_model(**changes)
+    save_peft(model, tuned, peft, "some/base")
+    names = trainable_names(model, peft)
+    weights = "adapter_model.safetensors" if peft.method == "lora" else "trained.safetensors"
+    written = load_file(tuned / weights)
+    prefix = f"{model.config.model_type}."
+    assert {key.removeprefix("base_model.model.").removeprefix(prefix) for key in written} == names
+    config = BertConfig.from_json(tuned / "config.json")
+    assert config.to_dict() == model.config.to_dict() and base_model_name(tuned) == "some/base"
+    assert load_peft(base, tuned) == peft
+    assert not base.training and not any(module.training for module in base.modules())
+    assert {n for n, p in base.named_parameters() if p.requires_grad} == names
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, base.get_parameter(name)), name
+    assert torch.equal(logits(base), logits(model))
+
+
+@pytest.mark.parametrize("peft", [*SETTINGS, LORA], ids=str)
+def test_another_base_is_refused_by_a_single_changed_bit(peft, folders):
+    _, tuned = folders
+    save_peft(train(base_model(), peft), tuned, peft, "some/base")
+    for name in ("embeddings.word_embeddings.weight", "encoder.layer.3.output.dense.weight", "pooler.dense.weight"):
+        other = base_model()
+        with torch.no_grad():
+            other.get_parameter(name).view(torch.int32)[0, 0] ^= 1
+        with pytest.raises(InputError, match="trained on another base model: .* SHA-256 .*, those of ") as error:
+            load_peft(other, tuned)
+        assert str(tuned) in str(error.value)
+        assert [n for n, _ in other.named_parameters()] == [n for n, _ in base_model().named_parameters()]
+    load_peft(base_model(), tuned)
+
+
+def test_another_architecture_is_refused(folders):
+    _, tuned = folders
+    peft = PeftConfig("bitfit")
+    save_peft(train(base_model(), peft), tuned, peft, "some/base")
+    for changes in ({"num_hidden_layers": 5}, {"intermediate_size": 25}, {"vocab_size": 61}):
+        with pytest.raises(InputError, match="another base model"):
+            load_peft(base_model(**changes), tuned)
+    other = under_head(base_model(), "classification", ("a", "b"))
+    other.pooler.load_state_dict(base_model().pooler.state_dict())
+    with pytest.raises(InputError, match=r"'classifier.bias' has shape \[3\], expected \[2\]"):
+        load_peft(other, tuned)
+
+
+def test_the_digest_is_of_the_base_alone():
+    plain = base_model()
+    digest = base_digest(plain, trainable_names(plain, PeftConfig("bitfit")))
+    trained = train(base_model(), PeftConfig("bitfit"))
+    assert base_digest(trained, trainable_names(trained, PeftConfig("bitfit"))) == digest
+    wrapped = train(base_model(), LORA)
+    names = trainable_names(wrapped, LORA)
+    expected = base_digest(plain, names)
+    assert base_digest(wrapped, names) == expected != digest
+    merge(wrapped)
+    assert base_digest(wrapped, names) == expected
+    bare = {name for name, _ in plain.named_parameters() if name.startswith(("pooler.", "classifier."))}
+    for head, own in (("classification", bare), ("question-answering", {"qa_outputs.weight", "qa_outputs.bias"})):
+        assert base_digest(under_head(plain, head, ("a", "b")), own) == base_digest(plain, bare)
+    assert base_digest(under_head(plain, None), ()) == base_digest(plain, bare)
+
+
+def test_the_digest_is_what_its_docstring_says():
+    model = base_model(head=None)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} torch.float32 {list(tensor.shape)}\n".encode() + tensor.numpy().tobytes())
+    assert base_digest(model, ()) == digest.hexdigest()
+
+
+@pytest.fixture
+def bitfit_folder(folders):
+    _, tuned = folders
+    peft = PeftConfig("bitfit")
+    save_peft(train(base_model(), peft), tuned, peft, "some/base")
+    return tuned
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"peft": None}, "key 'peft' must be an object, got None"),
+        ({"peft": {"method": "bitfit", "speed": 3}}, "speed"),
+        ({"peft": {"method": "prefix"}}, "--peft must be one of"),
+        ({"peft": {"method": "spafit", "spafit_bounds": [1]}}, "trained.json: "),
+        ({"peft": {"method": "spafit", "spafit_bounds": [1, 9]}}, "trained.json: --spafit-bounds"),
+        ({"peft": {"method": "lora", "lora_r": 99}}, "trained.json: --lora-r"),
+        ({"peft": {"method": "lora", "lora_targets": 5}}, "trained.json: "),
+        ({"base_sha256": None}, "another base model"),
+        ({"base_sha256": 5}, "another base model"),
+    ],
+)
+def test_a_damaged_description_is_an_error_that_names_it(changes, message, bitfit_folder):
+    edit(bitfit_folder / "trained.json", **changes)
+    with pytest.raises(InputError, match=message) as error:
+        load_peft(base_model(), bitfit_folder)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_missing_or_damaged_are_named(bitfit_folder):
+    path = bitfit_folder / "trained.safetensors"
+    rewrite(path, lambda t: t.pop("bert.encoder.layer.0.output.dense.bias"))
+    with pytest.raises(InputError, match="trained.safetensors: tensor 'encoder.layer.0.output.dense.bias' is missing"):
+        load_peft(base_model(), bitfit_folder)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="trained.safetensors: not a readable safetensors file"):
+        load_peft(base_model(), bitfit_folder)
+    path.unlink()
+    with pytest.raises(InputError, match="trained.safetensors"):
+        load_peft(base_model(), bitfit_folder)
+    for text, message in (("[]", "expected a JSON object, got list"), ("{", "not JSON")):
+        (bitfit_folder / "trained.json").write_text(text)
+        for read in (lambda: base_model_name(bitfit_folder), lambda: load_peft(base_model(), bitfit_folder)):
+            with pytest.raises(InputError, match=f"trained.json: .*{message}"):
+                read()
+    shutil.rmtree(bitfit_folder)
+    with pytest.raises(InputError, match="trained.json: cannot be read"):
+        load_peft(base_model(), bitfit_folder)
+
+
+def test_a_folder_of_a_whole_model_names_no_base_and_a_nameless_base_is_an_error(folders, bitfit_folder):
+    base, _ = folders
+    save_pretrained(base_model(), base)
+    assert base_model_name(base) is None
+    edit(bitfit_folder / "trained.json", base_model="")
+    with pytest.raises(InputError, match="trained.json: key 'base_model' must name the base model, got ''"):
+        base_model_name(bitfit_folder)
+
+
+def test_whole_models_are_not_written_by_save_peft(tmp_path):
+    with pytest.raises(ValueError, match="save_pretrained"):
+        save_peft(base_model(), tmp_path, PeftConfig(), "some/base")
+
+
+def test_a_disk_that_refuses_leaves_no_half_written_file(tmp_path):
+    model = train(base_model(), LORA)
+    with pytest.raises(RunError, match="cannot be written"):
+        save_peft(model, tmp_path / "missing", LORA, "some/base")
+    (tmp_path / "adapter_config.json").mkdir()
+    with pytest.raises(RunError, match="adapter_config.json: cannot be written"):
+        save_peft(model, tmp_path, LORA, "some/base")
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
