@@ -5,15 +5,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from progtuning import __version__, report
 from progtuning.accounting import paper_rows, plan
 from progtuning.config import ARCHITECTURES, BLOCK_LINEARS, BertConfig, DPSConfig, PeftConfig, TrainConfig, recipe
 from progtuning.errors import InputError, RunError
-from progtuning.files import check_new_folder, write_json, write_text
-from progtuning.stages import make_schedule
+from progtuning.files import check_new_folder, new_folder, write_json, write_text
+from progtuning.stages import SCHEDULES, make_schedule
 
 # What the demo trains: a learning rate for a small encoder, and a part of the rows so that two runs take minutes on two cores.
 DEMO_MODEL, DEMO_DATA, DEMO_ROWS = "minilm-l6", "movie-reviews", 3000
@@ -97,6 +97,19 @@ def build_parser() -> Parser:
 
     paper = add_command(commands, "paper", run_paper, "the paper's Tables 2 and 3 and Figure 4 from the closed forms")
     paper.add_argument("--json", action="store_true", help="print JSON")
+
+    probe = add_command(commands, "probe", run_probe, "the paper's Figure 1: train E, one block and the head alone, block by block")
+    probe.add_argument("--model", required=True, help="as for train")
+    add_task_options(probe)
+    probe.add_argument("--output-dir", required=True, help="a new or empty folder, for probe.json and a picture")
+    probe.add_argument("--max-train-rows", type=int, metavar="N", help="train on a sample of N rows")
+    left_out = ("schedule", "stages", "evaluate")
+    add_train_options(probe, only=[row[0] for row in OPTIONS[TrainConfig] if row[0] not in left_out])
+    add_run_options(probe)
+
+    report_command = add_command(commands, "report", run_report, "compare runs: a table, and with matplotlib pictures")
+    report_command.add_argument("folders", nargs="+", metavar="DIR", help="output folders of train")
+    report_command.add_argument("-o", "--output", required=True, metavar="FILE", help="Markdown; pictures are put beside it")
     return parser
 
 
@@ -126,8 +139,8 @@ def add_run_options(parser: Parser) -> None:
 # The options that are fields of a settings class, by class: (option, field, help). What they allow is checked there.
 OPTIONS = {
     TrainConfig: (
-        ("schedule", "schedule", "full, shrinking, growing or without-low-blocks"),
-        ("stages", "stages", "number of stages (one an epoch)"),
+        ("schedule", "schedule", "full, shrinking, growing, without-low-blocks or adaptive"),
+        ("stages", "stages", "number of stages (one an epoch; of adaptive, intervals, four an epoch)"),
         ("embeddings", "embeddings", "when E trains: with-block-1, always or never"),
         ("epochs", "epochs", "passes over the training rows"),
         ("batch-size", "batch_size", "examples an optimizer step"),
@@ -302,6 +315,8 @@ def run_plan(args: argparse.Namespace) -> None:
     head = "regression" if args.head == "classification" and args.labels == 1 else args.head
     config = config.with_head(head, tuple(f"LABEL_{i}" for i in range(args.labels)))
     settings = train_config(args, config.num_hidden_layers)
+    if settings.schedule not in SCHEDULES:
+        raise InputError(f"--schedule {settings.schedule} decides while it trains: plan needs one of {', '.join(SCHEDULES)}")
     schedule = make_schedule(settings.schedule, config.num_hidden_layers, settings.num_stages, settings.embeddings)
     length = min(128, config.max_length) if args.length is None else args.length
     document = plan(
@@ -324,6 +339,38 @@ def architecture(name: str) -> BertConfig:
 def run_paper(args: argparse.Namespace) -> None:
     rows = paper_rows()
     print_json({"rows": rows}) if args.json else print(report.paper_table(rows))
+
+
+def run_probe(args: argparse.Namespace) -> None:
+    from progtuning.data.text import limit_train
+    from progtuning.run import choose_device, load_splits, probe
+    from progtuning.sources import model_folder
+
+    check_new_folder(args.output_dir)
+    folder, device = model_folder(args.model), choose_device(args.device)
+    splits = load_splits(args.task, args.data)
+    args.schedule = "full"
+    if not hasattr(args, "embeddings"):
+        args.embeddings = "always"  # Figure 1 trains E with every block
+    settings = train_config(args, BertConfig.from_json(folder / "config.json").num_hidden_layers, splits.task.name)
+    if args.max_train_rows is not None:
+        splits = limit_train(splits, args.max_train_rows, settings.seed)
+    rows = probe(folder, splits, settings, device)
+    document = {"model": args.model, "task": splits.task.name, "train_rows": len(splits.train), "rows": rows}
+    document["settings"] = asdict(settings)
+    output = new_folder(args.output_dir)
+    write_json(output / "probe.json", document)
+    report.draw_probe(document, output / "probe.png")
+    print_json(document) if args.json else print(report.probe_table(document))
+
+
+def run_report(args: argparse.Namespace) -> None:
+    runs = [report.read_summary(Path(folder)) for folder in args.folders]
+    output = Path(args.output)
+    if not output.parent.is_dir():
+        raise InputError(f"--output {output}: {output.parent} is not a folder")
+    write_text(output, report.compare(runs, output))
+    print(f"Written: {output}")
 
 
 def print_json(value) -> None:

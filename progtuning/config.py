@@ -291,8 +291,8 @@ class DPSConfig:
 class TrainConfig:
     """How a run trains. Raises InputError that names the command-line option where a value is out of range."""
 
-    schedule: str = "shrinking"  # one of stages.SCHEDULES
-    stages: int | None = None  # T; None: as many as epochs
+    schedule: str = "shrinking"  # one of stages.SCHEDULES, or "adaptive"
+    stages: int | None = None  # T; None: as many as epochs. Of "adaptive", the intervals; None: four an epoch
     embeddings: str = "with-block-1"  # one of stages.EMBEDDING_POLICIES
     epochs: int = 3
     batch_size: int = 32  # examples an optimizer step
@@ -313,7 +313,7 @@ class TrainConfig:
     dps: DPSConfig = DPSConfig()
 
     def __post_init__(self):
-        _check_choice("--schedule", self.schedule, SCHEDULES)
+        _check_choice("--schedule", self.schedule, (*SCHEDULES, "adaptive"))
         _check_choice("--embeddings", self.embeddings, EMBEDDING_POLICIES)
         _check_choice("--precision", self.precision, PRECISIONS)
         _check_choice("--evaluate", self.evaluate, ("epoch", "end"))
@@ -336,7 +336,9 @@ class TrainConfig:
 
     @property
     def num_stages(self) -> int:
-        return self.epochs if self.stages is None else self.stages
+        if self.stages is not None:
+            return self.stages
+        return 4 * self.epochs if self.schedule == "adaptive" else self.epochs
 
 
 # The authors' settings by method. Devlin et al. 2019 (arXiv 1810.04805): Section 4.1 gives GLUE's batch, epochs and

@@ -20,6 +20,7 @@ import re
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from progtuning.bert import Model
 from progtuning.optim import keep_only
@@ -110,3 +111,12 @@ class StageEngine(nn.Module):
         if self.cut is None:
             return self.model(input_ids, attention_mask, token_type_ids)
         return self.suffix(self.prefix(input_ids, attention_mask, token_type_ids), attention_mask)
+
+    def gradient_norms(self) -> dict[int, Tensor]:
+        """Return the norm of each active block's gradient, all its parameters together, as tensors of one element."""
+        gradients: dict[int, list[Tensor]] = {}
+        for name, parameter in self.candidates.items():
+            unit = unit_of(name)
+            if isinstance(unit, int) and parameter.grad is not None:
+                gradients.setdefault(unit, []).append(parameter.grad)
+        return {block: get_total_norm(of_block) for block, of_block in gradients.items()}

@@ -4,7 +4,10 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from progtuning.files import replacing
+import numpy as np
+
+from progtuning.errors import InputError
+from progtuning.files import read_json, replacing
 
 
 _NUMBER = re.compile(r"[-+]?[\d.,]*(e[-+]?\d+)?")
@@ -161,48 +164,153 @@ def card(summary: dict) -> str:
     )
 
 
-def draw_savings(full: dict, other: dict, path: str | Path) -> bool:
-    """Draw the staircase of stages and blocks, and measured beside analytic backward cost, into a PNG.
+def probe_table(document: dict) -> str:
+    """Return the rows of a probe: the metrics by the block that trained."""
+    names = list(document["rows"][0]["metrics"])
+    rows = [[row["block"], *(f"{row['metrics'][name]:.4f}" for name in names)] for row in document["rows"]]
+    return table(["block", *names], rows)
 
-    Return False where matplotlib is not installed.
+
+def read_summary(folder: Path) -> dict:
+    """Read the `summary.json` of an output folder of `train`. Raises InputError where it is none."""
+    path = folder / "summary.json"
+    summary = read_json(path)
+    expected = {"model", "task", "metrics", "stages", "settings", "num_blocks", "updated_parameters"}
+    if not isinstance(summary, dict) or not expected <= set(summary):
+        raise InputError(f"{path}: expected the summary of a run of train, with {', '.join(sorted(expected))}")
+    return summary | {"name": folder.name or str(folder)}
+
+
+def compare(runs: Sequence[dict], path: Path) -> str:
+    """Return a Markdown page on several runs and, where matplotlib is installed, draw its pictures beside `path`.
+
+    Pictures: the staircase of each run; its measured backward seconds a step beside its FLOPs a step, as shares of those of the
+    first stage; the main metric against all FLOPs.
     """
+    names = list(dict.fromkeys(name for run in runs for name in run["metrics"]))
+    rows = [
+        [
+            run["name"],
+            run["task"],
+            run["settings"]["schedule"],
+            run["settings"]["peft"]["method"],
+            *(f"{run['metrics'][name]:.4f}" if name in run["metrics"] else None for name in names),
+            millions(run["updated_parameters"]),
+            tera(total(run, "forward_flops") + total(run, "backward_flops")),
+            *(f"{seconds(run, phase):.1f}" for phase in PHASES),
+        ]
+        for run in runs
+    ]
+    header = ["run", "task", "schedule", "peft", *names, "updated, M", "TFLOP", *(f"{phase}, s" for phase in PHASES)]
+    parts = ["# Runs", table(header, rows)]
+    pictures = {f"{path.stem}-{i + 1}.png": (draw_run, run) for i, run in enumerate(runs)}
+    pictures[f"{path.stem}-metric.png"] = (draw_metric, runs)
+    drawn = {name: draw(subject, path.with_name(name)) for name, (draw, subject) in pictures.items()}
+    for i, run in enumerate(runs):
+        parts += [f"## {run['name']}", stages_table(run)]
+        name = f"{path.stem}-{i + 1}.png"
+        parts += [f"![stages of {run['name']}]({name})"] if drawn[name] else []
+    name = f"{path.stem}-metric.png"
+    parts += ["## Metric against work", f"![metric against FLOPs]({name})"] if drawn[name] else []
+    return "\n\n".join(parts) + "\n"
+
+
+def draw_run(run: dict, path: Path) -> bool:
+    """Draw a run's staircase, and its backward seconds and FLOPs a step by stage. False without matplotlib."""
+    stages = [stage for stage in run["stages"] if stage["steps"]]
+    figure = new_figure(10, 4)
+    if figure is None:
+        return False
+    stairs, bars = figure.subplots(1, 2)
+    draw_staircase(stairs, run)
+    ideal = [stage["backward_flops"] / stage["steps"] for stage in stages]
+    measured = [stage["seconds"]["backward"] / stage["steps"] for stage in stages]
+    draw_bars(bars, [stage["stage"] for stage in stages], *([v / values[0] for v in values] for values in (ideal, measured)))
+    bars.set_title("backward pass a step, of the first stage")
+    save_figure(figure, path)
+    return True
+
+
+def draw_metric(runs: Sequence[dict], path: Path) -> bool:
+    """Draw the main metric of each run against the FLOPs it took. False without matplotlib."""
+    figure = new_figure(6, 4)
+    if figure is None:
+        return False
+    axes = figure.subplots()
+    for run in runs:
+        work = (total(run, "forward_flops") + total(run, "backward_flops")) / 1e12
+        axes.plot([work], [next(iter(run["metrics"].values()))], "o", label=run["name"])
+    axes.set(xlabel="forward and backward, TFLOP", ylabel=next(iter(runs[0]["metrics"])))
+    axes.legend()
+    save_figure(figure, path)
+    return True
+
+
+def draw_probe(document: dict, path: Path) -> bool:
+    """Draw the metrics of a probe by block. False without matplotlib."""
+    figure = new_figure(6, 4)
+    if figure is None:
+        return False
+    axes = figure.subplots()
+    blocks = [row["block"] for row in document["rows"]]
+    for name in document["rows"][0]["metrics"]:
+        axes.plot(blocks, [row["metrics"][name] for row in document["rows"]], "o-", label=name)
+    axes.set(title=f"{document['model']} on {document['task']}", xlabel="block that trains, with the head", xticks=blocks)
+    axes.legend()
+    save_figure(figure, path)
+    return True
+
+
+def draw_savings(full: dict, other: dict, path: str | Path) -> bool:
+    """Draw the staircase of stages and blocks, and measured beside analytic backward cost. False without matplotlib."""
+    figure = new_figure(10, 4)
+    if figure is None:
+        return False
+    stairs, bars = figure.subplots(1, 2)
+    draw_staircase(stairs, other)
+    pairs = list(zip(other["stages"], full["stages"], strict=True))
+    ideal = [stage["backward_flops"] / base["backward_flops"] for stage, base in pairs]
+    measured = [stage["seconds"]["backward"] / base["seconds"]["backward"] for stage, base in pairs]
+    draw_bars(bars, [stage["stage"] for stage, _ in pairs], ideal, measured)
+    bars.set_title("backward pass, of full fine-tuning")
+    save_figure(figure, path)
+    return True
+
+
+def new_figure(width: float, height: float):
+    """Return a figure that needs no display, or None where matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        return False
-    figure = Figure(figsize=(10, 4), layout="constrained")
+        return None
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    stairs, bars = figure.subplots(1, 2)
-    draw_staircase(stairs, other)
-    places = range(1, len(other["stages"]) + 1)
-    ideal = [s["backward_flops"] / b["backward_flops"] for s, b in zip(other["stages"], full["stages"])]
-    measured = [s["seconds"]["backward"] / b["seconds"]["backward"] for s, b in zip(other["stages"], full["stages"])]
-    bars.bar([place - 0.2 for place in places], ideal, width=0.38, label="FLOPs", color="lightgray")
-    bars.bar([place + 0.2 for place in places], measured, width=0.38, label="measured seconds", color="tab:blue")
-    bars.set(title="backward pass, of full fine-tuning", xlabel="stage", xticks=list(places))
-    bars.legend()
+    return figure
+
+
+def save_figure(figure, path: str | Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-    return True
+
+
+def draw_bars(axes, stages: Sequence[int], ideal: Sequence[float], measured: Sequence[float]) -> None:
+    """Draw analytic and measured shares side by side, by stage."""
+    axes.bar([stage - 0.2 for stage in stages], ideal, width=0.38, label="FLOPs", color="lightgray")
+    axes.bar([stage + 0.2 for stage in stages], measured, width=0.38, label="measured seconds", color="tab:blue")
+    axes.set(xlabel="stage", xticks=list(stages))
+    axes.legend()
 
 
 def draw_staircase(axes, summary: dict) -> None:
     """Draw which of E, B1 .. BL and H train in which stage."""
     num_blocks, stages = summary["num_blocks"], summary["stages"]
-    for stage in stages:
+    trains = np.zeros((num_blocks + 2, len(stages)))
+    for column, stage in enumerate(stages):
         first, last = stage["active_blocks"] or (1, 0)
-        active = {*range(first, last + 1), num_blocks + 1, *([0] if stage["embeddings"] else [])}
-        for unit in range(num_blocks + 2):
-            color = "tab:blue" if unit in active else "whitesmoke"
-            axes.add_patch(_square(stage["stage"] - 0.5, unit - 0.5, color))
-    axes.set(title="what trains", xlabel="stage", xticks=range(1, len(stages) + 1), yticks=range(num_blocks + 2))
-    axes.set_yticklabels(["E", *range(1, num_blocks + 1), "H"])
-    axes.set_xlim(0.5, len(stages) + 0.5)
-    axes.set_ylim(-0.5, num_blocks + 1.5)
-
-
-def _square(x: float, y: float, color: str):
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((x, y), 1, 1, facecolor=color, edgecolor="white")
+        trains[[0] * stage["embeddings"] + [*range(first, last + 1), num_blocks + 1], column] = 1
+    edges = dict(edgecolors="white", linewidth=1, cmap="Blues", vmin=0, vmax=1.5)
+    axes.pcolormesh(trains, **edges)
+    axes.set(title="what trains", xlabel="stage")
+    axes.set_xticks([i + 0.5 for i in range(len(stages))], [stage["stage"] for stage in stages])
+    axes.set_yticks([i + 0.5 for i in range(num_blocks + 2)], ["E", *range(1, num_blocks + 1), "H"])

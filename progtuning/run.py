@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from progtuning import __version__
 from progtuning.bert import Model
 from progtuning.checkpoint import CONFIG, base_model_name, load_model, load_peft, save_peft, save_pretrained
 from progtuning.config import BertConfig, TrainConfig
-from progtuning.data.batching import encode_examples
+from progtuning.data.batching import EncodedRows, encode_examples
 from progtuning.data.glue import load_glue
 from progtuning.data.text import Splits, load_folder, movie_reviews, read_table
 from progtuning.data.tokenization import Tokenizer, load_tokenizer
@@ -52,6 +53,24 @@ def load_splits(task: str, data: str | None) -> Splits:
     return load_glue(task, data_folder(data))
 
 
+def prepare(
+    folder: Path, splits: Splits, settings: TrainConfig
+) -> tuple[BertConfig, TrainConfig, Tokenizer, EncodedRows, dict[str, EncodedRows]]:
+    """Return what a run on `splits` needs beside the weights: the architecture under the task's head, the settings with what they
+    leave to the model filled in, the tokenizer, and the encoded training and held-out rows. Raises InputError."""
+    task = splits.task
+    config = BertConfig.from_json(folder / CONFIG)
+    config = config.with_head("regression" if task.is_regression else "classification", task.labels)
+    dropouts = {name: getattr(settings, name) for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
+    config = replace(config, **{name: value for name, value in dropouts.items() if value is not None})
+    if settings.max_length is None:
+        settings = replace(settings, max_length=min(128, config.max_length))
+    tokenizer = load_tokenizer(folder, config)
+    train_rows = encode_examples(splits.train, tokenizer, settings.max_length)
+    dev_rows = {name: encode_examples(rows, tokenizer, settings.max_length) for name, rows in splits.dev.items()}
+    return config, settings, tokenizer, train_rows, dev_rows
+
+
 def fine_tune(
     model_name: str,
     folder: Path,
@@ -69,16 +88,8 @@ def fine_tune(
     """
     if merge and settings.peft.method in ("none", "adapter"):
         raise InputError(f"--merge needs --peft lora, bitfit or spafit, got {settings.peft.method}")
+    config, settings, tokenizer, train_rows, dev_rows = prepare(folder, splits, settings)
     task = splits.task
-    config = BertConfig.from_json(folder / CONFIG)
-    config = config.with_head("regression" if task.is_regression else "classification", task.labels)
-    dropouts = {name: getattr(settings, name) for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
-    config = replace(config, **{name: value for name, value in dropouts.items() if value is not None})
-    if settings.max_length is None:
-        settings = replace(settings, max_length=min(128, config.max_length))
-    tokenizer = load_tokenizer(folder, config)
-    train_rows = encode_examples(splits.train, tokenizer, settings.max_length)
-    dev_rows = {name: encode_examples(rows, tokenizer, settings.max_length) for name, rows in splits.dev.items()}
     model, loaded = load_model(folder, config, settings.seed)
     apply_peft(model, settings.peft, settings.seed)
     trainer = Trainer(model, train_rows, settings, device)
@@ -115,6 +126,26 @@ def fine_tune(
         tokenizer.save(output_dir)
         write_json(Path(output_dir) / SUMMARY, summary)
     return summary
+
+
+def probe(
+    folder: Path, splits: Splits, settings: TrainConfig, device: torch.device, blocks: Sequence[int] | None = None
+) -> list[dict]:
+    """Figure 1 of the paper: for each block, train E, that block and the head alone, from the same start.
+
+    `settings` must have the schedule "full"; with embeddings "never" E is frozen too. Returns a row for each block (0-based
+    `blocks`; all where None): {"block" (counted from 1), "metrics"}. Raises InputError and RunError as `fine_tune` does.
+    """
+    config, settings, tokenizer, train_rows, dev_rows = prepare(folder, splits, settings)
+    rows = []
+    for index in range(config.num_hidden_layers) if blocks is None else blocks:
+        model, _ = load_model(folder, config, settings.seed)
+        for other, block in enumerate(model.encoder.layer):
+            block.requires_grad_(other == index)
+        Trainer(model, train_rows, settings, device).fit()
+        values = measure_splits(model, dev_rows, splits.task, settings.batch_size, device, settings.precision)
+        rows.append({"block": index + 1, "metrics": values})
+    return rows
 
 
 class RunLog:

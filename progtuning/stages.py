@@ -6,7 +6,7 @@
     boundary          lowest active block; the blocks below it are frozen; L where the head trains alone
     E                 embeddings: whether they train is a policy of its own (see `embeddings_train`)
 
-Schedules, for parts P_1 .. P_T of `partition.parts`:
+Fixed schedules, for parts P_1 .. P_T of `partition.parts`:
 
     shrinking           S_t = P_t .. P_T           Eq. 3, Progtuning: high blocks train in more stages than low ones
     without-low-blocks  S_t = P_{t+1} .. P_T       Eq. 4, ablation: the last stage is the head alone
@@ -14,7 +14,9 @@ Schedules, for parts P_1 .. P_T of `partition.parts`:
     full                S_t = P_1 .. P_T           plain fine-tuning, the baseline, by the same code
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 
 from progtuning.partition import boundaries
 
@@ -93,3 +95,68 @@ def make_schedule(name: str, num_blocks: int, num_stages: int, embeddings: str =
         for index, boundary in enumerate(lowest[name])
     )
     return Schedule(name, embeddings, tuple(stages))
+
+
+class AdaptiveSchedule:
+    """Freeze from below when the blocks stop changing, in place of a fixed calendar: the gradient-norm test of AutoFreeze
+    (arXiv 2102.01386).
+
+    The steps are divided in intervals of equal length. Over an interval the norm of each active block's gradient is added up, step
+    by step, to G_i. Between two intervals a block's score is |G_i(before) - G_i(now)| / G_i(before), and the lowest active blocks
+    up to the first whose score is not below the median of all active ones are frozen. The boundary never falls and never passes
+    the last block. Every decision is kept, with its scores, in `decisions`.
+    """
+
+    name = "adaptive"
+
+    def __init__(self, num_blocks: int, num_intervals: int, embeddings: str = "with-block-1"):
+        boundaries(num_blocks, num_intervals)  # checks both counts
+        self.num_blocks = num_blocks
+        self.num_intervals = num_intervals
+        self.embeddings = embeddings
+        self.stages: list[Stage] = []
+        self.decisions: list[dict] = []
+        self._interval = 0
+        self._before: dict[int, float] = {}
+        self._now: dict[int, float] = {}
+        self._enter(0)
+
+    def observe(self, norms: Mapping[int, float]) -> None:
+        """Add a step's gradient norms, by active block: numbers, or tensors of one element, which are read when it is decided."""
+        for block, norm in norms.items():
+            self._now[block] = self._now[block] + norm if block in self._now else norm
+
+    def at_step(self, step: int, num_steps: int) -> Stage:
+        """Return the stage of 0-based optimizer step `step` out of `num_steps`. Steps are to be asked for in order.
+
+        Raises ValueError where the step lies outside 0 .. num_steps - 1.
+        """
+        if not 0 <= step < num_steps:
+            raise ValueError(f"step must be in 0..{num_steps - 1}, got {step}")
+        interval = step * self.num_intervals // num_steps
+        if interval != self._interval:
+            self._interval = interval
+            self._decide(step)
+        return self.stages[-1]
+
+    def _decide(self, step: int) -> None:
+        now = {block: float(norm) for block, norm in self._now.items()}
+        scores = {block: _relative_change(self._before[block], norm) for block, norm in now.items() if block in self._before}
+        if scores:
+            middle = median(scores.values())
+            changing = (block for block in sorted(scores) if scores[block] >= middle)
+            boundary = min(next(changing), self.num_blocks - 1)
+            self.decisions.append({"step": step, "scores": scores, "median": middle, "frozen_blocks": boundary})
+            if boundary > self.stages[-1].boundary:
+                self._enter(boundary)
+        self._before, self._now = now, {}
+
+    def _enter(self, boundary: int) -> None:
+        trains = embeddings_train(self.embeddings, boundary)
+        self.stages.append(Stage(len(self.stages), self.num_blocks, boundary, trains))
+
+
+def _relative_change(before: float, now: float) -> float:
+    if before == now:
+        return 0.0
+    return abs(before - now) / before if before else float("inf")

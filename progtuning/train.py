@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from progtuning.engine import StageEngine
 from progtuning.errors import RunError
 from progtuning.measure import Clock, peak_bytes, reset_peak_bytes
 from progtuning.optim import build_optimizer, linear_schedule
-from progtuning.stages import Schedule, Stage, make_schedule
+from progtuning.stages import AdaptiveSchedule, Stage, make_schedule
 
 LOG_EVERY = 10  # optimizer steps; the loss is read from the device only then
 
@@ -81,9 +81,8 @@ class Trainer:
         settings = self.settings
         self.model.to(self.device)
         self.loss = LOSSES[self.model.config.head]
-        self.schedule: Schedule = make_schedule(
-            settings.schedule, self.model.num_blocks, settings.num_stages, settings.embeddings
-        )
+        make = AdaptiveSchedule if settings.schedule == "adaptive" else partial(make_schedule, settings.schedule)
+        self.schedule = make(self.model.num_blocks, settings.num_stages, settings.embeddings)
         self.batches = TrainBatches(self.data.lengths, settings.batch_size, settings.seed, settings.group_by_length)
         self.num_steps = settings.epochs * len(self.batches)
         self.optimizer = build_optimizer(self.model, settings.lr, settings.weight_decay)
@@ -126,6 +125,8 @@ class Trainer:
                     with cost.clock.phase("optimizer"):  # (5)
                         if self.dps:
                             self.dps.after_backward()
+                        if settings.schedule == "adaptive":
+                            self.schedule.observe(self.engine.gradient_norms())
                         self.clip_gradients()
                         self.optimizer.step()
                         if self.dps:
@@ -165,6 +166,7 @@ class Trainer:
         full = make_schedule("full", self.model.num_blocks, 1)
         return {
             "stages": stages,
+            **({"decisions": decisions(self.schedule)} if settings.schedule == "adaptive" else {}),
             "updated_parameters": sum(stage["updated_parameters"] for stage in stages),
             "updated_parameters_full": accounting.updated_parameters(self.model.config, full, settings.epochs, settings.peft),
         }
@@ -182,6 +184,16 @@ class Trainer:
         self.log({"step": step, "epoch": epoch + 1, "stage": stage, "loss": loss, "lr": lr})
         bar.set_postfix(stage=stage, loss=f"{loss:.3f}")
         self.losses.clear()
+
+
+def decisions(schedule: AdaptiveSchedule) -> list[dict]:
+    """Return the decisions as `summary.json` has them: blocks counted from 1, null for a score that is infinite."""
+    return [
+        decision
+        | {"scores": {block + 1: score if math.isfinite(score) else None for block, score in decision["scores"].items()}}
+        | {"median": decision["median"] if math.isfinite(decision["median"]) else None}
+        for decision in schedule.decisions
+    ]
 
 
 @lru_cache(maxsize=4096)  # a run has few shapes: lengths up to the limit, in a few stages

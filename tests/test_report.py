@@ -1,0 +1,90 @@
+"""Tables and pictures of runs."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from progtuning import report
+from tests.test_cli import FAST, call, refused
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_folder, tiny_task, tmp_path_factory):
+    """Output folders of full fine-tuning, Progtuning and adaptive freezing."""
+    folder = tmp_path_factory.mktemp("runs")
+    for schedule in ("full", "shrinking", "adaptive"):
+        task = ["--model", tiny_folder, "--task", "classification", "--data", tiny_task, "--output-dir", folder / schedule]
+        status, _, err = call("train", *task, *FAST, "--schedule", schedule)
+        assert status == 0, err
+    return folder
+
+
+def test_report_compares_runs_in_a_table_with_pictures(runs, tmp_path):
+    pytest.importorskip("matplotlib")
+    folders = [runs / name for name in ("full", "shrinking", "adaptive")]
+    status, _, err = call("report", *folders, "-o", tmp_path / "page.md")
+    assert status == 0, err
+    page = (tmp_path / "page.md").read_text()
+    for folder in folders:
+        summary = json.loads((folder / "summary.json").read_text())
+        row = next(line for line in page.splitlines() if line.startswith(f"| {folder.name} "))
+        assert f"{summary['metrics']['accuracy']:.4f}" in row and report.millions(summary["updated_parameters"]) in row
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", page)
+    assert len(pictures) == 4
+    assert all((tmp_path / name).read_bytes().startswith(PNG) for name in pictures)
+    assert {path.name for path in tmp_path.iterdir()} == {"page.md", *pictures}
+
+
+def test_without_matplotlib_the_report_is_the_tables_alone(runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    status, _, err = call("report", runs / "full", "-o", tmp_path / "page.md")
+    assert status == 0, err
+    assert "![" not in (tmp_path / "page.md").read_text() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    assert "summary.json: cannot be read" in refused(*call("report", tmp_path, "-o", tmp_path / "page.md"))
+    (tmp_path / "summary.json").write_text("{}")
+    assert "summary.json: expected the summary of a run" in refused(*call("report", tmp_path, "-o", tmp_path / "page.md"))
+
+
+def test_adaptive_decisions_stand_in_the_summary_with_their_scores(runs):
+    summary = json.loads((runs / "adaptive" / "summary.json").read_text())
+    assert summary["decisions"] and summary["settings"]["schedule"] == "adaptive"
+    for decision in summary["decisions"]:
+        assert set(decision["scores"]) <= {"1", "2", "3", "4"} and 0 <= decision["frozen_blocks"] <= 3
+
+
+@pytest.mark.parametrize("policy, reached", [([], True), (["--embeddings", "never"], False)])
+def test_probe_trains_one_block_at_a_time_and_draws_the_metric_by_block(policy, reached, tiny_folder, tiny_task, tmp_path):
+    arguments = ["--model", tiny_folder, "--task", "classification", "--data", tiny_task, "--output-dir", tmp_path / "probe"]
+    options = [option for option in FAST] + policy
+    status, out, err = call("probe", *arguments, *options, "--max-train-rows", 64, "--json")
+    assert status == 0, err
+    document = json.loads(out)
+    assert [row["block"] for row in document["rows"]] == [1, 2, 3, 4]
+    assert all(0 <= row["metrics"]["accuracy"] <= 1 for row in document["rows"])
+    assert document["settings"]["embeddings"] == ("always" if reached else "never")
+    assert json.loads((tmp_path / "probe" / "probe.json").read_text()) == document
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "probe" / "probe.png").read_bytes().startswith(PNG)
+
+
+def test_tables_align_numbers_to_the_right_and_words_to_the_left():
+    text = report.table(["name", "count"], [["a", 1], ["bcd", 23.5], ["e", None]])
+    assert text.splitlines() == [
+        "| name | count |",
+        "|------|------:|",
+        "| a    |     1 |",
+        "| bcd  |  23.5 |",
+        "| e    |       |",
+    ]
+
+
+def test_plan_refuses_a_schedule_that_decides_while_it_trains():
+    line = refused(*call("plan", "--model", "minilm-l6", "--schedule", "adaptive"))
+    assert "--schedule adaptive decides while it trains: plan needs one of full, shrinking" in line
