@@ -106,6 +106,7 @@ def _key(name: str, config: BertConfig) -> str:
 
 _DIGEST = "base_sha256"
 _LORA_PREFIX = "base_model.model."
+_POOLER = "pooler.dense.weight"  # the one part of a head that may be frozen, and that a base may lack
 _HEAD_MODULES = {"classification": "classifier", "regression": "classifier", "question-answering": "qa_outputs"}
 _TASK_TYPES = {"classifier": "SEQ_CLS", "qa_outputs": "QUESTION_ANS", None: "FEATURE_EXTRACTION"}
 # Keys of an adapter_config.json that are read elsewhere, or with which a trained LoRA computes the same whatever their
@@ -120,22 +121,25 @@ _LORA_WITHOUT_EFFECT = frozenset(
 _LORA_NEUTRAL = {"bias": ("none",), "init_lora_weights": (True, "gaussian")}
 
 
-def save_peft(model: Model, folder: str | Path, peft: PeftConfig, base_model: str) -> None:
+def save_peft(
+    model: Model, folder: str | Path, peft: PeftConfig, base_model: str, fresh: Iterable[str] = ()
+) -> None:
     """Write what `peft` trained in `model` into an existing folder, with the name of the base model that it belongs to.
 
     LoRA is written as the library peft reads it, other methods in our own format. Merged layers are written as if they
-    were not. Raises ValueError for method "none", which trains whole models, and RunError where the disk refuses.
+    were not. `fresh` names parameters that the base lacks (`LoadReport.fresh`): they are written too, trained or not.
+    Raises ValueError for method "none", which trains whole models, and RunError where the disk refuses.
     """
     if peft.method == "none":
         raise ValueError("peft.method must not be none: save_pretrained writes whole models")
-    folder, trained = Path(folder), _trained_shapes(model.config, peft)
-    digest = base_digest(model, trained)
+    folder, held = Path(folder), _held_shapes(model.config, peft, fresh)
+    digest = base_digest(model, held)
     if peft.method == "lora":
-        _save(model, trained, folder / LORA_WEIGHTS, prefix=_LORA_PREFIX, **{_DIGEST: digest})
-        write_json(folder / LORA_CONFIG, _lora_config(model.config, peft, base_model))
+        _save(model, held, folder / LORA_WEIGHTS, prefix=_LORA_PREFIX, **{_DIGEST: digest})
+        write_json(folder / LORA_CONFIG, _lora_config(model.config, peft, base_model, with_pooler=_POOLER in held))
     else:
-        _save(model, trained, folder / TRAINED_WEIGHTS)
-        names = sorted(_key(name, model.config) for name in trained)
+        _save(model, held, folder / TRAINED_WEIGHTS)
+        names = sorted(_key(name, model.config) for name in held)
         values = {"base_model": base_model, _DIGEST: digest, "peft": asdict(peft), "tensors": names}
         write_json(folder / TRAINED_CONFIG, values)
     write_json(folder / CONFIG, model.config.to_dict())
@@ -168,17 +172,18 @@ def load_peft(model: Model, folder: str | Path) -> PeftConfig:
         return _load_lora(model, folder / LORA_CONFIG, folder / LORA_WEIGHTS)
     path = folder / TRAINED_CONFIG
     values = _read_object(path)
-    peft, trained = _method(values.get("peft"), model.config, path)
     with ExitStack() as stack:
         file = _open(folder / TRAINED_WEIGHTS, stack)
-        _check_base(model, trained, values.get(_DIGEST), folder)
-        tensors = _read_trained(file, {_internal_name(key, model.config): key for key in file.tensors.keys()}, trained)
+        keys = {_internal_name(key, model.config): key for key in file.tensors.keys()}
+        peft, held = _method(values.get("peft"), model.config, keys, path)
+        _check_base(model, held, values.get(_DIGEST), folder)
+        tensors = _read_held(file, keys, held)
     _apply(model, peft, tensors)
     return peft
 
 
-def base_digest(model: Model, trained: Iterable[str]) -> str:
-    """Return the SHA-256, in hexadecimal, of the model's base without the parameters `trained`.
+def base_digest(model: Model, held: Iterable[str]) -> str:
+    """Return the SHA-256, in hexadecimal, of the model's base without the parameters `held`, which a file holds.
 
     Hashed are, in the order of their Hugging Face names (without the prefix of the model's type), of every other
     parameter the line "name dtype shape" and its bytes. Wrapping and merging change nothing, nor does training.
@@ -186,14 +191,14 @@ def base_digest(model: Model, trained: Iterable[str]) -> str:
     merged = {f"{name}.weight": layer.base_weight for name, layer in lora_layers(model) if layer.merged}
     base = {name: merged.get(name, parameter) for name, parameter in model.named_parameters()}
     digest = hashlib.sha256()
-    for name in sorted(base.keys() - set(trained)):
+    for name in sorted(base.keys() - set(held)):
         tensor = base[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def _lora_config(config: BertConfig, peft: PeftConfig, base_model: str) -> dict:
+def _lora_config(config: BertConfig, peft: PeftConfig, base_model: str, with_pooler: bool) -> dict:
     """Return the adapter_config.json with which peft rebuilds the model."""
     head = _HEAD_MODULES.get(config.head)
     targets = []
@@ -211,7 +216,7 @@ def _lora_config(config: BertConfig, peft: PeftConfig, base_model: str) -> dict:
         "lora_alpha": peft.lora_alpha,
         "lora_dropout": peft.lora_dropout,
         "target_modules": targets,
-        "modules_to_save": [head] if head else None,
+        "modules_to_save": [head, *(["pooler"] if with_pooler else [])] if head else None,
         "bias": "none",
         "inference_mode": True,
     }
@@ -225,12 +230,12 @@ def _load_lora(model: Model, config_path: Path, path: Path) -> PeftConfig:
         keys = {_internal_name(key.removeprefix(_LORA_PREFIX), model.config): key for key in file.tensors.keys()}
         settings = {key: values.get(key) for key in ("lora_alpha", "lora_dropout")}
         settings |= {"method": "lora", "lora_r": values.get("r"), "lora_targets": _lora_targets(keys, path)}
-        peft, trained = _method(settings, model.config, config_path)
-        if not values.get("modules_to_save") and not any("lora_" not in name for name in keys):
-            trained = {name: shape for name, shape in trained.items() if "lora_" in name}  # the head is the base's
+        peft, held = _method(settings, model.config, keys, config_path)
+        if not values.get("modules_to_save") and all("lora_" in name for name in keys):
+            held = {name: shape for name, shape in held.items() if "lora_" in name}  # the head is the base's
         if digest := (file.tensors.metadata() or {}).get(_DIGEST):  # peft writes none
-            _check_base(model, trained, digest, path.parent)
-        tensors = _read_trained(file, keys, trained)
+            _check_base(model, held, digest, path.parent)
+        tensors = _read_held(file, keys, held)
     _apply(model, peft, tensors)
     return peft
 
@@ -260,14 +265,17 @@ def _lora_targets(names: Iterable[str], path: Path) -> tuple[str, ...]:
     return tuple(target for target in BLOCK_LINEARS if target in found)
 
 
-def _trained_shapes(config: BertConfig, peft: PeftConfig) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every parameter that a method trains, over all stages."""
+def _held_shapes(config: BertConfig, peft: PeftConfig, fresh: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of what a file holds: the parameters that a method trains, over all stages, and `fresh`."""
     model = units(config, peft)
-    return {unit.prefix + name: unit.shapes[name] for unit in model for name in unit.trainable}
+    held = model.trainable | set(fresh)
+    return {
+        unit.prefix + name: shape for unit in model for name, shape in unit.shapes.items() if unit.prefix + name in held
+    }
 
 
-def _check_base(model: Model, trained: Iterable[str], expected: object, folder: Path) -> None:
-    found = base_digest(model, trained)
+def _check_base(model: Model, held: Iterable[str], expected: object, folder: Path) -> None:
+    found = base_digest(model, held)
     if found != expected:
         raise InputError(
             f"{folder}: trained on another base model: the weights that it leaves alone have SHA-256 {expected}, "
@@ -275,12 +283,12 @@ def _check_base(model: Model, trained: Iterable[str], expected: object, folder: 
         )
 
 
-def _read_trained(file: "_TensorFile", keys: Mapping[str, str], trained: Mapping) -> dict[str, Tensor]:
-    """Read exactly the tensors `trained`. Raises InputError where the file has fewer or more, or of other shapes."""
-    for name in sorted(trained.keys() ^ keys.keys()):
-        kind = "missing" if name in trained else "unexpected: the method trains no such parameter"
+def _read_held(file: "_TensorFile", keys: Mapping[str, str], held: Mapping) -> dict[str, Tensor]:
+    """Read exactly the tensors `held`. Raises InputError where the file has fewer or more, or of other shapes."""
+    for name in sorted(held.keys() ^ keys.keys()):
+        kind = "missing" if name in held else "unexpected: the method trains no such parameter"
         raise InputError(f"{file.path}: tensor {keys.get(name, name)!r} is {kind}")
-    return {name: _read(file, keys[name], trained[name]) for name in sorted(trained)}
+    return {name: _read(file, keys[name], held[name]) for name in sorted(held)}
 
 
 def _apply(model: Model, peft: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -288,13 +296,15 @@ def _apply(model: Model, peft: PeftConfig, tensors: Mapping[str, Tensor]) -> Non
     model.load_state_dict(tensors, strict=False)
 
 
-def _method(values: object, config: BertConfig, path: Path) -> tuple[PeftConfig, dict[str, tuple[int, ...]]]:
-    """Return the method whose settings a file gives, and name and shape of what it trains. Raises InputError."""
+def _method(
+    values: object, config: BertConfig, names: Iterable[str], path: Path
+) -> tuple[PeftConfig, dict[str, tuple[int, ...]]]:
+    """Return the method whose settings `path` gives, and name and shape of what a file with `names` must hold."""
     if not isinstance(values, dict):
         raise InputError(f"{path}: key 'peft' must be an object, got {values!r}")
     try:
         peft = PeftConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-        return peft, _trained_shapes(config, peft)
+        return peft, _held_shapes(config, peft, fresh=(name for name in names if name.startswith("pooler.")))
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}") from None
 

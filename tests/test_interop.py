@@ -286,7 +286,8 @@ QUERY = f"{PREFIX}encoder.layer.1.attention.self.query.lora_A.weight"
     [
         (lambda t: t.pop(QUERY), "layer.1.attention.self.query.lora_A.weight' is missing"),
         (lambda t: t.pop("base_model.model.classifier.bias"), "'classifier.bias' is missing"),
-        (lambda t: t.update({f"{POOLER}.weight": torch.zeros(16, 16)}), "pooler.dense.weight' is unexpected"),
+        (lambda t: t.update({f"{PREFIX}embeddings.LayerNorm.bias": torch.zeros(16)}), "Norm.bias' is unexpected"),
+        (lambda t: t.update({f"{POOLER}.weight": torch.zeros(16, 16)}), "trained on another base model"),
         (lambda t: t.update({f"{POOLER}.lora_A.weight": torch.zeros(3, 16)}), "LoRA is supported on attention"),
         (lambda t: t.update({QUERY: torch.zeros(3, 15)}), r"has shape \[3, 15\], expected \[3, 16\]"),
         (lambda t: t.update({QUERY: torch.zeros(3, 16, dtype=torch.int64)}), "has dtype I64"),
@@ -300,7 +301,7 @@ def test_tensors_that_do_not_fit_are_named(change, message, lora_folder):
     rewrite(path, change, metadata)
     with pytest.raises(InputError, match=message) as error:
         load_peft(base_model(), lora_folder)
-    assert str(path) in str(error.value)
+    assert str(lora_folder) in str(error.value)
 
 
 def test_lora_of_lower_precision_is_read_as_fp32(lora_folder):
@@ -333,6 +334,38 @@ def test_exactly_what_was_trained_is_written_and_comes_back_bit_for_bit(peft, ch
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, base.get_parameter(name)), name
     assert torch.equal(logits(base), logits(model))
+
+
+@pytest.fixture
+def poolerless(folders):
+    """The folder of a base without a pooler, as masked language models are saved."""
+    base, _ = folders
+    save_pretrained(base_model(), base)
+    rewrite(base / "model.safetensors", lambda t: [t.pop(key) for key in list(t) if "pooler" in key or "class" in key])
+    return base
+
+
+@pytest.mark.parametrize("peft", [*SETTINGS, LORA], ids=str)
+def test_a_pooler_that_the_base_lacks_is_written_too_and_does_not_depend_on_the_next_draw(peft, poolerless, folders):
+    _, tuned = folders
+    model, report = load_model(poolerless, TINY, seed=1)
+    assert "pooler.dense.weight" in report.fresh
+    save_peft(train(model, peft), tuned, peft, "some/base", fresh=report.fresh)
+    again, _ = load_model(poolerless, TINY, seed=2)
+    assert not torch.equal(again.pooler.dense.weight, model.pooler.dense.weight)
+    load_peft(again, tuned)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_peft_loads_a_pooler_that_the_base_lacks(poolerless, folders):
+    peft = pytest.importorskip("peft")
+    _, tuned = folders
+    edit(poolerless / "config.json", id2label={"0": "a", "1": "b", "2": "c"})
+    model, report = load_model(poolerless, TINY, seed=1)
+    save_peft(train(model, LORA), tuned, LORA, str(poolerless), fresh=report.fresh)
+    assert json.loads((tuned / "adapter_config.json").read_text())["modules_to_save"] == ["classifier", "pooler"]
+    twin = peft.PeftModel.from_pretrained(their_base(poolerless, "classification"), tuned)
+    torch.testing.assert_close(their_logits(twin, model.config), logits(model), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("peft", [*SETTINGS, LORA], ids=str)
