@@ -83,7 +83,8 @@ def test_epochs_and_seeds_differ_in_batches_and_in_their_order(group_by_length):
         shared = {frozenset(batch) for batch in first} & {frozenset(batch) for batch in found}
         assert len(shared) < 4  # of 80
     longest = [max(lengths[i] for i in batch) for batch in first]
-    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+    falls = sum(a > b for a, b in zip(longest, longest[1:]))
+    assert 25 < falls < 55  # of 79: neither rising nor falling
 
 
 def test_a_small_set_is_not_sorted_as_a_whole():

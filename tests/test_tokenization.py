@@ -294,8 +294,11 @@ def test_a_pair_of_long_texts_is_cut_in_bounded_memory(bert):
 
 def test_roberta_gets_no_second_token_type_and_bert_does(bert, tmp_path):
     folder, config = vocab_txt(tmp_path / "model")
-    roberta = config_for(config.vocab_size, "roberta")
-    assert load_tokenizer(folder, roberta).encode(["a"], ["b"])[0].token_type_ids.max() == 0
+    for roberta in (
+        config_for(config.vocab_size, "roberta"),
+        config_for(config.vocab_size, "roberta", type_vocab_size=2),
+    ):
+        assert load_tokenizer(folder, roberta).encode(["a"], ["b"])[0].token_type_ids.max() == 0
     assert bert.encode(["a"], ["b"])[0].token_type_ids.max() == 1
 
 

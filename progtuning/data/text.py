@@ -115,7 +115,7 @@ def read_table(
     Raises InputError that names file and line.
     """
     rows, names = [], []
-    for number, values in _rows(path, ("text", "label") if require_label else ("text",)):
+    for number, values in keyed_rows(path, ("text", "label") if require_label else ("text",), _KEYS):
         where = f"{path}: line {number}"
         rows.append(Example(values["text"], values.get("text_pair"), None, values.get("id", str(len(rows)))))
         if (rows[-1].text_pair is None) != (rows[0].text_pair is None):
@@ -143,8 +143,8 @@ def movie_reviews(path: str | Path) -> Splits:
     The file has 10,605 rows of id, mean rating by human raters in -4..4, and text, in UTF-8 with CRLF. The label is
     "positive" where the rating is above 0; the 533 rows with a rating nearer to 0 than 0.5 are left out. The dev split
     is every eighth id (1,264 rows). The sentences come from one review each (Pang and Lee, 2005) and neighbours are
-    hardly more alike than others, so this does not leak; the file is ordered by opinion, so a run of ids would be one-sided.
-    Raises InputError that names file and line.
+    hardly more alike than others, so this does not leak. The file is ordered by opinion: a run of ids would be
+    one-sided. Raises InputError that names file and line.
     """
     file = Path(path)
     if file.is_dir():
@@ -174,6 +174,22 @@ def limit_train(splits: Splits, max_train: int, seed: int = 0) -> Splits:
         return splits
     chosen = sorted(random.Random(seed).sample(range(len(splits.train)), max_train))
     return replace(splits, train=[splits.train[i] for i in chosen])
+
+
+def keyed_rows(
+    path: str | Path, required: Sequence[str], optional: Sequence[str]
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Return (line number, {key: text}) of each row of a TSV with a header, or of JSONL; `-` is standard input.
+
+    JSONL is what ends in .jsonl or begins with `{`. Every row has the keys `required`, and of others only those in
+    `optional`. Raises InputError that names file and line.
+    """
+    lines = read_lines(path)
+    first = next(lines)
+    lines = itertools.chain([first], lines)
+    if first[1].lstrip().startswith("{") or Path(path).suffix == ".jsonl":
+        return _json_rows(path, lines, required, optional)
+    return tsv_rows(path, lines, required=required, optional=optional)
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
@@ -290,24 +306,14 @@ def _expected(required: Sequence[str], optional: Sequence[str] | None) -> str:
     return f"{', '.join(required)} (and, if need be, {others})"
 
 
-def _rows(path: str | Path, required: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield (line number, values): strings for those of _KEYS that the row has."""
-    lines = read_lines(path)
-    first = next(lines)
-    lines = itertools.chain([first], lines)
-    if first[1].lstrip().startswith("{") or Path(path).suffix == ".jsonl":
-        return _json_rows(path, lines, required)
-    return tsv_rows(path, lines, required=required, optional=_KEYS)
-
-
 def _json_rows(
-    path: str | Path, lines: Iterator[tuple[int, str]], required: Sequence[str]
+    path: str | Path, lines: Iterator[tuple[int, str]], required: Sequence[str], optional: Sequence[str]
 ) -> Iterator[tuple[int, dict[str, str]]]:
     for number, line in lines:
         where = f"{path}: line {number}"
         values = _json_object(where, line)
-        if not set(required) <= set(values) <= set(_KEYS):
-            raise InputError(f"{where}: got keys {shorten(list(values))}, expected {_expected(required, _KEYS)}")
+        if not set(required) <= set(values) <= {*required, *optional}:
+            raise InputError(f"{where}: got keys {shorten(list(values))}, expected {_expected(required, optional)}")
         yield number, {key: _json_string(where, key, value) for key, value in values.items()}
 
 

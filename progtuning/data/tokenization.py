@@ -74,9 +74,7 @@ class _Part:
 class Tokenizer:
     """A tokenizer and the files it came from. Build one with `load_tokenizer`.
 
-    `backend` is the library's own tokenizer, without padding and truncation. It gives what is not offered here, such as
-    offsets (`backend.encode_batch`) and windows (`backend.enable_truncation(..., stride=...)`, to be followed by
-    `no_truncation()`).
+    `backend` is the library's own tokenizer, without padding and truncation.
 
     Texts are cut here and not by the library, which keeps what it cuts off, and of a pair every combination of the
     rests: more than a gigabyte for two texts of 8,000 words and 128 tokens.
@@ -110,8 +108,30 @@ class Tokenizer:
             with _library_errors(self.source):
                 flat = [text for row in rows for text in row]
                 found = iter(self.backend.encode_batch_fast(flat, add_special_tokens=False))
-            encodings += [self._assemble([next(found).ids for _ in row], max_length) for row in rows]
+            encodings += [self.join(self._cut([next(found).ids for _ in row], max_length)) for row in rows]
         return encodings
+
+    def tokens(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return for each text alone, uncut and without special tokens, ids (N,) and offsets (N, 2), both int32.
+
+        Offsets are the characters [start, end) of the text that a token stands for. Raises InputError where the
+        tokenizer's file is at fault.
+        """
+        found = []
+        for rows in _batches(texts, [None] * len(texts)):
+            with _library_errors(self.source):
+                encodings = self.backend.encode_batch([text for (text,) in rows], add_special_tokens=False)
+            for encoding in encodings:
+                offsets = np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2)
+                found.append((np.array(encoding.ids, dtype=np.int32), offsets))
+        return found
+
+    def join(self, texts: Sequence[Sequence[int]]) -> Encoding:
+        """Put the special tokens around the ids of one text, or around and between those of a pair."""
+        template = self._templates[len(texts) == 2]
+        pieces = [[part.id] if part.text is None else texts[part.text] for part in template]
+        types = np.repeat([self._type_id(part) for part in template], [len(piece) for piece in pieces])
+        return Encoding(np.concatenate(pieces).astype(np.int32), types.astype(np.int32))
 
     def check_max_length(self, max_length: int | None, pairs: bool = False) -> int:
         """Return `max_length`, or for None the most the model takes. Raises InputError where it is out of range."""
@@ -137,17 +157,12 @@ class Tokenizer:
         if missing:
             write_json(Path(folder) / "tokenizer_config.json", {**self.settings, **missing})
 
-    def _assemble(self, texts: list[list[int]], max_length: int) -> Encoding:
-        """Cut the ids of one or two texts and put the special tokens around them."""
-        template = self._templates[len(texts) == 2]
-        room = max_length - (len(template) - len(texts))
+    def _cut(self, texts: list[list[int]], max_length: int) -> list[list[int]]:
+        """Cut the ids of one or two texts so that with the special tokens they are at most `max_length`."""
+        room = max_length - (len(self._templates[len(texts) == 2]) - len(texts))
         kept = _longest_first([len(ids) for ids in texts], room)
-        if self.settings.get("truncation_side") == "left":
-            texts = [ids[len(ids) - keep :] for ids, keep in zip(texts, kept)]
-        pieces = [[part.id] if part.text is None else texts[part.text][: kept[part.text]] for part in template]
-        ids = np.array([token for piece in pieces for token in piece], dtype=np.int32)
-        types = np.repeat([self._type_id(part) for part in template], [len(piece) for piece in pieces])
-        return Encoding(ids, types.astype(np.int32))
+        from_left = self.settings.get("truncation_side") == "left"
+        return [ids[len(ids) - keep :] if from_left else ids[:keep] for ids, keep in zip(texts, kept)]
 
     def _type_id(self, part: _Part) -> int:
         one_type = self.config.model_type == "roberta" or self.config.type_vocab_size == 1
