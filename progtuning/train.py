@@ -221,13 +221,19 @@ def load(data: EncodedRows, rows: list[int], device: torch.device) -> tuple[dict
 def predict(
     model: Model, data: EncodedRows, batch_size: int, device: torch.device, precision: str = "fp32"
 ) -> np.ndarray:
-    """Return the head's outputs, (N, C) float32, for the N rows of `data` in their order. The model is left in eval mode."""
+    """Return the head's outputs, (N, C) float32, for the N rows of `data` in their order. The model is left in eval mode.
+
+    Raises RunError where one is not finite: the weights are not.
+    """
     model.to(device).eval()
     outputs = np.empty((len(data), model.config.num_outputs), dtype=np.float32)
     for rows in tqdm(evaluation_batches(data.lengths, batch_size), unit="batch", leave=False, disable=None):
         with autocast(device, precision):
             logits = model(**load(data, rows, device)[0])
         outputs[rows] = logits.float().cpu().numpy()
+    if not np.isfinite(outputs).all():
+        row = int(np.flatnonzero(~np.isfinite(outputs).all(axis=1))[0])
+        raise RunError(f"the model's output for row {row + 1} is not finite: its weights are damaged or its training diverged")
     return outputs
 
 

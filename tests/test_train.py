@@ -207,6 +207,14 @@ def test_predictions_come_in_the_order_of_the_rows_whatever_the_batch_size():
         np.testing.assert_allclose(predict(model, data, batch_size, CPU), one_by_one, rtol=1e-5, atol=1e-5)
 
 
+def test_an_output_that_is_not_finite_is_an_error_and_never_a_prediction():
+    model = tiny_model()
+    with torch.no_grad():
+        model.classifier.bias[1] = float("nan")
+    with pytest.raises(RunError, match="the model's output for row 1 is not finite"):
+        predict(model, rows(5), 2, CPU)
+
+
 def test_metrics_of_several_splits_carry_the_splits_name():
     task = Task("t", ("a", "b", "c"), ("accuracy",))
     values = measure_splits(tiny_model(), {"dev_matched": rows(9), "dev_mismatched": rows(9, 1)}, task, 8, CPU, "fp32")
