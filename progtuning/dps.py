@@ -92,8 +92,8 @@ class DPS:
         self._forget_frozen()
         first = self.step % self.window == 0
         if first and self.measures:
-            for tensors in (self.start, self.score, self.times_kept, self.kept):
-                tensors.clear()
+            self.start.clear()
+            self.kept.clear()
         elif first:
             self._choose()
         if self.mix and self.measures:

@@ -155,6 +155,17 @@ def test_200_steps_equal_those_of_plain_loops(mode, ratio, window):
             torch.testing.assert_close(biases[layer].data, expected, rtol=1e-9, atol=1e-11, msg=f"step {step}")
 
 
+@pytest.mark.parametrize("num_steps, chosen", [(490, 0), (500, 1)])
+def test_from_windows_of_50_steps_on_columns_that_were_kept_often_lose_by_the_exponential(num_steps, chosen):
+    model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    dps = DPS(model, DPSConfig("mix", 0.5, 0.1), num_steps)
+    dps.step = dps.window
+    dps.score["0.weight"] = torch.tensor([[40.0, 9.0]])
+    dps.times_kept["0.weight"] = torch.tensor([40, 10])  # 1.0 and 0.9 a time; times exp(-0.8) and exp(-0.2)
+    dps.before_step()
+    assert dps.kept["0.weight"].tolist() == [[chosen == 0, chosen == 1]]
+
+
 # A run on a small BERT.
 
 

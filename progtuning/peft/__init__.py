@@ -75,5 +75,5 @@ def _outside_blocks_trains(name: str, peft: PeftConfig) -> bool:
     if name.startswith("embeddings."):
         return peft.method == "bitfit" and bitfit_trains(name, peft.bitfit_biases)
     if name.startswith("pooler."):
-        return peft.method in ("bitfit", "spafit") and bitfit_trains(name)
+        return peft.method in ("bitfit", "spafit") and bitfit_trains(name, "all")
     return True

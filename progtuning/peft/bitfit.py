@@ -9,10 +9,7 @@ from progtuning.config import BLOCK_LINEARS
 
 
 def bitfit_trains(name: str, biases: str = "all") -> bool:
-    """Say whether a parameter trains, under `biases` "all" or "query,intermediate".
-
-    `name` is its name in the model or, inside a block, in the block.
-    """
-    if name.startswith("pooler.") or biases == "all":
+    """Say whether the parameter `name` (in a block: its name there) trains under "all" or "query,intermediate"."""
+    if biases == "all":
         return name.endswith(".bias")
     return name in {f"{BLOCK_LINEARS[target]}.bias" for target in biases.split(",")}
