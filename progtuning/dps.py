@@ -53,8 +53,8 @@ class DPS:
     mix keeps the mixture in them until `after_backward`, and the optimizer may move what does not train.
 
     Build it when the model is on its device, and before the stage engine enters a stage: it takes the matrices that the
-    model has, and as W0 what they are then. Beside the model it keeps, of every matrix, the score or the mask and during
-    the optimizer's step a copy; mix keeps two copies more, W0 and in every other window its start.
+    model has, and as W0 what they are then. Of every matrix it keeps the score or the mask and, during the optimizer's
+    step, a copy; mix keeps two copies more, W0 and in every other window its start.
 
     Raises InputError where a matrix is frozen, where `num_steps` is unknown, or where a window has no step.
     """
