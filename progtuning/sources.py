@@ -165,7 +165,7 @@ def _check_model(names: Iterable[str]) -> None:
         raise InputError("has no config.json; expected a model folder as the Hugging Face Hub has them")
     if not names & {"model.safetensors", "model.safetensors.index.json"}:
         pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
-        hint = f"; {pickled[0]} is a pickle, which is never read: convert it to safetensors" if pickled else ""
+        hint = f"; {pickled[0]!r} is a pickle, which is never read: convert it to safetensors" if pickled else ""
         raise InputError(f"has no model.safetensors{hint}")
 
 
