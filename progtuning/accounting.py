@@ -41,7 +41,7 @@ from progtuning.config import ARCHITECTURES, BLOCK_LINEARS, BertConfig, PeftConf
 from progtuning.errors import InputError
 from progtuning.stages import Schedule, Stage, make_schedule
 
-ITEMSIZE = {"fp32": 4, "bf16": 2}  # bytes an element, by --precision
+ITEMSIZE = {"fp32": 4, "bf16": 2}  # bytes an element of a cache, by --cache-dtype
 _FP32 = ITEMSIZE["fp32"]
 _PLAIN = PeftConfig()
 
@@ -437,15 +437,15 @@ def _bytes(active: Units, trace: _Trace) -> dict[str, int]:
 
 
 def cache_bytes(
-    config: BertConfig, stage: Stage, tokens: int, precision: str = "fp32", peft: PeftConfig = _PLAIN
+    config: BertConfig, stage: Stage, tokens: int, cache_dtype: str = "fp32", peft: PeftConfig = _PLAIN
 ) -> int:
     """Return the bytes of a prefix cache at the cut of `stage`: D elements for each of `tokens` tokens (no padding).
 
-    0 where E trains or no block is frozen: there is no prefix to keep. Raises InputError for an unknown precision.
+    0 where E trains or no block is frozen: there is no prefix to keep. Raises InputError for an unknown cache_dtype.
     """
-    if precision not in ITEMSIZE:
-        raise InputError(f"--precision must be one of {', '.join(ITEMSIZE)}, got {precision!r}")
-    return tokens * config.hidden_size * ITEMSIZE[precision] if units(config, peft).during(stage).cut() else 0
+    if cache_dtype not in ITEMSIZE:
+        raise InputError(f"--cache-dtype must be one of {', '.join(ITEMSIZE)}, got {cache_dtype!r}")
+    return tokens * config.hidden_size * ITEMSIZE[cache_dtype] if units(config, peft).during(stage).cut() else 0
 
 
 # Documents
@@ -460,7 +460,7 @@ def plan(
     length: int = 128,
     model_name: str = "",
     tokens: int | None = None,
-    precision: str = "fp32",
+    cache_dtype: str = "fp32",
 ) -> dict:
     """Return the document that `progtuning plan --json` prints: what every stage of a run costs.
 
@@ -494,7 +494,7 @@ def plan(
                 "backward_flops": backward,
                 "share_of_full": backward / full_backward,
                 **_bytes(active, trace),
-                "cache_bytes": cache_bytes(config, stage, num_tokens, precision, peft),
+                "cache_bytes": cache_bytes(config, stage, num_tokens, cache_dtype, peft),
             }
         )
     return {

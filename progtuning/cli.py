@@ -10,7 +10,7 @@ from pathlib import Path
 
 from progtuning import __version__, report
 from progtuning.accounting import paper_rows, plan
-from progtuning.config import ARCHITECTURES, BLOCK_LINEARS, BertConfig, DPSConfig, PeftConfig, TrainConfig, recipe
+from progtuning.config import ARCHITECTURES, BLOCK_LINEARS, BertConfig, DPSConfig, PeftConfig, TrainConfig, parse_size, recipe
 from progtuning.errors import InputError, RunError
 from progtuning.files import check_new_folder, new_folder, write_json, write_text
 from progtuning.stages import SCHEDULES, make_schedule
@@ -91,7 +91,7 @@ def build_parser() -> Parser:
     plan_command.add_argument("--head", default="classification", choices=("classification", "question-answering"))
     add_train_options(
         plan_command,
-        only=("schedule", "stages", "embeddings", "epochs", "batch-size", "precision", *(row[0] for row in OPTIONS[PeftConfig])),
+        only=("schedule", "stages", "embeddings", "epochs", "batch-size", "cache-dtype", *(row[0] for row in OPTIONS[PeftConfig])),
     )
     plan_command.add_argument("--json", action="store_true", help="print JSON")
 
@@ -103,7 +103,7 @@ def build_parser() -> Parser:
     add_task_options(probe)
     probe.add_argument("--output-dir", required=True, help="a new or empty folder, for probe.json and a picture")
     probe.add_argument("--max-train-rows", type=int, metavar="N", help="train on a sample of N rows")
-    left_out = ("schedule", "stages", "evaluate")
+    left_out = ("schedule", "stages", "evaluate", "cache", "cache-dtype", "cache-limit")
     add_train_options(probe, only=[row[0] for row in OPTIONS[TrainConfig] if row[0] not in left_out])
     add_run_options(probe)
 
@@ -153,7 +153,10 @@ OPTIONS = {
         ("precision", "precision", "fp32 or bf16"),
         ("hidden-dropout-prob", "hidden_dropout_prob", "dropout (the model's own)"),
         ("attention-probs-dropout-prob", "attention_probs_dropout_prob", "dropout of attention (the model's own)"),
-        ("prefix-dropout", "prefix_dropout", "dropout in the frozen blocks"),
+        ("prefix-dropout", "prefix_dropout", "dropout in the frozen blocks (true; false with --cache)"),
+        ("cache", "cache", "keep the output of the frozen blocks for each example: off, memory or disk"),
+        ("cache-dtype", "cache_dtype", "what the cache holds: fp32 or bf16"),
+        ("cache-limit", "cache_limit", "largest cache, in GB or with a unit, as 500MB (half of the free memory or disk)"),
         ("group-by-length", "group_by_length", "batches of like lengths"),
         ("evaluate", "evaluate", "after every epoch, or at the end"),
         ("seed", "seed", "of the data order, what is drawn afresh, and dropout"),
@@ -190,7 +193,7 @@ def add_train_options(parser: Parser, only: Sequence[str] | None = None) -> None
                 shown = ",".join(default) if isinstance(default, tuple) else default
                 text += f" ({str(shown).lower() if isinstance(default, bool) else shown})"
             values = {"dest": option, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-            if isinstance(default, bool):
+            if isinstance(default, bool) or option == "prefix-dropout":
                 parser.add_argument(f"--{option}", action=argparse.BooleanOptionalAction, **values)
             else:
                 metavar = option.rpartition("-")[2].upper()
@@ -221,6 +224,8 @@ def train_config(args: argparse.Namespace, num_blocks: int, task: str | None = N
         from progtuning.peft.spafit import parse_bounds
 
         given[PeftConfig]["spafit_bounds"] = parse_bounds(given[PeftConfig]["spafit_bounds"], num_blocks)
+    if "cache_limit" in given[TrainConfig]:
+        given[TrainConfig]["cache_limit"] = parse_size("--cache-limit", given[TrainConfig]["cache_limit"])
     peft, dps = PeftConfig(**given[PeftConfig]), DPSConfig(**given[DPSConfig])
     if getattr(args, "recipe", None) == "paper":
         values = recipe(peft.method, task, dps.mode)
@@ -276,7 +281,7 @@ def run_train(args: argparse.Namespace) -> None:
     settings = train_config(args, BertConfig.from_json(folder / "config.json").num_hidden_layers, splits.task.name)
     if args.max_train_rows is not None:
         splits = limit_train(splits, args.max_train_rows, settings.seed)
-    summary = fine_tune(args.model, folder, splits, settings, device, args.output_dir, args.merge)
+    summary = fine_tune(args.model, folder, splits, settings, device, args.output_dir, args.merge, say)
     write_text(Path(args.output_dir) / "README.md", report.card(summary))
     if args.json:
         print_json(summary)
@@ -320,7 +325,7 @@ def run_plan(args: argparse.Namespace) -> None:
     schedule = make_schedule(settings.schedule, config.num_hidden_layers, settings.num_stages, settings.embeddings)
     length = min(128, config.max_length) if args.length is None else args.length
     document = plan(
-        config, schedule, settings.epochs, settings.peft, settings.batch_size, length, args.model, precision=settings.precision
+        config, schedule, settings.epochs, settings.peft, settings.batch_size, length, args.model, cache_dtype=settings.cache_dtype
     )
     print_json(document) if args.json else print(report.plan_table(document))
 

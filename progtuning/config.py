@@ -6,8 +6,10 @@ and those that would change it unless they have one value. Any other key is an e
 a different model.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from pathlib import Path
 
 from progtuning.errors import InputError
@@ -19,6 +21,7 @@ HEADS = ("classification", "regression", "question-answering")
 PEFT_METHODS = ("none", "adapter", "bitfit", "lora", "spafit")
 DPS_MODES = ("off", "dense", "mix")
 PRECISIONS = ("fp32", "bf16")
+CACHES = ("off", "memory", "disk")
 _INFINITY = float("inf")
 
 # The six linear layers of a block, by the names that Hugging Face checkpoints give them.
@@ -305,7 +308,10 @@ class TrainConfig:
     precision: str = "fp32"  # or "bf16", autocast
     hidden_dropout_prob: float | None = None  # None: the model's own; so the next
     attention_probs_dropout_prob: float | None = None
-    prefix_dropout: bool = True
+    prefix_dropout: bool | None = None  # dropout below the cut. None: True, but False with a cache, which needs it
+    cache: str = "off"  # one of CACHES: where the output of the frozen blocks is kept
+    cache_dtype: str = "fp32"  # or "bf16"
+    cache_limit: int | None = None  # bytes; None: half of what is free
     group_by_length: bool = True
     evaluate: str = "epoch"  # or "end"
     seed: int = 42
@@ -316,6 +322,7 @@ class TrainConfig:
         _check_choice("--schedule", self.schedule, (*SCHEDULES, "adaptive"))
         _check_choice("--embeddings", self.embeddings, EMBEDDING_POLICIES)
         _check_choice("--precision", self.precision, PRECISIONS)
+        self._check_cache()
         _check_choice("--evaluate", self.evaluate, ("epoch", "end"))
         for name in ("epochs", "stages", "batch_size", "accumulation_steps", "max_length"):
             if getattr(self, name) is None and name in ("stages", "max_length"):
@@ -334,11 +341,41 @@ class TrainConfig:
         if self.dps.mode != "off" and self.peft.method != "none":
             raise InputError(f"--dps masks weights that --peft {self.peft.method} freezes: give --peft none with it")
 
+    def _check_cache(self) -> None:
+        _check_choice("--cache", self.cache, CACHES)
+        _check_choice("--cache-dtype", self.cache_dtype, PRECISIONS)
+        if self.cache_limit is not None:
+            _check_number("--cache-limit", self.cache_limit, int, low=1)
+        if self.prefix_dropout and self.cache != "off":
+            raise InputError(
+                f"--cache {self.cache} needs the same output of the frozen blocks in every epoch: leave out --prefix-dropout"
+            )
+        if self.schedule == "growing" and self.cache != "off":
+            raise InputError(f"--cache {self.cache} keeps the output of blocks that stay frozen, and --schedule growing unfreezes")
+
+    @property
+    def drops_out_prefix(self) -> bool:
+        """Whether the blocks below the cut drop out too."""
+        return self.cache == "off" if self.prefix_dropout is None else self.prefix_dropout
+
     @property
     def num_stages(self) -> int:
         if self.stages is not None:
             return self.stages
         return 4 * self.epochs if self.schedule == "adaptive" else self.epochs
+
+
+def parse_size(option: str, text: str) -> int:
+    """Return the bytes that `text` says: a number of GB, or one with a unit, as 500MB or 2GiB. Raises InputError.
+
+    >>> parse_size("--cache-limit", "1.5"), parse_size("--cache-limit", "2 GiB")
+    (1500000000, 2147483648)
+    """
+    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)\s*(?:([KMGT])(i?)B)?", text.strip(), re.ASCII)
+    if not found:
+        raise InputError(f"{option} must be a number of GB, or one with a unit (500MB, 2GiB), got {text!r}")
+    number, letter, binary = found.groups()
+    return int(Fraction(number) * (1024 if binary else 1000) ** " KMGT".index(letter or "G"))
 
 
 # The authors' settings by method. Devlin et al. 2019 (arXiv 1810.04805): Section 4.1 gives GLUE's batch, epochs and

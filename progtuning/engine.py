@@ -17,12 +17,15 @@ Where E trains while low blocks are frozen (embeddings "always"), its gradient m
 """
 
 import re
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from progtuning.bert import Model
+from progtuning.cache import PrefixCache
 from progtuning.optim import keep_only
 from progtuning.stages import Stage
 
@@ -48,13 +51,21 @@ class StageEngine(nn.Module):
     lose their gradient and their optimizer state, those that stay keep their moments, those that join start fresh.
 
     With `prefix_dropout=False` everything below the cut runs in eval mode: faster, and its output depends on the example alone.
+    Then a `cache` may keep that output, for stages whose cut never falls: pass the examples' numbers as `rows` with each batch.
     """
 
-    def __init__(self, model: Model, optimizer: torch.optim.Optimizer | None = None, prefix_dropout: bool = True):
+    def __init__(
+        self,
+        model: Model,
+        optimizer: torch.optim.Optimizer | None = None,
+        prefix_dropout: bool = True,
+        cache: PrefixCache | None = None,
+    ):
         super().__init__()
         self.model = model
         self.optimizer = optimizer
         self.prefix_dropout = prefix_dropout
+        self.cache = cache
         self.candidates = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.groups = [list(group["params"]) for group in optimizer.param_groups] if optimizer else []
         self.stage: Stage | None = None
@@ -64,6 +75,12 @@ class StageEngine(nn.Module):
         """Return the names of the parameters that train in `stage`."""
         active = {HEAD, *stage.blocks, *([EMBEDDINGS] if stage.embeddings else [])}
         return {name for name in self.candidates if unit_of(name) in active}
+
+    def cut_of(self, stage: Stage) -> int | None:
+        """Return the index below which E and the blocks run without grad in `stage`; None where E trains: no cut."""
+        units = {unit_of(name) for name in self.trainable_names(stage)}
+        lowest = min((unit for unit in units if isinstance(unit, int)), default=self.model.num_blocks)
+        return None if EMBEDDINGS in units else lowest
 
     def enter(self, stage: Stage) -> None:
         """Make exactly the parameters of `stage` trainable, and the optimizer hold exactly them.
@@ -79,9 +96,7 @@ class StageEngine(nn.Module):
                 parameter.grad = None
         if self.optimizer is not None:
             keep_only(self.optimizer, self.groups, {self.candidates[name] for name in active})
-        units = {unit_of(name) for name in active}
-        lowest = min((unit for unit in units if isinstance(unit, int)), default=self.model.num_blocks)
-        self.cut = None if EMBEDDINGS in units else lowest
+        self.cut = self.cut_of(stage)
         self.stage = stage
         self.train(self.training)
 
@@ -93,24 +108,66 @@ class StageEngine(nn.Module):
         return self
 
     def prefix(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        start: int = 0,
+        x: Tensor | None = None,
     ) -> Tensor:
-        """Run E and the blocks below the cut without grad: the arguments of `Model.forward` -> (B, S, D)."""
+        """Run E and the blocks below the cut without grad: the arguments of `Model.forward` -> (B, S, D).
+
+        With x (B, S, D), which enters block `start`, only the blocks from there on run.
+        """
         with torch.no_grad():
-            x = self.model.embeddings(input_ids, token_type_ids)
-            return self.model.encoder(x, attention_mask, range(self.cut))
+            if x is None:
+                x = self.model.embeddings(input_ids, token_type_ids)
+            return self.model.encoder(x, attention_mask, range(start, self.cut))
+
+    def cached_prefix(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        rows: Sequence[int] = (),
+    ) -> Tensor:
+        """Return what `prefix` does for the examples `rows`, running only the blocks that the cache has not kept.
+
+        Raises ValueError where the prefix drops out, or the cut has fallen.
+        """
+        if self.prefix_dropout:
+            raise ValueError("a prefix cache needs prefix_dropout=False, got True")
+
+        def run(chosen: np.ndarray | None, level: int, x: Tensor | None) -> Tensor:
+            inputs = (input_ids, attention_mask, token_type_ids)
+            if chosen is not None:
+                inputs = (None if value is None else value[torch.from_numpy(chosen)] for value in inputs)
+            return self.prefix(*inputs, start=level, x=x)
+
+        return self.cache.fetch(rows, self.cut, input_ids.shape[1], input_ids.device, run)
 
     def suffix(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Run the blocks from the cut on and the head: (B, S, D) -> what `Model.head` returns."""
         return self.model.head(self.model.encoder(x, attention_mask, range(self.cut, self.model.num_blocks)))
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Tensor:
-        """Run the model, cut for the current stage. Arguments and result are those of `Model.forward`."""
+        """Run the model, cut for the current stage. Arguments and result are those of `Model.forward`.
+
+        `rows` are the numbers that the batch's examples have in the cache; None goes past the cache.
+        """
         if self.cut is None:
             return self.model(input_ids, attention_mask, token_type_ids)
-        return self.suffix(self.prefix(input_ids, attention_mask, token_type_ids), attention_mask)
+        if self.cache is None or rows is None or self.cut == 0:  # E alone is too cheap to keep
+            x = self.prefix(input_ids, attention_mask, token_type_ids)
+        else:
+            x = self.cached_prefix(input_ids, attention_mask, token_type_ids, rows)
+        return self.suffix(x, attention_mask)
 
     def gradient_norms(self) -> dict[int, Tensor]:
         """Return the norm of each active block's gradient, all its parameters together, as tensors of one element."""

@@ -1,5 +1,6 @@
 """What a run costs, measured: seconds of each phase on the device, and peak memory."""
 
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -76,3 +77,28 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+def free_memory() -> int | None:
+    """Return the bytes of memory that this process may still take (Linux: what is available, and what its control group leaves).
+
+    None where the system does not tell.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no control group of version 2, or one without a limit ("max")
+        return available
+    used -= int(statistics.get("inactive_file", 0))  # cached files, which make room when it is needed
+    return min(available, max(0, limit - used))
+
+
+def free_disk(folder: str | Path) -> int:
+    """Return the bytes that are free on the disk of `folder`."""
+    return shutil.disk_usage(folder).free

@@ -2,7 +2,8 @@
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def prepare(
     config = replace(config, **{name: value for name, value in dropouts.items() if value is not None})
     if settings.max_length is None:
         settings = replace(settings, max_length=min(128, config.max_length))
+    settings = replace(settings, prefix_dropout=settings.drops_out_prefix)
     tokenizer = load_tokenizer(folder, config)
     train_rows = encode_examples(splits.train, tokenizer, settings.max_length)
     dev_rows = {name: encode_examples(rows, tokenizer, settings.max_length) for name, rows in splits.dev.items()}
@@ -79,11 +81,12 @@ def fine_tune(
     device: torch.device,
     output_dir: str | Path | None = None,
     merge: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict:
     """Fine-tune the model of `folder` on a task and return the document of `summary.json`.
 
     With `output_dir`, a new or empty folder, the tokenizer, `metrics.jsonl`, `summary.json` and the model are written there; every
-    input has been checked before it is made. A model that a PEFT method trained is written as what was trained alone, or with
+    input has been checked before it is made. `say` is told of the prefix cache's size. A model that a PEFT method trained is written as what was trained alone, or with
     `merge` as a whole one in Hugging Face layout. Raises InputError for a wrong input, RunError for a run that fails.
     """
     if merge and settings.peft.method in ("none", "adapter"):
@@ -93,7 +96,10 @@ def fine_tune(
     model, loaded = load_model(folder, config, settings.seed)
     apply_peft(model, settings.peft, settings.seed)
     trainer = Trainer(model, train_rows, settings, device)
-    with RunLog(None if output_dir is None else new_folder(output_dir)) as log:
+    if trainer.engine.cache:
+        tokens, size = train_rows.lengths.sum(), trainer.engine.cache.nbytes
+        say(f"The prefix cache takes {size / 1e9:.3g} GB of {settings.cache}: {tokens:,} tokens in {settings.cache_dtype}.")
+    with RunLog(None if output_dir is None else new_folder(output_dir)) as log, trainer.engine.cache or nullcontext():
         trainer.log = log
 
         def measure(epoch: int) -> None:

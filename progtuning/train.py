@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -15,15 +16,16 @@ from tqdm import tqdm
 
 from progtuning import accounting, metrics
 from progtuning.bert import Model
+from progtuning.cache import PrefixCache
 from progtuning.config import BertConfig, PeftConfig, TrainConfig
 from progtuning.data.batching import EncodedRows, TrainBatches, evaluation_batches, split
 from progtuning.data.text import Task
 from progtuning.dps import DPS
-from progtuning.engine import StageEngine
-from progtuning.errors import RunError
+from progtuning.engine import StageEngine, unit_of
+from progtuning.errors import InputError, RunError
 from progtuning.measure import Clock, peak_bytes, reset_peak_bytes
 from progtuning.optim import build_optimizer, linear_schedule
-from progtuning.stages import AdaptiveSchedule, Stage, make_schedule
+from progtuning.stages import AdaptiveSchedule, Stage, embeddings_train, make_schedule
 
 LOG_EVERY = 10  # optimizer steps; the loss is read from the device only then
 
@@ -44,6 +46,9 @@ class StageCost:
     forward_flops: int = 0
     backward_flops: int = 0
     peak_bytes: int | None = None
+    cache_bytes: int = 0
+    cache_hits: int = 0  # times that an example's whole prefix was read
+    cache_misses: int = 0  # times that blocks of it ran, and what they gave was kept
 
     def to_dict(self, steps_per_epoch: int) -> dict:
         """The stage as `summary.json` has it. Updated parameters: those trainable, once an epoch (Section 4.1)."""
@@ -59,6 +64,9 @@ class StageCost:
             "backward_flops": self.backward_flops,
             "seconds": self.clock.seconds(),
             "peak_bytes": self.peak_bytes,
+            "cache_bytes": self.cache_bytes,
+            "cache_hits": self.cache_hits,
+            "cache_misses": self.cache_misses,
         }
 
 
@@ -88,7 +96,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, settings.lr, settings.weight_decay)
         self.lr_schedule = linear_schedule(self.optimizer, self.num_steps, math.ceil(settings.warmup * self.num_steps))
         self.dps = DPS(self.model, settings.dps, self.num_steps, settings.seed) if settings.dps.mode != "off" else None
-        self.engine = StageEngine(self.model, self.optimizer, settings.prefix_dropout)
+        self.engine = StageEngine(self.model, self.optimizer, settings.drops_out_prefix)
+        self.engine.cache = self.open_cache()
         self.losses: list[Tensor] = []  # of the steps since the last row of the log
 
     def fit(self, after_epoch: Callable[[int], None] = lambda epoch: None) -> None:
@@ -117,11 +126,12 @@ class Trainer:
                         self.dps.before_step()
                     for piece in split(batch, settings.accumulation_steps):  # (4)
                         inputs, labels = load(self.data, piece, self.device)
+                        self.count(piece, inputs["input_ids"].shape[1])
                         with cost.clock.phase("forward"), autocast(self.device, settings.precision):
-                            loss = self.loss(self.engine(**inputs), labels) * (len(piece) / len(batch))
+                            loss = self.loss(self.engine(**inputs, rows=piece), labels) * (len(piece) / len(batch))
                         with cost.clock.phase("backward"):
                             loss.backward()
-                        self.count(loss, *inputs["input_ids"].shape)
+                        self.losses.append(loss.detach())
                     with cost.clock.phase("optimizer"):  # (5)
                         if self.dps:
                             self.dps.after_backward()
@@ -147,14 +157,54 @@ class Trainer:
         self.engine.enter(stage)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.costs.append(StageCost(stage, sum(p.numel() for p in parameters), Clock(self.device)))
+        if self.engine.cache and self.engine.cut:
+            self.costs[-1].cache_bytes = self.engine.cache.nbytes
 
-    def count(self, loss: Tensor, batch: int, length: int) -> None:
-        """Add the FLOPs and the loss of one forward and backward pass over (batch, length) tokens."""
-        cost = self.costs[-1]
-        forward, backward = _flops(self.model.config, self.settings.peft, cost.stage, batch, length)
+    def open_cache(self) -> PrefixCache | None:
+        """Return the cache of `settings`. Raises InputError where it is too large, or where no stage has anything to keep."""
+        settings, num_blocks = self.settings, self.model.num_blocks
+        if settings.cache == "off":
+            return None
+        stages = self.schedule.stages
+        if settings.schedule == "adaptive":  # the furthest that it can go
+            stages = [Stage(0, num_blocks, num_blocks - 1, embeddings_train(settings.embeddings, num_blocks - 1))]
+        if not any(self.engine.cut_of(stage) for stage in stages):
+            raise InputError(
+                f"--cache {settings.cache} has nothing to keep: under --schedule {settings.schedule}, --embeddings "
+                f"{settings.embeddings} and {settings.num_stages} stages no block is ever frozen below all that trains"
+            )
+        hidden_size = self.model.config.hidden_size
+        return PrefixCache(self.data.lengths, hidden_size, settings.cache, settings.cache_dtype, settings.cache_limit)
+
+    def refill_cache(self) -> None:
+        """Make the entries that the steps of `costs` made, bit for bit: run the prefix of their batches, in order, again.
+
+        For a run that is resumed: the frozen blocks still have the weights that they had then. It costs what making the entries
+        did, at most one forward pass of the frozen blocks for each example.
+        """
+        batches = (batch for epoch in range(self.settings.epochs) for batch in self.batches.epoch(epoch))
+        for cost in self.costs:
+            self.engine.enter(cost.stage)
+            self.engine.train()
+            for batch in islice(batches, cost.steps):
+                for piece in split(batch, self.settings.accumulation_steps):
+                    if self.engine.cut and (self.engine.cache.levels[piece] < self.engine.cut).any():
+                        inputs, _ = load(self.data, piece, self.device)
+                        with autocast(self.device, self.settings.precision):
+                            self.engine.cached_prefix(**inputs, rows=piece)
+
+    def count(self, rows: list[int], length: int) -> None:
+        """Add the work of one forward and backward pass over `rows`, padded to `length` tokens, before it is done."""
+        cost, settings = self.costs[-1], self.settings
+        forward, backward = _flops(self.model.config, settings.peft, cost.stage, len(rows), length)
         cost.forward_flops += forward
         cost.backward_flops += backward
-        self.losses.append(loss.detach())
+        if self.engine.cache and self.engine.cut:
+            levels = self.engine.cache.levels[rows].tolist()
+            cost.forward_flops -= sum(_prefix_flops(self.model.config, settings.peft, level, length) for level in levels)
+            hits = levels.count(self.engine.cut)
+            cost.cache_hits += hits
+            cost.cache_misses += len(rows) - hits
 
     def clip_gradients(self) -> None:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -200,6 +250,14 @@ def decisions(schedule: AdaptiveSchedule) -> list[dict]:
 def _flops(config: BertConfig, peft: PeftConfig, stage: Stage, batch: int, length: int) -> tuple[int, int]:
     matmuls = accounting.matmuls(config, stage, peft, batch, length)
     return sum(matmul.forward_flops for matmul in matmuls), sum(matmul.backward_flops for matmul in matmuls)
+
+
+@lru_cache(maxsize=4096)
+def _prefix_flops(config: BertConfig, peft: PeftConfig, num_blocks: int, length: int) -> int:
+    """FLOPs of the lowest blocks' forward pass over one example."""
+    stage = Stage(0, config.num_hidden_layers, num_blocks, embeddings=False)
+    matmuls = accounting.matmuls(config, stage, peft, 1, length)
+    return sum(matmul.forward_flops for matmul in matmuls if unit_of(matmul.name) in range(num_blocks))
 
 
 def autocast(device: torch.device, precision: str):

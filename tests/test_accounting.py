@@ -454,8 +454,8 @@ def test_dropout_masks_of_one_byte_save_three_quarters_of_theirs():
 
 
 def test_the_cache_holds_one_vector_a_token_where_a_prefix_is_frozen():
-    def size(now, precision="fp32", peft=NONE):
-        return accounting.cache_bytes(BERT_BASE, now, 1000, precision, peft)
+    def size(now, cache_dtype="fp32", peft=NONE):
+        return accounting.cache_bytes(BERT_BASE, now, 1000, cache_dtype, peft)
 
     assert size(stage(4)) == 1000 * 768 * 4
     assert size(stage(4), "bf16") == 1000 * 768 * 2
@@ -553,7 +553,7 @@ def test_accounting_imports_no_torch():
         ({"length": 513}, "--length must be an integer in 1..512, got 513"),
         ({"length": True}, "--length must be an integer in 1..512, got True"),
         ({"num_epochs": 0}, "--epochs must be an integer of at least 1, got 0"),
-        ({"precision": "fp16"}, "--precision must be one of fp32, bf16, got 'fp16'"),
+        ({"cache_dtype": "fp16"}, "--cache-dtype must be one of fp32, bf16, got 'fp16'"),
         ({"peft": PeftConfig("lora", lora_r=769)}, "--lora-r must be in 1..768 for query (768 x 768), got 769"),
         (
             {"peft": PeftConfig("spafit", spafit_bounds=(4, 13))},

@@ -194,6 +194,24 @@ def test_merge_writes_a_whole_model_that_evaluates_as_it_did(method, tiny_folder
     assert json.loads(again)["metrics"] == json.loads(out)["metrics"]
 
 
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_a_cache_says_its_size_before_the_run_and_its_use_in_the_summary(place, trained, tiny_folder, tiny_task, tmp_path):
+    arguments = ["--model", tiny_folder, "--task", "classification", "--data", tiny_task, "--output-dir", tmp_path / "run"]
+    status, out, err = call("train", *arguments, *FAST, "--cache", place, "--cache-limit", "1MB", "--json")
+    assert status == 0, err
+    rows = (tiny_task / "train.tsv").read_text().splitlines()[1:]
+    tokens = sum(len(row.split("\t")[0].split()) + 2 for row in rows)  # each word is one, and [CLS] and [SEP]
+    assert f"The prefix cache takes {tokens * 64 / 1e9:.3g} GB of {place}: {tokens:,} tokens in fp32.\n" in err
+    summary = json.loads(out)
+    assert [stage["cache_bytes"] for stage in summary["stages"]] == [0, tokens * 64, tokens * 64]
+    assert [stage["cache_misses"] for stage in summary["stages"]] == [0, 320, 320]
+    assert summary["settings"]["prefix_dropout"] is False
+    plain = json.loads((trained / "summary.json").read_text())
+    assert plain["settings"]["prefix_dropout"] is True
+    assert summary["stages"][2]["forward_flops"] < plain["stages"][2]["forward_flops"]
+    assert summary["metrics"]["accuracy"] > 0.8
+
+
 @pytest.mark.parametrize("mode", ["dense", "mix"])
 @pytest.mark.parametrize("schedule", ["full", "shrinking"])
 def test_dps_trains_under_a_schedule(mode, schedule, tiny_folder, tiny_task, tmp_path):
@@ -258,6 +276,12 @@ BAD_OPTIONS = {
     "target": (["--peft", "lora", "--lora-targets", "query,gate"], "--lora-targets must be among query, key,"),
     "bounds": (["--peft", "spafit", "--spafit-bounds", "3,2"], "--spafit-bounds must be 4-9 or 4-14, or N1,N2 with"),
     "high bounds": (["--peft", "spafit", "--spafit-bounds", "3,5"], "0 <= N1 <= N2 <= 4, got '3,5'"),
+    "cache": (["--cache", "ram"], "--cache must be one of off, memory, disk, got 'ram'"),
+    "cache and dropout": (["--cache", "disk", "--prefix-dropout"], "leave out --prefix-dropout"),
+    "cache and growing": (["--cache", "disk", "--schedule", "growing"], "--schedule growing unfreezes"),
+    "cache of nothing": (["--cache", "memory", "--embeddings", "always"], "--cache memory has nothing to keep"),
+    "cache limit": (["--cache", "memory", "--cache-limit", "50KB"], "--cache memory needs 0.000102 GB, expected at most 5e-05"),
+    "cache limit's unit": (["--cache-limit", "2 cups"], "--cache-limit must be a number of GB, or one with a unit (500MB, 2GiB)"),
     "dps and peft": (["--peft", "lora", "--dps", "dense"], "--dps masks weights that --peft lora freezes"),
     "dps window": (["--dps", "mix", "--dps-update-ratio", "0.0001"], "--dps-update-ratio 0.0001 of 120 steps"),
     "recipe": (["--recipe", "paper", "--peft", "spafit"], "--recipe paper has values for"),

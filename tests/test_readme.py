@@ -85,13 +85,19 @@ def test_the_figures_on_embeddings_are_those_of_the_closed_forms():
 
     config = ARCHITECTURES["bert-base-uncased"].with_head("classification", ("a", "b"))
     full = updated_parameters(config, make_schedule("full", 12, 3), 3)
-    for policy, printed_parameters, printed_work in (("always", 26, 11), ("with-block-1", 40, 22)):
+    for policy, cached, printed_parameters, printed_work in (
+        ("always", False, 26, 11),
+        ("with-block-1", False, 40, 22),
+        ("with-block-1", True, 40, 26),
+    ):
         schedule = make_schedule("shrinking", 12, 3, policy)
         assert round(100 * (1 - updated_parameters(config, schedule, 3) / full)) == printed_parameters
         # Forward 1, input gradient 1, weight gradient 1 a block; three epochs of twelve blocks.
-        work = 0
+        work = kept = 0
         for stage in schedule.stages:
             crossed = 12 if stage.embeddings else len(stage.blocks)
-            work += 12 + crossed + len(stage.blocks)
+            work += 12 - kept + crossed + len(stage.blocks)
+            kept = stage.boundary if cached else 0  # blocks whose output the next stage finds in the cache
         assert round(100 * (1 - work / (3 * 12 * 3))) == printed_work
-        assert re.search(rf"`{policy}`.*\|\s+{printed_parameters} % \|\s+{printed_work} % \|", README)
+        row = f"`{policy}`, with `--cache`" if cached else f"`{policy}`[^,|]*"
+        assert re.search(rf"^\| {row} *\|.*\|\s+{printed_parameters} % \|\s+{printed_work} % \|", README, re.MULTILINE)

@@ -1,0 +1,185 @@
+"""The prefix cache: what the frozen blocks make of an example is kept, and the next step or stage starts from it.
+
+    N  examples, example i of n_i tokens    D  hidden_size    b  the cut: E and blocks 0 .. b-1 are frozen
+
+Frozen blocks without dropout give the same output for the same example. So it is kept, per example and unpadded, in one
+buffer of n_0 + ... + n_{N-1} rows of D elements, whose size is known before the run (`accounting.cache_bytes`). Beside it
+stands the level of each example: how many blocks its entry has passed; 0 says that nothing is kept yet. With cuts 0, 4, 8:
+
+    stage 1   nothing is frozen, nothing is kept
+    stage 2   an example's first use: E and blocks 0-3 run, and its level becomes 4;     every later use: read
+    stage 3   an example's first use: read, blocks 4-7 run, and its level becomes 8;     every later use: read
+
+An entry takes the place of the one it was made from, so a stage needs no second buffer; and a level of its own for each
+example lets a stage begin in the middle of an epoch. A block's forward pass is paid once an example after it froze, not
+once an epoch. A cut can only rise: a block that trains again would make the entries above it wrong.
+
+Matrix products of other shapes round differently, so the last bits of an entry depend on the batch that it was made in.
+The same batches make the same entries: so a resumed run gets its cache back (`train.Trainer.refill_cache`).
+"""
+
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from progtuning.accounting import ITEMSIZE
+from progtuning.errors import InputError, RunError
+from progtuning.measure import free_disk, free_memory
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class PrefixCache:
+    """Hidden states of N examples, each at a level of its own, in memory or in a memory-mapped file.
+
+    `lengths` are the examples' tokens. The file (`place` "disk") lies in the folder for temporary files (TMPDIR) and has no
+    name, so that it is gone when the process ends, however it ends. What is read is what is stored: under bf16 also the first
+    use of an example gets the rounded values.
+
+    Raises InputError where the size exceeds `limit` bytes (None: half of what is free), RunError where the memory or the disk
+    cannot hold it.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        hidden_size: int,
+        place: str = "memory",
+        dtype: str = "fp32",
+        limit: int | None = None,
+    ):
+        self.lengths = np.asarray(lengths, dtype=np.int64)  # (N,)
+        self.ends = np.cumsum(self.lengths)  # (N,)
+        self.levels = np.zeros_like(self.lengths)  # (N,) blocks that an entry has passed; 0: nothing is kept
+        self.place, self.dtype = place, dtype
+        shape = (int(self.ends[-1]), hidden_size)
+        self.nbytes = shape[0] * shape[1] * ITEMSIZE[dtype]
+        _check_limit(self.nbytes, place, limit)
+        make = _in_memory if place == "memory" else _on_disk
+        self._states: Tensor | None = make(self.nbytes).view(DTYPES[dtype]).view(shape)  # (n_0 + ... + n_{N-1}, D)
+        self._arriving: list[tuple[np.ndarray, Tensor, torch.cuda.Event]] = []  # copies on their way from the device
+
+    def fetch(
+        self,
+        rows: Sequence[int],
+        cut: int,
+        length: int,
+        device: torch.device,
+        run: Callable[[np.ndarray | None, int, Tensor | None], Tensor],
+    ) -> Tensor:
+        """Return what enters block `cut` for a batch of examples: (B, S, D) float32 on `device`, S = `length`.
+
+        `rows` are the examples' numbers, `run(chosen, level, x)` runs the blocks `level` .. `cut` - 1 on the batch's entries
+        `chosen` (None: all of them) from x (B', S, D), or from E where `level` is 0 and x None, without grad. It is called
+        once for each level below the cut in the batch, and its results are kept. What lies at padding is arbitrary, but finite.
+
+        Raises ValueError where an entry has passed more blocks than `cut`.
+        """
+        rows = np.asarray(rows)
+        levels = self.levels[rows]
+        if levels.max() > cut:
+            raise ValueError(f"the cut must not fall below what is kept, got {cut} and an entry at {levels.max()}")
+        groups = [np.flatnonzero(levels == level) for level in np.unique(levels)]
+        parts = []
+        for group in groups:
+            level, examples = int(levels[group[0]]), rows[group]
+            x = self._read(examples, length, device) if level else None
+            if level < cut:
+                x = run(None if len(groups) == 1 else group, level, x).to(DTYPES[self.dtype])
+                self._store(examples, x)
+                self.levels[examples] = cut
+            parts.append(x.float())
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.from_numpy(np.argsort(np.concatenate(groups))).to(device)
+        return torch.cat(parts)[order]
+
+    def close(self) -> None:
+        """Give the memory or the disk space back. The cache is of no more use then; a `with` block ends so."""
+        self._arriving.clear()
+        self._states = None
+
+    def __enter__(self) -> "PrefixCache":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def _read(self, examples: np.ndarray, length: int, device: torch.device) -> Tensor:
+        """Return the entries padded with zeros: (B', S, D) float32, on `device`.
+
+        For CUDA they are gathered in pinned memory, from which the copy needs no wait.
+        """
+        self._settle()
+        shape = (len(examples), length, self._states.shape[1])
+        x = torch.zeros(shape, dtype=self._states.dtype, pin_memory=device.type == "cuda")
+        for row, example in zip(x, examples):
+            row[: self.lengths[example]] = self._entry(example)
+        return x.to(device, non_blocking=True).float()
+
+    def _store(self, examples: np.ndarray, x: Tensor) -> None:
+        """Take the entries from x (B', S, D). From CUDA they are copied while the device goes on, and stored with the next read."""
+        self._settle()
+        if x.device.type != "cuda":
+            self._write(examples, x)
+            return
+        pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        pinned.copy_(x, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._arriving.append((examples, pinned, arrived))
+
+    def _settle(self) -> None:
+        for examples, x, arrived in self._arriving:
+            arrived.synchronize()
+            self._write(examples, x)
+        self._arriving.clear()
+
+    def _write(self, examples: np.ndarray, x: Tensor) -> None:
+        for row, example in zip(x, examples):
+            self._entry(example).copy_(row[: self.lengths[example]])
+
+    def _entry(self, example: int) -> Tensor:
+        """The view (n_i, D) of the buffer that is example i's."""
+        return self._states[self.ends[example] - self.lengths[example] : self.ends[example]]
+
+
+def _check_limit(size: int, place: str, limit: int | None) -> None:
+    whose = "--cache-limit"
+    if limit is None:
+        whose = f"half of the free {place}"
+        free = free_memory() if place == "memory" else free_disk(tempfile.gettempdir())
+        if free is None:
+            raise InputError("--cache-limit is needed with --cache memory: this system does not tell its free memory")
+        limit = free // 2
+    if size > limit:
+        raise InputError(
+            f"--cache {place} needs {size / 1e9:.3g} GB, expected at most {limit / 1e9:.3g} GB ({whose}): raise --cache-limit, "
+            "or give --cache-dtype bf16, another --cache, a shorter --max-length or fewer rows"
+        )
+
+
+def _in_memory(size: int) -> Tensor:
+    try:
+        return torch.empty(size, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise RunError(f"--cache memory: no room for {size / 1e9:.3g} GB: {error}") from None
+
+
+def _on_disk(size: int) -> Tensor:
+    """Map a file without a name, whose space is reserved at once: a disk that fills up later ends no run."""
+    folder = tempfile.gettempdir()
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+            return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
+    except OSError as error:
+        raise RunError(f"--cache disk: {folder}: no room for {size / 1e9:.3g} GB: {error.strerror or error}") from None

@@ -1,0 +1,355 @@
+"""The prefix cache: the same losses, no frozen block twice for one example in a stage, and nothing left behind."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from progtuning import accounting
+from progtuning.cache import PrefixCache
+from progtuning.config import DPSConfig, PeftConfig, TrainConfig, parse_size
+from progtuning.data.batching import EncodedRows
+from progtuning.data.tokenization import Encoding
+from progtuning.engine import StageEngine
+from progtuning.errors import InputError, RunError
+from progtuning.measure import free_disk, free_memory
+from progtuning.peft import apply_peft
+from progtuning.stages import Stage
+from progtuning.train import Trainer
+from tests.models import TINY, tiny_batch, tiny_model
+
+CPU = torch.device("cpu")
+SETTINGS = TrainConfig(epochs=4, batch_size=8, lr=1e-3, seed=3)
+METHODS = {
+    "adapter": PeftConfig("adapter", adapter_size=4),
+    "lora": PeftConfig("lora", lora_r=2, lora_dropout=0.2),
+    "bitfit": PeftConfig("bitfit"),
+    "spafit": PeftConfig("spafit", spafit_bounds=(1, 2), lora_r=2),
+}
+
+
+def rows(count: int = 40) -> EncodedRows:
+    """Random rows of 3 to 9 tokens; the first token is the row's number."""
+    generator = np.random.default_rng(0)
+    encodings = []
+    for row in range(count):
+        ids = np.concatenate(([row + 1], generator.integers(1, 60, generator.integers(2, 9)))).astype(np.int32)
+        encodings.append(Encoding(ids, np.zeros_like(ids)))
+    return EncodedRows(encodings, generator.integers(0, 3, count).tolist(), TINY.pad_token_id)
+
+
+def trainer(**changes) -> Trainer:
+    """A trainer of a model that drops out, by a PEFT method of METHODS where `changes` has a "peft"."""
+    changes = changes | {"peft": METHODS.get(changes.get("peft"), PeftConfig())}
+    model = tiny_model(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.1)
+    apply_peft(model, changes["peft"])
+    return Trainer(model, rows(), replace(SETTINGS, **changes), CPU)
+
+
+def losses(run: Trainer) -> list[float]:
+    """Train; return the loss of every piece of every batch."""
+    seen, original = [], run.loss
+    run.loss = lambda logits, labels: seen.append(original(logits, labels)) or seen[-1]
+    run.fit()
+    return torch.stack(seen).tolist()
+
+
+CASES = {
+    "Progtuning": {},
+    "a stage begins in the middle of an epoch": {"epochs": 2, "stages": 3},
+    "two epochs a stage": {"stages": 2},
+    "the head alone at the end": {"schedule": "without-low-blocks"},
+    "embeddings frozen": {"embeddings": "never"},
+    "batches in pieces": {"accumulation_steps": 3},
+    "adaptive": {"schedule": "adaptive"},
+    "adapter": {"peft": "adapter"},
+    "LoRA, embeddings always": {"peft": "lora", "embeddings": "always"},
+    "BitFit": {"peft": "bitfit"},
+    "SPAFIT, every stage": {"peft": "spafit", "schedule": "full"},
+    "DPS dense": {"dps": DPSConfig("dense", update_ratio=0.1)},
+    "DPS mix": {"dps": DPSConfig("mix", update_ratio=0.1)},
+}
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("case", CASES)
+def test_losses_with_the_cache_are_those_without_to_rounding(case, place):
+    cached = trainer(cache=place, **CASES[case])
+    plain = trainer(prefix_dropout=False, **CASES[case])
+    expected = losses(plain)
+    assert losses(cached) == pytest.approx(expected, rel=1e-5)
+    stages = cached.account()["stages"]
+    assert sum(stage["cache_misses"] for stage in stages) > 0
+    assert [s["stage"] for s in stages if s["cache_bytes"]] == [c.stage.index + 1 for c in cached.costs if cached.engine.cut_of(c.stage)]
+    assert len(set(expected)) == len(expected) >= 10
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_frozen_block_runs_twice_for_an_example_in_a_stage_nor_in_two_stages(case, monkeypatch):
+    run = trainer(cache="memory", **CASES[case])
+    ran = Counter()  # (example, block): forward passes below the cut
+    original = StageEngine.prefix
+
+    def spy(self, input_ids, attention_mask=None, token_type_ids=None, start=0, x=None):
+        for example in (input_ids[:, 0] - 1).tolist():
+            ran.update((example, block) for block in range(start, self.cut))
+        return original(self, input_ids, attention_mask, token_type_ids, start, x)
+
+    calls = Counter()  # block: examples passed through it without grad
+    for index, block in enumerate(run.model.encoder.layer):
+        block.register_forward_hook(
+            lambda module, inputs, output, i=index: calls.update({i: 0 if torch.is_grad_enabled() else len(output)})
+        )
+    monkeypatch.setattr(StageEngine, "prefix", spy)
+    run.fit()
+    assert set(ran.values()) == {1}
+    assert sum(calls.values()) == len(ran)
+    cuts = [run.engine.cut_of(cost.stage) or 0 for cost in run.costs]
+    whole_epochs = run.num_steps == sum(cost.steps for cost in run.costs if cost.steps % len(run.batches) == 0)
+    if whole_epochs:
+        assert set(ran) == {(example, block) for example in range(40) for block in range(max(cuts))}
+
+
+def test_hits_and_misses_count_the_examples_of_every_stage():
+    run = trainer(cache="memory", epochs=6, stages=3)
+    run.fit()
+    stages = run.account()["stages"]
+    assert [(stage["cache_hits"], stage["cache_misses"]) for stage in stages] == [(0, 0), (40, 40), (40, 40)]
+
+
+@pytest.mark.parametrize("case", ["Progtuning", "a stage begins in the middle of an epoch", "LoRA, embeddings always", "SPAFIT, every stage"])
+def test_the_account_leaves_out_the_flops_that_the_cache_spares(case):
+    run = trainer(cache="memory", **CASES[case])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run.fit()
+    stages = run.account()["stages"]
+    assert counter.get_total_flops() == sum(stage["forward_flops"] + stage["backward_flops"] for stage in stages)
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_bytes_are_those_of_the_closed_form(place, dtype):
+    run = trainer(cache=place, cache_dtype=dtype)
+    tokens = int(run.data.lengths.sum())
+    stage = run.schedule.stages[-1]
+    expected = accounting.cache_bytes(TINY, stage, tokens, dtype)
+    assert expected == run.engine.cache.nbytes == run.engine.cache._states.untyped_storage().nbytes()
+    run.fit()
+    sizes = [accounting.cache_bytes(TINY, stage, tokens, dtype) for stage in run.schedule.stages]
+    assert [stage["cache_bytes"] for stage in run.account()["stages"]] == sizes
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_cache_of_half_precision_rounds_and_gives_every_use_the_same_values(precision):
+    run, plain = trainer(cache="memory", cache_dtype="bf16", precision=precision), trainer(prefix_dropout=False, precision=precision)
+    assert losses(run) == pytest.approx(losses(plain), rel=0.05)
+    engine = run.engine.eval()
+    batch = run.data.collate([4, 2, 7])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    engine.cache.levels[[4, 2, 7]] = 0
+    first, again = (engine.cached_prefix(**inputs, rows=[4, 2, 7]) for _ in range(2))
+    real = inputs["attention_mask"]
+    assert torch.equal(first[real], again[real]) and first.dtype == torch.float32
+    torch.testing.assert_close(first[real], engine.prefix(**inputs)[real], rtol=2**-8, atol=0)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    st.lists(st.tuples(st.integers(0, 3), st.sets(st.integers(0, 11), min_size=1)), max_size=12),
+    st.sampled_from(["memory", "disk"]),
+)
+def test_any_batches_under_rising_cuts_give_what_a_run_from_the_start_gives(lengths, batches, place):
+    # Block by block 1 is added to 100 times the example's number plus the position.
+    cache, cut = PrefixCache(lengths, 2, place), 1
+    for rise, chosen in batches:
+        cut += rise
+        batch = [example for example in chosen if example < len(lengths)]
+        if not batch:
+            continue
+        length = max(lengths[example] for example in batch)
+        start = (100.0 * torch.tensor(batch)[:, None] + torch.arange(length))[..., None].expand(-1, -1, 2)
+        real = torch.arange(length) < torch.tensor([lengths[example] for example in batch])[:, None]
+
+        def run(chosen, level, x):
+            chosen = torch.arange(len(batch)) if chosen is None else torch.from_numpy(chosen)
+            assert (x is None) == (level == 0) and level < cut
+            if x is not None:
+                assert torch.equal(x[real[chosen]], (start[chosen] + level)[real[chosen]])
+            return start[chosen] + cut
+
+        x = cache.fetch(batch, cut, length, CPU, run)
+        assert x.shape == (len(batch), length, 2) and torch.equal(x[real], (start + cut)[real])
+        assert (cache.levels[batch] == cut).all()
+
+
+def test_a_refilled_cache_is_the_lost_one_bit_for_bit():
+    class Stop(Exception):
+        pass
+
+    def stop(row):
+        if row["step"] == 20:
+            raise Stop
+
+    run = trainer(cache="memory", epochs=3, stages=4, batch_size=4, accumulation_steps=2)
+    run.log = stop
+    with pytest.raises(Stop):
+        run.fit()
+    lost, stage = run.engine.cache, run.engine.stage
+    assert len(run.costs) == 3 and set(lost.levels) == {1, 2}
+    state = {p: {key: value.clone() for key, value in s.items()} for p, s in run.optimizer.state.items()}
+    run.engine.cache = PrefixCache(run.data.lengths, TINY.hidden_size)
+    random = torch.get_rng_state()
+    run.refill_cache()
+    assert run.engine.stage == stage and (run.engine.cache.levels == lost.levels).all()
+    kept = torch.from_numpy(np.repeat(lost.levels > 0, lost.lengths))
+    assert torch.equal(run.engine.cache._states[kept], lost._states[kept])
+    assert torch.equal(random, torch.get_rng_state())
+    assert set(state) == set(run.optimizer.state)
+    assert all(torch.equal(value, run.optimizer.state[p][key]) for p, s in state.items() for key, value in s.items())
+
+
+def test_the_engine_refuses_a_cut_that_falls_and_a_prefix_that_drops_out():
+    model = tiny_model()
+    batch = tiny_batch(model.config)
+    lengths = batch["attention_mask"].sum(1)
+    engine = StageEngine(model, prefix_dropout=False, cache=PrefixCache(lengths, 16))
+    for boundary in (3, 1):
+        engine.enter(Stage(0, 4, boundary, embeddings=False))
+        if boundary == 1:
+            with pytest.raises(ValueError, match="the cut must not fall below what is kept, got 1 and an entry at 3"):
+                engine(**batch, rows=range(5))
+        expected = engine(**batch)
+        if boundary == 3:
+            torch.testing.assert_close(engine(**batch, rows=range(5)), expected)
+    other = StageEngine(model, cache=PrefixCache(lengths, 16))
+    other.enter(Stage(0, 4, 3, embeddings=False))
+    with pytest.raises(ValueError, match="a prefix cache needs prefix_dropout=False"):
+        other(**batch, rows=range(5))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"cache": "ram"}, "--cache must be one of off, memory, disk, got 'ram'"),
+        ({"cache_dtype": "fp16"}, "--cache-dtype must be one of fp32, bf16, got 'fp16'"),
+        ({"cache_limit": 0}, "--cache-limit must be an integer of at least 1, got 0"),
+        ({"cache": "disk", "prefix_dropout": True}, "--cache disk needs the same output of the frozen blocks in every epoch"),
+        ({"cache": "memory", "schedule": "growing"}, "--cache memory keeps the output of blocks that stay frozen"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(change, message):
+    with pytest.raises(InputError) as error:
+        replace(SETTINGS, **change)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"embeddings": "always"},
+        {"embeddings": "always", "schedule": "adaptive"},
+        {"schedule": "full", "embeddings": "never"},
+        {"stages": 1},
+        {"peft": "bitfit", "embeddings": "always"},
+    ],
+)
+def test_a_run_in_which_nothing_is_ever_frozen_below_is_refused(change):
+    with pytest.raises(InputError, match="--cache disk has nothing to keep: under --schedule"):
+        trainer(cache="disk", **change)
+
+
+def test_a_cache_above_the_limit_is_refused_with_its_size_and_one_at_the_limit_is_not(monkeypatch):
+    size = int(rows().lengths.sum()) * 16 * 4
+    trainer(cache="memory", cache_limit=size)
+    with pytest.raises(InputError) as error:
+        trainer(cache="memory", cache_limit=size - 1)
+    message = str(error.value)
+    assert message.startswith("--cache memory needs ") and "(--cache-limit)" in message and "\n" not in message
+    for name, place in (("free_memory", "memory"), ("free_disk", "disk")):
+        monkeypatch.setattr(f"progtuning.cache.{name}", lambda *_: 2 * size)
+        trainer(cache=place)
+        monkeypatch.setattr(f"progtuning.cache.{name}", lambda *_: 2 * size - 1)
+        with pytest.raises(InputError, match=rf"--cache {place} needs .* \(half of the free {place}\)"):
+            trainer(cache=place)
+    monkeypatch.setattr("progtuning.cache.free_memory", lambda: None)
+    with pytest.raises(InputError, match="--cache-limit is needed with --cache memory"):
+        trainer(cache="memory")
+
+
+def test_what_is_free_is_read_from_the_system(tmp_path):
+    assert free_disk(tmp_path) == pytest.approx(os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize, rel=0.05)
+    if sys.platform == "linux":
+        assert 2**20 < free_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_memory_or_a_disk_that_cannot_hold_it_fails_the_run_in_one_line(tmp_path, monkeypatch):
+    with pytest.raises(RunError, match="--cache memory: no room for"):
+        PrefixCache([2**40], 2**20, limit=2**70)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(RunError, match="--cache disk: .*missing: no room for .*: No such file"):
+        PrefixCache([4], 16, "disk", limit=2**60)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(RunError) as error:
+        PrefixCache([4], 16, "disk")
+    assert str(error.value) == f"--cache disk: {tmp_path}: no room for 2.56e-07 GB: No space left on device"
+
+
+KILLED = """
+import os, signal
+from progtuning.cache import PrefixCache
+cache = PrefixCache([2**10], 16, "disk")
+cache._states.fill_(1.0)
+print("filled", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_process_leaves_no_file(tmp_path):
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run([sys.executable, "-c", KILLED], env=environment, capture_output=True)
+    assert done.returncode == -signal.SIGKILL and done.stdout == b"filled\n", done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_a_disk_cache_is_a_file_without_a_name_that_is_given_back_when_closed(tmp_path, monkeypatch):
+    def mapped() -> list[str]:
+        return [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with PrefixCache([2**10], 16, "disk"):
+        assert len(mapped()) == 1 and "(deleted)" in mapped()[0]
+        assert list(tmp_path.iterdir()) == []
+    assert mapped() == []
+
+
+@pytest.mark.parametrize(
+    "text, size", [("8", 8 * 10**9), ("0.5", 5 * 10**8), ("500MB", 5 * 10**8), ("2GiB", 2**31), ("1.5 TB", 15 * 10**11), ("64KiB", 2**16)]
+)
+def test_a_size_is_in_gigabytes_or_has_a_unit(text, size):
+    assert parse_size("--cache-limit", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1", "8 gb", "nan", "1e9", "8G", "٣", "1.2.3", "1 GB or so"])
+def test_a_size_in_another_form_is_refused(text):
+    with pytest.raises(InputError, match="--cache-limit must be a number of GB, or one with a unit"):
+        parse_size("--cache-limit", text)
