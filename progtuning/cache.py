@@ -96,7 +96,7 @@ class PrefixCache:
             parts.append(x.float())
         if len(parts) == 1:
             return parts[0]
-        order = torch.from_numpy(np.argsort(np.concatenate(groups))).to(device)
+        order = torch.from_numpy(np.argsort(np.concatenate(groups))).to(device, non_blocking=True)
         return torch.cat(parts)[order]
 
     def close(self) -> None:

@@ -167,7 +167,7 @@ class DPS:
     def _draw(self, weight: Tensor) -> Tensor:
         """Draw which columns are kept: (1, n_in) bool. On the CPU, so that every device draws the same."""
         row = torch.empty(1, weight.shape[1]).bernoulli_(float(1 - self.p), generator=self.generator)
-        return row.bool().to(weight.device)
+        return row.bool().to(weight.device, non_blocking=True)
 
     @torch.no_grad()
     def _choose(self) -> None:

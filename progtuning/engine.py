@@ -141,7 +141,8 @@ class StageEngine(nn.Module):
         def run(chosen: np.ndarray | None, level: int, x: Tensor | None) -> Tensor:
             inputs = (input_ids, attention_mask, token_type_ids)
             if chosen is not None:
-                inputs = (None if value is None else value[torch.from_numpy(chosen)] for value in inputs)
+                index = torch.from_numpy(chosen).to(input_ids.device, non_blocking=True)
+                inputs = (None if value is None else value[index] for value in inputs)
             return self.prefix(*inputs, start=level, x=x)
 
         return self.cache.fetch(rows, self.cut, input_ids.shape[1], input_ids.device, run)

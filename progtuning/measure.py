@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend
+
+from progtuning.config import BertConfig
 
 
 class Clock:
@@ -77,6 +80,27 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+def attention_backends(config: BertConfig, device: torch.device, precision: str) -> dict[str, dict[str, str]]:
+    """Return which kernel PyTorch's scaled_dot_product_attention takes on `device`: "math", "flash_attention", ...
+
+    "training" is with gradients and the model's dropout of attention, "eval" without both, as in evaluation and in frozen
+    blocks that do not drop out; each for batches with padding ("padded") and without ("unpadded"). PyTorch is asked by the
+    function with which it chooses. On a CPU dropout of attention leaves only math, which keeps the probabilities in memory.
+    """
+    width = config.hidden_size // config.num_attention_heads
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    padding = torch.arange(64, device=device) < 48
+    backends = {}
+    for mode, dropout_prob in (("training", config.attention_probs_dropout_prob), ("eval", 0.0)):
+        states = torch.zeros(2, config.num_attention_heads, 64, width, dtype=dtype, device=device)
+        states.requires_grad_(mode == "training")
+        backends[mode] = {
+            batch: SDPBackend(torch._fused_sdp_choice(states, states, states, mask, dropout_prob)).name.lower()
+            for batch, mask in (("padded", padding.expand(2, 1, 1, 64)), ("unpadded", None))
+        }
+    return backends
 
 
 def free_memory() -> int | None:

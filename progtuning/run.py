@@ -20,7 +20,7 @@ from progtuning.data.text import Splits, load_folder, movie_reviews, read_table
 from progtuning.data.tokenization import Tokenizer, load_tokenizer
 from progtuning.errors import InputError
 from progtuning.files import new_folder, read_json, write_json
-from progtuning.measure import describe_device
+from progtuning.measure import attention_backends, describe_device
 from progtuning.peft import apply_peft
 from progtuning.peft.lora import unwrap
 from progtuning.sources import data_folder, model_folder
@@ -120,6 +120,7 @@ def fine_tune(
         "unused_tensors": loaded.unused,
         "settings": asdict(settings),
         "device": describe_device(device),
+        "attention_backends": attention_backends(config, device, settings.precision),
         "versions": {"progtuning": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     if output_dir is not None:

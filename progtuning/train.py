@@ -1,7 +1,7 @@
 """Fine-tuning: the loop of Algorithm 1 (Progtuning, arXiv 2506.21119), evaluation, and what they cost."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -18,7 +18,7 @@ from progtuning import accounting, metrics
 from progtuning.bert import Model
 from progtuning.cache import PrefixCache
 from progtuning.config import BertConfig, PeftConfig, TrainConfig
-from progtuning.data.batching import EncodedRows, TrainBatches, evaluation_batches, split
+from progtuning.data.batching import EncodedRows, TrainBatches, evaluation_batches, prefetch, split
 from progtuning.data.text import Task
 from progtuning.dps import DPS
 from progtuning.engine import StageEngine, unit_of
@@ -117,15 +117,15 @@ class Trainer:
         with tqdm(total=self.num_steps, unit="step", disable=None) as bar:
             for epoch in range(settings.epochs):  # (1)
                 self.engine.train()
-                for batch in self.batches.epoch(epoch):  # (2)
+                for batch, pieces in self.collated(self.batches.epoch(epoch)):  # (2)
                     stage = self.schedule.at_step(step, self.num_steps)
                     if stage != self.engine.stage:  # (3)
                         self.enter(stage)
                     cost = self.costs[-1]
                     if self.dps:
                         self.dps.before_step()
-                    for piece in split(batch, settings.accumulation_steps):  # (4)
-                        inputs, labels = load(self.data, piece, self.device)
+                    for piece, tensors in pieces:  # (4)
+                        inputs, labels = to_device(tensors, self.device)
                         self.count(piece, inputs["input_ids"].shape[1])
                         with cost.clock.phase("forward"), autocast(self.device, settings.precision):
                             loss = self.loss(self.engine(**inputs, rows=piece), labels) * (len(piece) / len(batch))
@@ -148,6 +148,16 @@ class Trainer:
                     self.report(step, epoch, bar)
                 cost.peak_bytes = peak_bytes(self.device)
                 after_epoch(epoch)
+
+    def collated(self, batches: Iterable[list[int]]) -> Iterator[tuple[list[int], list[tuple]]]:
+        """Yield each batch with its pieces: their rows and tensors. For CUDA a thread has the next ready in pinned memory."""
+        on_cuda = self.device.type == "cuda"
+
+        def collate(batch: list[int]) -> tuple[list[int], list[tuple]]:
+            pieces = split(batch, self.settings.accumulation_steps)
+            return batch, [(piece, collate_inputs(self.data, piece, pin=on_cuda)) for piece in pieces]
+
+        return prefetch(batches, collate) if on_cuda else map(collate, batches)
 
     def enter(self, stage: Stage) -> None:
         """Begin a stage: its trainable set, its account."""
@@ -186,10 +196,10 @@ class Trainer:
         for cost in self.costs:
             self.engine.enter(cost.stage)
             self.engine.train()
-            for batch in islice(batches, cost.steps):
-                for piece in split(batch, self.settings.accumulation_steps):
+            for _, pieces in self.collated(islice(batches, cost.steps)):
+                for piece, tensors in pieces:
                     if self.engine.cut and (self.engine.cache.levels[piece] < self.engine.cut).any():
-                        inputs, _ = load(self.data, piece, self.device)
+                        inputs, _ = to_device(tensors, self.device)
                         with autocast(self.device, self.settings.precision):
                             self.engine.cached_prefix(**inputs, rows=piece)
 
@@ -265,14 +275,21 @@ def autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
+def collate_inputs(data: EncodedRows, rows: list[int], pin: bool = False) -> dict[str, Tensor]:
+    """Return the model's inputs and the labels of `rows`; with `pin` in memory from which a CUDA device copies without a wait."""
+    batch = {key: value for key, value in data.collate(rows).items() if value is not None and key != "index"}
+    return {key: value.pin_memory() for key, value in batch.items()} if pin else batch
+
+
+def to_device(tensors: Mapping[str, Tensor], device: torch.device) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Return the model's inputs and the labels, None where there are none, on the device."""
+    batch = {key: value.to(device, non_blocking=True) for key, value in tensors.items()}
+    return {key: value for key, value in batch.items() if key != "labels"}, batch.get("labels")
+
+
 def load(data: EncodedRows, rows: list[int], device: torch.device) -> tuple[dict[str, Tensor], Tensor | None]:
     """Return the model's inputs and the labels of `rows`, on the device."""
-    batch = {
-        key: value.to(device, non_blocking=True)
-        for key, value in data.collate(rows).items()
-        if value is not None and key != "index"
-    }
-    return {key: value for key, value in batch.items() if key != "labels"}, batch.get("labels")
+    return to_device(collate_inputs(data, rows), device)
 
 
 @torch.no_grad()

@@ -1,5 +1,8 @@
 """Batches: what a row's encoding becomes, the order of the rows, and what is padded."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from progtuning.config import BertConfig
-from progtuning.data.batching import EncodedRows, TrainBatches, encode_examples, evaluation_batches, split
+from progtuning.data.batching import EncodedRows, TrainBatches, encode_examples, evaluation_batches, prefetch, split
 from progtuning.data.text import Example
 from progtuning.data.tokenization import Encoding, load_tokenizer
 
@@ -127,6 +130,37 @@ def test_micro_batches_keep_order_and_differ_by_at_most_one_row(batch, pieces):
     assert len(found) == min(pieces, len(batch))
     sizes = [len(piece) for piece in found]
     assert not sizes or max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
+
+
+def test_prefetch_keeps_the_order_and_prepares_one_ahead_in_another_thread():
+    started, threads = [], set()
+
+    def prepare(item):
+        started.append(item)
+        threads.add(threading.get_ident())
+        return 10 * item
+
+    found = prefetch(range(5), prepare)
+    assert next(found) == 0
+    deadline = time.monotonic() + 10
+    while started != [0, 1] and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert started == [0, 1]  # the next, and no further
+    assert list(found) == [10, 20, 30, 40] and threading.get_ident() not in threads and len(threads) == 1
+    assert list(prefetch([], prepare)) == [] and list(prefetch([7], prepare)) == [70]
+
+
+def test_prefetch_raises_what_preparing_raised_in_its_place_and_ends_its_thread():
+    found = prefetch([1, 0, 2], lambda item: 1 / item)
+    assert next(found) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(found)
+    before = threading.active_count()
+    abandoned = prefetch(range(5), str)
+    next(abandoned)
+    assert threading.active_count() == before + 1
+    abandoned.close()
+    assert threading.active_count() == before
 
 
 def test_sizes_and_seeds_out_of_range_are_errors():

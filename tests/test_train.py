@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from progtuning import accounting
-from progtuning.config import PeftConfig, TrainConfig
+from progtuning.config import DPSConfig, PeftConfig, TrainConfig
 from progtuning.data.batching import EncodedRows
 from progtuning.data.text import Task
 from progtuning.data.tokenization import Encoding
 from progtuning.engine import EMBEDDINGS, HEAD, unit_of
 from progtuning.errors import InputError, RunError
 from progtuning.stages import SCHEDULES
-from progtuning.train import LOSSES, Trainer, measure_splits, predict
+from progtuning.train import LOSSES, Trainer, collate_inputs, measure_splits, predict
 from tests.models import TINY, tiny_model
 
 CPU = torch.device("cpu")
@@ -235,6 +235,65 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_steps_and_stage():
         model.classifier.weight.fill_(float("inf"))
     with pytest.raises(RunError, match=r"the loss is nan in steps 1\.\.10 \(stage 1\)"):
         trainer(model=model, batch_size=4).fit()
+
+
+class Watch:
+    """Makes every synchronisation with the device an error, but inside functions wrapped by `unwatched`."""
+
+    def __enter__(self):
+        torch.cuda.set_sync_debug_mode("error")
+        return self
+
+    def __exit__(self, *error):
+        torch.cuda.set_sync_debug_mode("default")
+
+    def unwatched(self, function):
+        def call(*arguments):
+            torch.cuda.set_sync_debug_mode("default")
+            try:
+                return function(*arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode("error")
+
+        return call
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, so no host synchronisation to observe")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"precision": "bf16", "accumulation_steps": 2},
+        {"schedule": "adaptive"},
+        {"cache": "memory", "stages": 2, "epochs": 4},
+        {"dps": DPSConfig("mix", update_ratio=0.2)},
+    ],
+)
+def test_no_step_on_cuda_waits_for_the_device(changes):
+    run = Trainer(tiny_model(hidden_dropout_prob=0.1), rows(), replace(SETTINGS, **changes), torch.device("cuda"))
+    with Watch() as watch:
+        run.enter, run.schedule.at_step = watch.unwatched(run.enter), watch.unwatched(run.schedule.at_step)
+        run.report = watch.unwatched(run.report)  # reads the loss, every LOG_EVERY steps
+        run.fit()
+
+
+def test_a_run_with_prefetched_batches_is_the_run_without(monkeypatch):
+    runs = [trainer(accumulation_steps=3), trainer(accumulation_steps=3)]
+    runs[0].fit()
+    monkeypatch.setattr("progtuning.train.collate_inputs", lambda data, rows, pin: collate_inputs(data, rows))
+    collated = []
+
+    def on_cuda(self, batches):
+        device, self.device = self.device, torch.device("cuda")
+        collated.append(Trainer.collated(self, batches))
+        self.device = device
+        return collated[-1]
+
+    runs[1].collated = on_cuda.__get__(runs[1])
+    runs[1].fit()
+    assert len(collated) == 3 and all(batches.__name__ == "prefetch" for batches in collated)
+    first, second = (weights(run.model) for run in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ length, cuts the batches and shuffles these: rows of one batch are of nearly equ
 every epoch differs. The order is a pure function of seed and epoch, so that a run can be resumed at any batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from progtuning.data.text import Example
 from progtuning.data.tokenization import Encoding, Tokenizer
 
 _SPAN_BATCHES = 50  # batches that are sorted together
+Item, Prepared = TypeVar("Item"), TypeVar("Prepared")
 
 
 class EncodedRows:
@@ -134,6 +137,21 @@ def split(batch: Sequence[int], pieces: int) -> list[Sequence[int]]:
         raise ValueError(f"pieces must be at least 1, got {pieces}")
     pieces = min(pieces, len(batch))
     return [batch[len(batch) * i // pieces : len(batch) * (i + 1) // pieces] for i in range(pieces)]
+
+
+def prefetch(items: Iterable[Item], prepare: Callable[[Item], Prepared]) -> Iterator[Prepared]:
+    """Yield `prepare(item)` for each item in order; a thread prepares the next while the caller works on one.
+
+    What `prepare` raises is raised where its result would have come.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        following = None
+        for item in items:
+            current, following = following, pool.submit(prepare, item)
+            if current is not None:
+                yield current.result()
+        if following is not None:
+            yield following.result()
 
 
 def _check(lengths: Sequence[int], batch_size: int) -> None:
