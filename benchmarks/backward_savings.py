@@ -11,8 +11,8 @@ have in common is measured once. Three forms of it:
     cut          E and the frozen blocks run without grad
     cut + cache  their output is there already, and only the blocks above the cut run
 
-Results go to benchmarks/results/backward_savings_<device>_<precision>.json, .md and .png, after every round. A group (model, length,
-method) that is whole there is not measured again, so a run that a time limit ended is taken up by the same command.
+Results go to benchmarks/results/backward_savings_<device>_<precision>.json and .md after every round, and a .png at the end. A group
+(model, length, method) that is whole there is not measured again, so a run that was stopped is taken up by the same command.
 """
 
 import argparse
@@ -189,12 +189,6 @@ def is_whole(rows: Sequence[dict], stages: Mapping[Form, list[dict]], rounds: in
     )
 
 
-def save(document: dict, path: Path) -> None:
-    write_json(path, document)
-    write_text(path.with_suffix(".md"), markdown(document))
-    draw(document["rows"], path.with_suffix(".png"))
-
-
 def groups_of(rows: Sequence[dict], *keys: str) -> dict[tuple, list[dict]]:
     found: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -314,6 +308,7 @@ def main(arguments: Sequence[str]) -> Path:
         names = {"model": model_name, "length": length, "method": method}
         if not measure_group(document, path, names, args, end):
             break
+    draw(document["rows"], path.with_suffix(".png"))
     return path
 
 
@@ -329,7 +324,8 @@ def measure_group(document: dict, path: Path, names: dict, args: argparse.Namesp
     group = Group(config, METHODS[names["method"]], args.batch_size, names["length"], choose_device(args.device), args.precision)
     for rows in measure(group, names, stages, args, document["matmul_peak"]):
         document["rows"] = others + rows
-        save(document, path)
+        write_json(path, document)
+        write_text(path.with_suffix(".md"), markdown(document))
         print(f"{', '.join(map(str, names.values()))}: round {rows[0]['rounds']} of {args.rounds}", flush=True)
         if time.monotonic() > end:
             return False

@@ -31,7 +31,7 @@ import torch
 import transformers
 
 import harness
-from harness import RESULTS
+from harness import RESULTS, number
 from progtuning import accounting, metrics, report
 from progtuning.config import BLOCK_LINEARS, BertConfig, PeftConfig, TrainConfig
 from progtuning.data.text import Example, Splits, limit_train
@@ -50,7 +50,6 @@ class Run:
 
     changes: Mapping = field(default_factory=dict)  # of TrainConfig
     padding: str | None = None  # "max_length" or "longest"
-    note: str = ""  # of the table
 
     @property
     def with_lora(self) -> bool:
@@ -218,7 +217,7 @@ def run_series(args: argparse.Namespace, path: Path, arguments: Sequence[str]) -
             if any(all(other.get(key) == value for key, value in row.items()) for other in rows):
                 continue
             if name not in warm:
-                timed(args.model, folder, few(splits, settings.batch_size), RUNS[name], replace(settings, epochs=1), device)
+                timed(args.model, folder, few(splits, settings.batch_size), RUNS[name], settings, device)
                 warm.add(name)
             row |= timed(args.model, folder, splits, RUNS[name], settings, device) | harness.this_run(__file__, arguments)
             rows.append(row)
@@ -293,7 +292,7 @@ def targets_table(groups: Mapping[str, list[dict]]) -> str:
         within = None
         if len(pairs) > 1:
             within = "yes" if abs(change) <= max(statistics.stdev(side) for side in values) else "no"
-        lines.append([name, base, f"{faster:.2f}", number_or_none(at_least), reached, f"{change:+.1f}", within])
+        lines.append([name, base, f"{faster:.2f}", number(at_least, ".1f"), reached, f"{change:+.1f}", within])
     header = ["run", "than", "times faster", "at least", "reached", "change of the metric", "within one deviation"]
     return report.table(header, lines)
 
@@ -301,10 +300,6 @@ def targets_table(groups: Mapping[str, list[dict]]) -> str:
 def _by_seed(own: Sequence[dict], others: Sequence[dict]) -> list[tuple[dict, dict]]:
     of_others = {row["seed"]: row for row in others}
     return [(row, of_others[row["seed"]]) for row in own if row["seed"] in of_others]
-
-
-def number_or_none(value: float | None) -> str | None:
-    return harness.number(value, ".1f")
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -363,6 +358,7 @@ def main(arguments: Sequence[str]) -> Path:
         return args.table
     args.output.mkdir(parents=True, exist_ok=True)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     path = args.output / f"end_to_end_{args.task}_{choose_device(args.device).type}.jsonl"
     run_series(args, path, arguments)
     write_text(path.with_suffix(".md"), markdown(path))

@@ -1,0 +1,339 @@
+"""The benchmarks at tiny sizes: each runs, can be taken up again, and writes what it promises. No time is judged here."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from progtuning import accounting
+from progtuning.config import ARCHITECTURES, PeftConfig
+from progtuning.errors import InputError
+from progtuning.stages import Stage
+from tests.models import TINY
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # the scripts import one another as their folder's
+
+import backward_savings  # noqa: E402
+import harness  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def tiny_architecture(monkeypatch):
+    """A model of 4 blocks that drops out, so that attention on a CPU is PyTorch's two products."""
+    config = replace(TINY, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, head=None, labels=("no", "yes"))
+    monkeypatch.setitem(ARCHITECTURES, "tiny", config)
+    monkeypatch.setattr(harness, "matmul_peak", partial(harness.matmul_peak, size=64))
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def savings(folder: Path, *more: str, methods: str = "full") -> list[str]:
+    grid = f"--models tiny --lengths 9 --methods {methods} --stages-of 2 --device cpu --rounds 2 --steps 1"
+    return [*grid.split(), "--output", str(folder), *more]
+
+
+def rows_by_form(document: dict, method: str = "full") -> dict[tuple[int, str], dict]:
+    return {(row["frozen_blocks"], row["form"]): row for row in document["rows"] if row["method"] == method}
+
+
+# backward_savings.py
+
+
+def test_the_forms_are_those_of_the_stages_and_policies_each_once():
+    config = ARCHITECTURES["bert-base-uncased"].with_head("classification", ("a", "b"))
+    named = {
+        method: [(form.frozen_blocks, form.name) for form in backward_savings.forms(config, PeftConfig(method), [3])]
+        for method in ("none", "lora")
+    }
+    frozen = [(4, "cut"), (4, "cut + cache"), (8, "cut"), (8, "cut + cache")]
+    assert set(named["none"]) == {(0, "E trains"), (0, "cut"), (4, "E always"), (8, "E always"), *frozen}
+    assert named["none"][0] == (0, "E trains")
+    assert set(named["lora"]) == {(0, "cut"), *frozen}  # LoRA has nothing in E, so the policies agree
+
+
+def test_every_stage_is_measured_and_its_flops_counted_equal_the_closed_form(tmp_path):
+    path = backward_savings.main(savings(tmp_path, methods="full lora"))
+    document = read(path)
+    rows = rows_by_form(document)
+    assert set(rows) == {(0, "E trains"), (0, "cut"), (2, "E always"), (2, "cut"), (2, "cut + cache")}
+    assert set(rows_by_form(document, "lora")) == {(0, "cut"), (2, "cut"), (2, "cut + cache")}
+    for row in document["rows"]:
+        assert row["counted_flops"] == [row["forward_flops"], row["backward_flops"]]
+        assert all(row["milliseconds"][phase] > 0 for phase in ("forward", "backward", "optimizer"))
+        assert row["rounds"] == 2 and not row["out_of_memory"] and row["attention"] == "math"
+        assert row["share_of_matmul_peak"] == pytest.approx(row["flops_per_second"] / document["matmul_peak"])
+    assert rows[0, "E trains"]["backward_measured"] == {"median": 1, "lowest": 1, "highest": 1}
+    cached, cut, always = (rows[2, form] for form in ("cut + cache", "cut", "E always"))
+    assert cached["forward_flops"] < cut["forward_flops"] and cached["backward_flops"] == cut["backward_flops"]
+    assert cut["backward_ideal"] < always["backward_ideal"] < 1
+    assert cut["saved_bytes"] < always["saved_bytes"] < rows[0, "E trains"]["saved_bytes"]
+    assert {"stages_of": 2, "embeddings": "always", "stage": 2} in always["stages"]
+    assert {(where["embeddings"], where["stage"]) for where in cut["stages"]} == {("with-block-1", 2), ("never", 2)}
+
+    assert {"device", "processor", "versions", "settings", "runs"} <= set(document)
+    assert document["runs"][0]["command"].startswith("python benchmarks/backward_savings.py --models tiny")
+    text = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert "equal the closed form in 8 of 8 rows" in text and document["device"] in text
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_series_that_a_time_limit_ended_is_taken_up_and_a_whole_one_is_left_alone(tmp_path, monkeypatch):
+    path = backward_savings.main(savings(tmp_path, "--time-limit", "1e-9"))
+    assert {row["rounds"] for row in read(path)["rows"]} == {1}
+    backward_savings.main(savings(tmp_path))
+    whole = read(path)
+    assert {row["rounds"] for row in whole["rows"]} == {2} and len(whole["runs"]) == 2
+
+    monkeypatch.setattr(backward_savings, "Group", None)  # nothing is built, so nothing is measured
+    backward_savings.main(savings(tmp_path))
+    assert read(path)["rows"] == whole["rows"]
+
+
+def test_other_stages_join_the_file_and_keep_what_was_there(tmp_path):
+    path = backward_savings.main(savings(tmp_path))
+    backward_savings.main([argument if argument != "2" else "4" for argument in savings(tmp_path)[:8]] + savings(tmp_path)[8:])
+    found = {(where["stages_of"], where["stage"]) for row in read(path)["rows"] for where in row["stages"]}
+    assert found == {(2, 1), (2, 2), (4, 1), (4, 2), (4, 3), (4, 4)}
+
+
+def test_a_file_of_other_settings_is_refused_and_kept(tmp_path):
+    path = backward_savings.main(savings(tmp_path))
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="settings.*--output"):
+        backward_savings.main(savings(tmp_path, "--batch-size", "3"))
+    assert path.read_bytes() == before
+
+
+def test_a_form_for_which_the_memory_does_not_suffice_is_kept_as_such(tmp_path, monkeypatch):
+    loss = backward_savings.Group.loss
+
+    def refuse(self, form):
+        if form.name == "E always":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(self, form)
+
+    monkeypatch.setattr(backward_savings.Group, "loss", refuse)
+    path = backward_savings.main(savings(tmp_path))
+    rows = rows_by_form(read(path))
+    assert [key for key, row in rows.items() if row["out_of_memory"]] == [(2, "E always")]
+    assert rows[2, "E always"]["backward_measured"] is None and rows[2, "cut"]["backward_measured"]["median"] > 0
+    lines = path.with_suffix(".md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if "out of memory" in line] == [line for line in lines if "| E always" in line]
+
+
+# harness.py
+
+
+@pytest.mark.parametrize("name", ["E trains", "cut"])
+def test_saved_bytes_are_those_of_the_closed_form_and_what_the_loss_and_the_indices_keep(name):
+    config = ARCHITECTURES["tiny"].with_head("classification", ("no", "yes"))
+    group = backward_savings.Group(config, PeftConfig(), 3, 7, CPU, "fp32")
+    form = backward_savings.Form(0 if name == "E trains" else 2, embeddings=name == "E trains")
+    stage = Stage(0, 4, form.frozen_blocks, form.embeddings)
+    closed = accounting.stage_bytes(config, stage, PeftConfig(), 3, 7)["activation_bytes"]
+    indices = 8 * (3 * 7 + 3 * 7 + 7 if form.embeddings else 0)  # tokens, types, positions
+    of_loss = 3 * 2 * 4 + 3 * 8 + 4  # log-probabilities (B, C), labels (B,), the sum of the weights
+    assert harness.saved_for_backward(group.variant(form), CPU, "fp32") == closed + indices + of_loss
+
+
+def test_the_backend_of_attention_is_read_from_the_graph():
+    config = ARCHITECTURES["tiny"].with_head("classification", ("no", "yes"))
+    form = backward_savings.Form(0, embeddings=True)
+    for dropout, backend in ((0.1, "math"), (0.0, "FlashAttentionForCpu")):
+        of_dropout = replace(config, attention_probs_dropout_prob=dropout)
+        variant = backward_savings.Group(of_dropout, PeftConfig(), 2, 8, CPU, "fp32").variant(form)
+        assert harness.attention_backend(variant, CPU, "fp32") == backend
+
+
+def test_every_variant_takes_one_turn_a_round_and_leaves_no_gradient():
+    config = ARCHITECTURES["tiny"].with_head("classification", ("no", "yes"))
+    group = backward_savings.Group(config, PeftConfig(), 2, 8, CPU, "bf16")
+    forms = [backward_savings.Form(0, True), backward_savings.Form(3, False)]
+    rounds = harness.take_turns({form: group.variant(form) for form in forms}, rounds=3, steps=2, device=CPU, precision="bf16")
+    assert [[len(timing.rounds) for timing in timings.values()] for timings in rounds] == [[1, 1], [2, 2], [3, 3]]
+    assert all(parameter.grad is None for parameter in group.model.parameters())
+
+
+def test_a_ratio_is_taken_within_each_round():
+    slow = harness.Timing([{"backward": 10.0, "forward": 1.0}, {"backward": 40.0, "forward": 1.0}, {"backward": 10.0, "forward": 1.0}])
+    fast = harness.Timing([{"backward": 5.0, "forward": 1.0}, {"backward": 20.0, "forward": 1.0}, {"backward": 2.0, "forward": 1.0}])
+    assert fast.ratio(slow, "backward") == {"median": 0.5, "lowest": 0.2, "highest": 0.5}
+    assert slow.milliseconds("forward", "backward") == 11
+    assert fast.ratio(harness.Timing(out_of_memory=True), "backward") is None
+
+
+def test_an_error_other_than_lack_of_memory_is_not_taken_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(backward_savings.Group, "loss", lambda self, form: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        backward_savings.main(savings(tmp_path))
+
+
+# peers.py and end_to_end.py
+
+
+@pytest.fixture
+def peers():
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    import peers
+
+    return peers
+
+
+@pytest.fixture
+def end_to_end():
+    for name in ("transformers", "peft", "accelerate"):
+        pytest.importorskip(name)
+    import end_to_end
+
+    return end_to_end
+
+
+@pytest.mark.parametrize("padding", [0, 4])
+def test_both_sides_train_the_same_parameters_at_the_same_flops(peers, tmp_path, padding):
+    arguments = f"--model tiny --length 9 --padding {padding} --stages-of 2 --device cpu --rounds 1 --steps 1".split()
+    document = read(peers.main([*arguments, "--output", str(tmp_path)]))
+    rows = {row["variant"]: row for row in document["rows"]}
+    compared = [row for row in rows.values() if row["peer"]]
+    assert len(rows) == 10 and len(compared) == 6
+    for row in compared:
+        peer = rows[row["peer"]]
+        assert row["trainable_parameters"] == peer["trainable_parameters"]
+        assert row["counted_flops"][1] == peer["counted_flops"][1]
+        cached = row["variant"].endswith("cached")
+        assert (row["counted_flops"][0] < peer["counted_flops"][0]) if cached else row["counted_flops"] == peer["counted_flops"]
+        assert row["step_of_peer"]["median"] > 0 and row["step_of_full"]["median"] > 0
+    assert "peft LoRA, stage 2, requires_grad" in {row["peer"] for row in compared}
+    text = (tmp_path / f"peers_cpu_fp32{'_padded' if padding else ''}.md").read_text(encoding="utf-8")
+    assert all(name in text for name in rows) and "at most" not in text  # targets are for BERT-base alone
+
+
+def test_the_logits_of_both_sides_are_equal_for_equal_weights_and_a_padded_batch(peers):
+    from progtuning.bert import build_model
+
+    config = replace(ARCHITECTURES["tiny"], hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    config = config.with_head("classification", ("no", "yes"))
+    batch = peers.Batch.random(config, 4, 9, 5, CPU)
+    stages = [Stage(0, 4, 0, True)]
+    ours = peers.ours(config, PeftConfig(), stages, batch, "fp32")["full"]
+    theirs = peers.theirs(config, False, stages, batch)["full"]
+    state = build_model(config, seed=3).state_dict()
+    ours.model.model.load_state_dict(state)
+    own_head = ("classifier.weight", "classifier.bias")
+    theirs.model.load_state_dict({key if key in own_head else f"bert.{key}": value for key, value in state.items()})
+    for variant in (ours, theirs):
+        variant.enter()
+    assert torch.allclose(ours.loss(), theirs.loss(), rtol=1e-6)
+
+
+def test_the_targets_stand_beside_what_was_measured_and_say_what_was_missed(peers):
+    def ratio(value: float) -> dict:
+        return {"median": value, "lowest": value, "highest": value}
+
+    def row(name: str, step_of_full: float, backward: float, ideal: float) -> dict:
+        values = {"step_of_peer": ratio(0.9), "step_of_full": ratio(step_of_full), "backward_of_full": ratio(backward)}
+        return {"variant": name, "peer": "transformers, full", "full": "ours, full", "backward_ideal": ideal, **values}
+
+    settings = {"model": "bert-base-uncased", "batch_size": 8, "length": 128, "precision": "fp32", "stages_of": 3}
+    rows = [
+        row("ours, full", 1.0, 1.0, 1.0),
+        row("ours, stage 2, cut, eval", 0.71, 0.66, 0.66),
+        row("ours, stage 3, cut, eval", 0.50, 0.36, 0.32),
+        row("ours, stage 3, cached", 0.40, 0.32, 0.32),
+    ]
+    table = peers.targets_table({"device": "CPU, 2 threads", "settings": settings, "rows": rows})
+    reached = [line.split("|")[-2].strip() for line in table.splitlines()[2:]]
+    assert reached == ["yes", "no", "yes", "yes", "yes", "no", "yes"]
+    assert peers.targets_table({"device": "NVIDIA H200", "settings": settings, "rows": rows}) is None
+
+
+@pytest.fixture(scope="module")
+def small_task(tmp_path_factory) -> tuple[Path, Path]:
+    """A model of 4 blocks that takes 128 tokens, and a task of 24 and 10 rows of 1 to 9 words."""
+    import random
+
+    from progtuning.checkpoint import save_pretrained
+    from tests.conftest import WORDS
+    from tests.models import tiny_model
+
+    folder, data = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("opinions")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    limits = {"vocab_size": len(vocabulary), "max_position_embeddings": 130}
+    save_pretrained(tiny_model(head=None, labels=("no", "yes"), **limits), folder)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    generator = random.Random(0)
+    for name, count in (("train", 24), ("dev", 10)):
+        rows = (" ".join(generator.choices(WORDS, k=generator.randint(1, 9))) + f"\t{'ab'[i % 2]}\n" for i in range(count))
+        (data / f"{name}.tsv").write_text("text\tlabel\n" + "".join(rows))
+    return folder, data
+
+
+def test_whole_runs_of_both_sides_give_their_rows_and_a_series_is_taken_up(end_to_end, small_task, tmp_path, monkeypatch):
+    folder, data = small_task
+    runs = ["Trainer, padded to 128", "Trainer, dynamic padding", "full", "Progtuning cut + cache"]
+    runs += ["peft LoRA, Trainer, dynamic padding", "LoRA, Progtuning cut + cache, random batches"]
+    arguments = f"--task classification --data {data} --model {folder} --device cpu --seeds 1 --epochs 2 --lora-epochs 2".split()
+    arguments += ["--batch-size", "8", "--output", str(tmp_path), "--runs"]
+    path = end_to_end.main([*arguments, runs[0]])
+    end_to_end.main([*arguments, *runs])
+    rows = {row["run"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    assert list(rows) == runs
+    for row in rows.values():
+        assert row["wall_seconds"] > 0 and row["steps"] == 2 * 3 and set(row["metrics"]) == {"accuracy", "matthews"}
+        assert {"device", "versions", "date", "command", "settings"} <= set(row)
+
+    config = ARCHITECTURES["tiny"].with_head("classification", ("a", "b"))
+    config = replace(config, vocab_size=5 + 21, max_position_embeddings=130)
+    everything = Stage(0, 4, 0, True)
+    step = accounting.forward_flops(config, PeftConfig(), 8, 128) + accounting.backward_flops(config, everything, PeftConfig(), 8, 128)
+    assert rows["Trainer, padded to 128"]["flops"] == 6 * step
+    assert rows["Trainer, dynamic padding"]["flops"] < 6 * step / 5
+    for base, other in (("Trainer, dynamic padding", "full"), (runs[4], "LoRA, Progtuning cut + cache, random batches")):
+        same = other == "full"
+        assert (rows[base]["updated_parameters"] == rows[other]["updated_parameters"]) == same
+    assert rows["Progtuning cut + cache"]["flops"] < rows["full"]["flops"]
+
+    monkeypatch.setattr(end_to_end, "timed", None)  # every row is there, so nothing runs
+    end_to_end.main([*arguments, *runs])
+    table = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert all(f"| {run} " in table for run in runs) and "| times faster |" in table
+
+
+def test_speed_and_metric_are_compared_over_the_seeds_that_both_runs_have(end_to_end):
+    def rows(seconds: list[float], accuracies: list[float]) -> list[dict]:
+        pairs = enumerate(zip(seconds, accuracies))
+        return [{"seed": seed, "wall_seconds": wall, "metrics": {"accuracy": value}} for seed, (wall, value) in pairs]
+
+    groups = {
+        "Progtuning cut + cache": rows([10, 10], [0.80, 0.82]),
+        "Trainer, padded to 128": rows([50, 50, 1], [0.81, 0.83, 0.5]),
+        "Trainer, dynamic padding": rows([16, 16], [0.90, 0.92]),
+    }
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in end_to_end.targets_table(groups).splitlines()[2:]]
+    assert [line[1:] for line in cells] == [
+        ["Trainer, padded to 128", "5.00", "4.0", "yes", "-1.0", "yes"],
+        ["Trainer, dynamic padding", "1.60", "1.7", "no", "-10.0", "no"],
+    ]
+
+
+def test_a_script_refuses_a_wrong_option_in_one_line_with_status_2():
+    command = [sys.executable, str(BENCHMARKS / "backward_savings.py"), "--lengths", "128", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(BENCHMARKS.parent), "PATH": ""})
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: --lengths must be at least 1, got 0\n")
+
+
+def test_the_other_scripts_refuse_a_wrong_option(peers, end_to_end):
+    with pytest.raises(InputError, match="^--padding must be in 0..127, got 128$"):
+        peers.main(["--padding", "128"])
+    with pytest.raises(InputError, match="^--epochs must be at least 1, got 0$"):
+        end_to_end.main(["--epochs", "0"])
