@@ -3,16 +3,17 @@
     python benchmarks/backward_savings.py                                                        # the whole grid
     python benchmarks/backward_savings.py --models bert-base-uncased --lengths 128 --methods full --stages-of 3
 
-For every model (random weights), length and fine-tuning method: each stage of the shrinking schedules of T stages, under the
-three embedding policies. A stage is named by how many blocks are frozen and whether E trains, so what two schedules or policies
-have in common is measured once. Three forms of it:
+For every model (random weights), length and fine-tuning method: each stage of the shrinking schedules of T stages,
+under the three embedding policies. A stage is named by how many blocks are frozen and whether E trains, so what two
+schedules or policies have in common is measured once. Three forms of it:
 
     E always     E trains beneath the frozen blocks, so that no graph is cut (the paper)
     cut          E and the frozen blocks run without grad
     cut + cache  their output is there already, and only the blocks above the cut run
 
-Results go to benchmarks/results/backward_savings_<device>_<precision>.json and .md after every round, and a .png at the end. A group
-(model, length, method) that is whole there is not measured again, so a run that was stopped is taken up by the same command.
+Results go to benchmarks/results/backward_savings_<device>_<precision>.json and .md after every round, and a .png at the
+end. A group (model, length, method) that is whole there is not measured again, so a run that was stopped is taken up by
+the same command.
 """
 
 import argparse
@@ -39,7 +40,13 @@ from progtuning.run import choose_device
 from progtuning.stages import EMBEDDING_POLICIES, Stage, make_schedule
 from progtuning.train import autocast
 
-METHODS = {"full": PeftConfig(), "adapter": PeftConfig("adapter"), "lora": PeftConfig("lora"), "bitfit": PeftConfig("bitfit")}
+METHODS = {
+    "full": PeftConfig(),
+    "adapter": PeftConfig("adapter"),
+    "lora": PeftConfig("lora"),
+    "bitfit": PeftConfig("bitfit"),
+}
+MODELS = ["bert-large-uncased", "bert-base-uncased"]
 SEED = 0
 
 
@@ -59,9 +66,9 @@ class Form:
 
 
 def forms(config: BertConfig, peft: PeftConfig, stages_of: Sequence[int]) -> dict[Form, list[dict]]:
-    """Return every form that a shrinking schedule of T in `stages_of` stages takes, with the T, policies and stages that do.
+    """Return every form that a stage of the shrinking schedules takes, with the T, the policies and the stages that do.
 
-    The first is full fine-tuning by the method.
+    `stages_of` has the T of the schedules. The first form is full fine-tuning by the method.
     """
     in_embeddings = bool(accounting.units(config, peft).embeddings.trainable)
     found: dict[Form, list[dict]] = {}
@@ -79,7 +86,9 @@ def forms(config: BertConfig, peft: PeftConfig, stages_of: Sequence[int]) -> dic
 class Group:
     """One model under one method, at one length: a variant for each form, all of one model and one optimizer."""
 
-    def __init__(self, config: BertConfig, peft: PeftConfig, batch: int, length: int, device: torch.device, precision: str):
+    def __init__(
+        self, config: BertConfig, peft: PeftConfig, batch: int, length: int, device: torch.device, precision: str
+    ):
         self.config, self.peft, self.batch, self.length = config, peft, batch, length
         self.device, self.precision = device, precision
         model = build_model(config, SEED).to(device).train()
@@ -120,8 +129,8 @@ class Group:
         forward = sum(product.forward_flops for product in products if unit_of(product.name) not in cached)
         return forward, sum(product.backward_flops for product in products)
 
-    def describe(self, form: Form) -> dict | None:
-        """Return what needs no clock: FLOPs counted and in closed form, bytes, the backend; None without the memory for it."""
+    def describe(self, form: Form) -> dict:
+        """Return what needs no clock: FLOPs counted and in closed form, bytes; None where the memory fell short."""
         variant = self.variant(form)
         counted = harness.in_memory(variant, lambda: harness.count_flops(variant, self.device, self.precision))
         saved = harness.in_memory(variant, lambda: harness.saved_for_backward(variant, self.device, self.precision))
@@ -140,8 +149,9 @@ def measure(group: Group, names: Mapping, stages: Mapping[Form, list[dict]], arg
     facts = {form: group.describe(form) for form in stages}
     variants = {form: group.variant(form) for form in stages}
     full = next(iter(stages))
-    backend = harness.in_memory(variants[full], lambda: harness.attention_backend(variants[full], group.device, group.precision))
-    for timings in harness.take_turns(variants, args.rounds, args.steps, group.device, group.precision):
+    device, precision = group.device, group.precision
+    backend = harness.in_memory(variants[full], lambda: harness.attention_backend(variants[full], device, precision))
+    for timings in harness.take_turns(variants, args.rounds, args.steps, device, precision):
         yield [
             {
                 **names,
@@ -208,8 +218,8 @@ def markdown(document: dict) -> str:
         f"- Attention in the timed steps: {attention}",
         f"- FLOPs counted by PyTorch equal the closed form in {equal} of {len(counted)} rows.",
         "",
-        "Ideal is the ratio of the FLOPs to those of the group's first row, measured that of the times: median over the rounds of the"
-        " ratio within a round. T:t names the schedules of T stages, and of these the stage, that have this form."
+        "Ideal is the ratio of the FLOPs to those of the group's first row, measured that of the times: median over the"
+        " rounds of the ratio within a round. T:t names schedules of T stages, and of these the stage, of this form."
         " TFLOP/s and share of the peak are of forward and backward.",
     ]
     for (model, length, method), group in groups_of(rows, "model", "length", "method").items():
@@ -247,7 +257,7 @@ def _cells(row: dict) -> list[str | None]:
 
 
 def draw(rows: Sequence[dict], path: Path) -> None:
-    """Draw, for each model and length, measured over ideal backward ratios, and what is saved over the frozen blocks."""
+    """Draw, for each model and length, measured over ideal backward ratios, and saved bytes over the frozen blocks."""
     shapes = groups_of(rows, "model", "length")
     figure = report.new_figure(1 + 4 * len(shapes), 7.5)
     if figure is None:
@@ -258,7 +268,8 @@ def draw(rows: Sequence[dict], path: Path) -> None:
         ratio.set(title=f"{model}, {length} tokens", xlabel="backward FLOPs, of full", ylabel="backward time, of full")
         saved.set(xlabel="frozen blocks", ylabel="saved for backward, MiB")
         for color, ((method,), by_method) in zip(("C0", "C1", "C2", "C3"), groups_of(group, "method").items()):
-            points = [(row["backward_ideal"], row["backward_measured"]["median"]) for row in by_method if row["backward_measured"]]
+            measured = [row for row in by_method if row["backward_measured"]]
+            points = [(row["backward_ideal"], row["backward_measured"]["median"]) for row in measured]
             ratio.scatter(*zip(*points) if points else ([], []), s=14, color=color, label=method)
             for label, style, forms_of in (("E always", "--", ("E trains", "E always")), ("cut", "-", ("cut",))):
                 line = [row for row in by_method if row["form"] in forms_of and row["saved_bytes"] is not None]
@@ -272,10 +283,10 @@ def draw(rows: Sequence[dict], path: Path) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=ARCHITECTURES, default=["bert-large-uncased", "bert-base-uncased"])
+    parser.add_argument("--models", nargs="+", choices=ARCHITECTURES, default=MODELS)
     parser.add_argument("--lengths", nargs="+", type=int, default=[384, 128], help="tokens")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--stages-of", nargs="+", type=int, default=[3, 12], metavar="T", help="stages of the schedules")
+    parser.add_argument("--stages-of", nargs="+", type=int, default=[3, 12], metavar="T", help="stages a schedule has")
     parser.add_argument("--batch-size", type=int, help="default: 32 on CUDA, else 8")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on CUDA, else fp32")
     parser.add_argument("--device", help="cpu or cuda; default: CUDA where there is one")
@@ -300,7 +311,12 @@ def main(arguments: Sequence[str]) -> Path:
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"backward_savings_{args.device}_{args.precision}.json"
     settings = {key: getattr(args, key) for key in ("batch_size", "precision", "steps")}
-    settings |= {"optimizer": "AdamW, fused", "clip": harness.MAX_GRAD_NORM, "dropout": 0.1, "prefix": "drops out unless cached"}
+    settings |= {
+        "optimizer": "AdamW, fused",
+        "clip": harness.MAX_GRAD_NORM,
+        "dropout": 0.1,
+        "prefix": "drops out unless cached",
+    }
     document = harness.open_document(path, harness.environment(device, settings), harness.this_run(__file__, arguments))
     if "matmul_peak" not in document:
         document["matmul_peak"] = harness.matmul_peak(device, args.precision)
@@ -313,7 +329,10 @@ def main(arguments: Sequence[str]) -> Path:
 
 
 def measure_group(document: dict, path: Path, names: dict, args: argparse.Namespace, end: float) -> bool:
-    """Measure one group unless it is whole in the document, which is saved after every round; False where the time is up."""
+    """Measure one group unless it is whole in the document, which is saved after every round.
+
+    Returns False where the time is up.
+    """
     config = ARCHITECTURES[names["model"]].with_head("classification", ("no", "yes"))
     others = [row for row in document["rows"] if any(row[key] != value for key, value in names.items())]
     earlier = [row for row in document["rows"] if row not in others]
@@ -321,7 +340,8 @@ def measure_group(document: dict, path: Path, names: dict, args: argparse.Namesp
     stages = forms(config, METHODS[names["method"]], sorted(there.union(args.stages_of)))
     if is_whole(earlier, stages, args.rounds):
         return True
-    group = Group(config, METHODS[names["method"]], args.batch_size, names["length"], choose_device(args.device), args.precision)
+    device = choose_device(args.device)
+    group = Group(config, METHODS[names["method"]], args.batch_size, names["length"], device, args.precision)
     for rows in measure(group, names, stages, args, document["matmul_peak"]):
         document["rows"] = others + rows
         write_json(path, document)

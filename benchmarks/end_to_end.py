@@ -4,15 +4,16 @@
     python benchmarks/end_to_end.py --task movie-reviews --max-train-rows 1000 --seeds 1
     python benchmarks/end_to_end.py --table benchmarks/results/end_to_end_mrpc_cpu.jsonl
 
-A run is timed from the rows in memory to the metrics: tokenizer, encoding, model, training, one evaluation at the end. What it
-imports is imported, and every kind of run is done once on a few rows, before the clock starts. Both sides take the same rows,
-weights, learning rate, weight decay, warm-up, clipping, dropout, epochs and batch size, and write nothing. The Trainer keeps its
-defaults in all else: AdamW in the fused kernel, attention by PyTorch's scaled_dot_product_attention. `padded to 128` is what
-run_glue.py does unless told otherwise (pad_to_max_length, max_seq_length 128); `dynamic padding` pads to the longest of a random
-batch, and so does `random batches` of this package, whose own way is batches of nearly equal length.
+A run is timed from the rows in memory to the metrics: tokenizer, encoding, model, training, one evaluation at the end.
+What it imports is imported, and every kind of run is done once on a few rows, before the clock starts. Both sides have
+the same rows, weights, learning rate, weight decay, warm-up, clipping, dropout, epochs and batch size; neither writes.
+The Trainer keeps its defaults in all else: AdamW in the fused kernel, attention by PyTorch's
+scaled_dot_product_attention. `padded to 128` is what run_glue.py does unless told otherwise (pad_to_max_length,
+max_seq_length 128); `dynamic padding` pads to the longest of a random batch, and so does `random batches` of this
+package, whose own way is batches of nearly equal length.
 
-Rows are appended to benchmarks/results/end_to_end_<task>_<device>.jsonl as the runs end; a run whose row is there is not
-repeated, so that a series can be stopped and taken up again. `--table` prints the table of such a file.
+Rows are appended to benchmarks/results/end_to_end_<task>_<device>.jsonl as the runs end; a run whose row is there is
+not repeated, so that a series can be stopped and taken up again. `--table` prints the table of such a file.
 """
 
 import argparse
@@ -117,7 +118,8 @@ def train_by_trainer(folder: Path, splits: Splits, run: Run, settings: TrainConf
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     dev_rows = {name: Rows(rows, tokenizer, run.padding, settings.max_length) for name, rows in splits.dev.items()}
     train_rows = Rows(splits.train, tokenizer, run.padding, settings.max_length)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=max(1, len(splits.task.labels)))
+    num_labels = max(1, len(splits.task.labels))  # 1: regression
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=num_labels)
     if run.with_lora:
         targets = [BLOCK_LINEARS[target] for target in LORA.lora_targets]
         lora = {"r": LORA.lora_r, "lora_alpha": LORA.lora_alpha, "lora_dropout": LORA.lora_dropout}
@@ -140,7 +142,8 @@ def train_by_trainer(folder: Path, splits: Splits, run: Run, settings: TrainConf
             outputs = trainer.predict(rows).predictions
             predictions = outputs[:, 0] if splits.task.is_regression else outputs.argmax(axis=1)
             measured = metrics.compute(splits.task.metrics, predictions, np.array(rows.labels))
-            values |= measured if len(dev_rows) == 1 else {f"{name}/{metric}": value for metric, value in measured.items()}
+            prefix = f"{name}/" if len(dev_rows) > 1 else ""
+            values |= {f"{prefix}{metric}": value for metric, value in measured.items()}
     return {"metrics": values} | cost_of_full(folder, splits, settings, shapes)
 
 
@@ -219,7 +222,8 @@ def run_series(args: argparse.Namespace, path: Path, arguments: Sequence[str]) -
             if name not in warm:
                 timed(args.model, folder, few(splits, settings.batch_size), RUNS[name], settings, device)
                 warm.add(name)
-            row |= timed(args.model, folder, splits, RUNS[name], settings, device) | harness.this_run(__file__, arguments)
+            row |= timed(args.model, folder, splits, RUNS[name], settings, device)
+            row |= harness.this_run(__file__, arguments)
             rows.append(row)
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -278,7 +282,7 @@ def table(rows: Sequence[dict]) -> str:
 
 
 def targets_table(groups: Mapping[str, list[dict]]) -> str:
-    """Return how many times faster the runs were, over the seeds that both sides have, and what became of the main metric."""
+    """Return how many times faster runs were, over the seeds that both sides have, and how the main metric changed."""
     lines = []
     for name, base, at_least in TARGETS:
         pairs = _by_seed(groups.get(name, []), groups.get(base, []))
@@ -316,13 +320,14 @@ def markdown(path: Path) -> str:
         series.setdefault((*key, row["settings"]["batch_size"], json.dumps(row["versions"])), []).append(row)
     parts = ["# Whole runs beside transformers' Trainer and peft"]
     for (task, model, train_rows, dev_rows, device, processor, batch_size, versions), rows in series.items():
+        runs = dict.fromkeys((row["date"], row["command"]) for row in rows)
         parts += [
             "",
             f"## {task}, {model}, {train_rows} training rows, {dev_rows} held out, batch size {batch_size}",
             "",
             f"- Device: {device} ({processor})",
             f"- Versions: {', '.join(f'{name} {version}' for name, version in json.loads(versions).items())}",
-            *(f"- Run: {date}, `{command}`" for date, command in dict.fromkeys((row["date"], row["command"]) for row in rows)),
+            *(f"- Run: {date}, `{command}`" for date, command in runs),
             "",
             table(rows),
         ]

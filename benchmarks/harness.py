@@ -1,8 +1,8 @@
-"""What the benchmarks of one step share: variants timed in turns, FLOPs and saved bytes counted, and the account of how.
+"""What the benchmarks share: variants of a step timed in turns, FLOPs and saved bytes counted, the account of how.
 
-A variant is one way to do a training step. All of them lie in one process and take turns: in every round each of them, in an
-order drawn anew, does one step to warm up and then the timed ones, so that what disturbs the machine disturbs them alike. The
-figures are medians; a ratio is taken within each round, and its median is printed.
+A variant is one way to do a training step. All of them lie in one process and take turns: in every round each of them,
+in an order drawn anew, does one step to warm up and then the timed ones, so that what disturbs the machine disturbs
+them alike. The figures are medians; a ratio is taken within each round, and its median is printed.
 """
 
 import gc
@@ -59,7 +59,7 @@ class Timing:
         return None if self.out_of_memory else statistics.median(_sum(one, phases) for one in self.rounds)
 
     def ratio(self, base: "Timing", *phases: str) -> dict[str, float] | None:
-        """Return median, lowest and highest, over the rounds, of this variant's time by that of `base` in the same round."""
+        """Return median, lowest and highest over the rounds of this variant's time by `base`'s in the same round."""
         if self.out_of_memory or base.out_of_memory:
             return None
         ratios = [_sum(own, phases) / _sum(other, phases) for own, other in zip(self.rounds, base.rounds, strict=True)]
@@ -96,9 +96,10 @@ def take_turns(
 def time_turn(
     variant: Variant, steps: int, device: torch.device, precision: str
 ) -> tuple[dict[str, float], int | None]:
-    """Return the median milliseconds of every phase over `steps` steps after one to warm up, and the peak bytes on CUDA.
+    """Return the median milliseconds of every phase over `steps` steps, after one to warm up, and the peak bytes.
 
-    On CUDA the steps are queued one after the other: the host waits for the device only at the end.
+    The peak is that of CUDA, None elsewhere. There the steps are queued one after the other, and the host waits for
+    the device only at the end.
     """
     variant.enter()
     train_step(variant, Clock(device), device, precision)
@@ -173,7 +174,10 @@ def saved_for_backward(variant: Variant, device: torch.device, precision: str) -
 
 
 def attention_backend(variant: Variant, device: torch.device, precision: str) -> str:
-    """Name what runs scaled_dot_product_attention in the blocks that train: in the graph a fused kernel is a node of its own."""
+    """Name what runs scaled_dot_product_attention in the blocks that train.
+
+    A fused kernel is a node of its own in the graph; without one it is "math", two products and a softmax.
+    """
     variant.enter()
     with autocast(device, precision):
         loss = variant.loss()

@@ -1,4 +1,4 @@
-"""The benchmarks at tiny sizes: each runs, can be taken up again, and writes what it promises. No time is judged here."""
+"""The benchmarks at tiny sizes: each runs, can be taken up again, and writes what it promises; no time is judged."""
 
 import json
 import subprocess
@@ -37,8 +37,8 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def savings(folder: Path, *more: str, methods: str = "full") -> list[str]:
-    grid = f"--models tiny --lengths 9 --methods {methods} --stages-of 2 --device cpu --rounds 2 --steps 1"
+def savings(folder: Path, *more: str, methods: str = "full", stages_of: int = 2) -> list[str]:
+    grid = f"--models tiny --lengths 9 --methods {methods} --stages-of {stages_of} --device cpu --rounds 2 --steps 1"
     return [*grid.split(), "--output", str(folder), *more]
 
 
@@ -101,7 +101,7 @@ def test_a_series_that_a_time_limit_ended_is_taken_up_and_a_whole_one_is_left_al
 
 def test_other_stages_join_the_file_and_keep_what_was_there(tmp_path):
     path = backward_savings.main(savings(tmp_path))
-    backward_savings.main([argument if argument != "2" else "4" for argument in savings(tmp_path)[:8]] + savings(tmp_path)[8:])
+    backward_savings.main(savings(tmp_path, stages_of=4))
     found = {(where["stages_of"], where["stage"]) for row in read(path)["rows"] for where in row["stages"]}
     assert found == {(2, 1), (2, 2), (4, 1), (4, 2), (4, 3), (4, 4)}
 
@@ -159,14 +159,15 @@ def test_every_variant_takes_one_turn_a_round_and_leaves_no_gradient():
     config = ARCHITECTURES["tiny"].with_head("classification", ("no", "yes"))
     group = backward_savings.Group(config, PeftConfig(), 2, 8, CPU, "bf16")
     forms = [backward_savings.Form(0, True), backward_savings.Form(3, False)]
-    rounds = harness.take_turns({form: group.variant(form) for form in forms}, rounds=3, steps=2, device=CPU, precision="bf16")
+    variants = {form: group.variant(form) for form in forms}
+    rounds = harness.take_turns(variants, rounds=3, steps=2, device=CPU, precision="bf16")
     assert [[len(timing.rounds) for timing in timings.values()] for timings in rounds] == [[1, 1], [2, 2], [3, 3]]
     assert all(parameter.grad is None for parameter in group.model.parameters())
 
 
 def test_a_ratio_is_taken_within_each_round():
-    slow = harness.Timing([{"backward": 10.0, "forward": 1.0}, {"backward": 40.0, "forward": 1.0}, {"backward": 10.0, "forward": 1.0}])
-    fast = harness.Timing([{"backward": 5.0, "forward": 1.0}, {"backward": 20.0, "forward": 1.0}, {"backward": 2.0, "forward": 1.0}])
+    slow = harness.Timing([{"backward": value, "forward": 1.0} for value in (10.0, 40.0, 10.0)])
+    fast = harness.Timing([{"backward": value, "forward": 1.0} for value in (5.0, 20.0, 2.0)])
     assert fast.ratio(slow, "backward") == {"median": 0.5, "lowest": 0.2, "highest": 0.5}
     assert slow.milliseconds("forward", "backward") == 11
     assert fast.ratio(harness.Timing(out_of_memory=True), "backward") is None
@@ -209,9 +210,9 @@ def test_both_sides_train_the_same_parameters_at_the_same_flops(peers, tmp_path,
     for row in compared:
         peer = rows[row["peer"]]
         assert row["trainable_parameters"] == peer["trainable_parameters"]
-        assert row["counted_flops"][1] == peer["counted_flops"][1]
-        cached = row["variant"].endswith("cached")
-        assert (row["counted_flops"][0] < peer["counted_flops"][0]) if cached else row["counted_flops"] == peer["counted_flops"]
+        (forward, backward), (peer_forward, peer_backward) = row["counted_flops"], peer["counted_flops"]
+        assert backward == peer_backward
+        assert forward < peer_forward if row["variant"].endswith("cached") else forward == peer_forward
         assert row["step_of_peer"]["median"] > 0 and row["step_of_full"]["median"] > 0
     assert "peft LoRA, stage 2, requires_grad" in {row["peer"] for row in compared}
     text = (tmp_path / f"peers_cpu_fp32{'_padded' if padding else ''}.md").read_text(encoding="utf-8")
@@ -242,7 +243,8 @@ def test_the_targets_stand_beside_what_was_measured_and_say_what_was_missed(peer
 
     def row(name: str, step_of_full: float, backward: float, ideal: float) -> dict:
         values = {"step_of_peer": ratio(0.9), "step_of_full": ratio(step_of_full), "backward_of_full": ratio(backward)}
-        return {"variant": name, "peer": "transformers, full", "full": "ours, full", "backward_ideal": ideal, **values}
+        names = {"variant": name, "peer": "transformers, full", "full": "ours, full"}
+        return {**names, "backward_ideal": ideal, "out_of_memory": False, **values}
 
     settings = {"model": "bert-base-uncased", "batch_size": 8, "length": 128, "precision": "fp32", "stages_of": 3}
     rows = [
@@ -273,17 +275,18 @@ def small_task(tmp_path_factory) -> tuple[Path, Path]:
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     generator = random.Random(0)
     for name, count in (("train", 24), ("dev", 10)):
-        rows = (" ".join(generator.choices(WORDS, k=generator.randint(1, 9))) + f"\t{'ab'[i % 2]}\n" for i in range(count))
+        texts = (" ".join(generator.choices(WORDS, k=generator.randint(1, 9))) for _ in range(count))
+        rows = (f"{text}\t{'ab'[i % 2]}\n" for i, text in enumerate(texts))
         (data / f"{name}.tsv").write_text("text\tlabel\n" + "".join(rows))
     return folder, data
 
 
-def test_whole_runs_of_both_sides_give_their_rows_and_a_series_is_taken_up(end_to_end, small_task, tmp_path, monkeypatch):
+def test_whole_runs_give_their_rows_and_a_series_is_taken_up(end_to_end, small_task, tmp_path, monkeypatch):
     folder, data = small_task
     runs = ["Trainer, padded to 128", "Trainer, dynamic padding", "full", "Progtuning cut + cache"]
     runs += ["peft LoRA, Trainer, dynamic padding", "LoRA, Progtuning cut + cache, random batches"]
-    arguments = f"--task classification --data {data} --model {folder} --device cpu --seeds 1 --epochs 2 --lora-epochs 2".split()
-    arguments += ["--batch-size", "8", "--output", str(tmp_path), "--runs"]
+    arguments = f"--task classification --data {data} --model {folder} --device cpu --seeds 1 --epochs 2".split()
+    arguments += ["--lora-epochs", "2", "--batch-size", "8", "--output", str(tmp_path), "--runs"]
     path = end_to_end.main([*arguments, runs[0]])
     end_to_end.main([*arguments, *runs])
     rows = {row["run"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
@@ -295,10 +298,15 @@ def test_whole_runs_of_both_sides_give_their_rows_and_a_series_is_taken_up(end_t
     config = ARCHITECTURES["tiny"].with_head("classification", ("a", "b"))
     config = replace(config, vocab_size=5 + 21, max_position_embeddings=130)
     everything = Stage(0, 4, 0, True)
-    step = accounting.forward_flops(config, PeftConfig(), 8, 128) + accounting.backward_flops(config, everything, PeftConfig(), 8, 128)
+    step = accounting.forward_flops(config, PeftConfig(), 8, 128) + accounting.backward_flops(
+        config, everything, PeftConfig(), 8, 128
+    )
     assert rows["Trainer, padded to 128"]["flops"] == 6 * step
     assert rows["Trainer, dynamic padding"]["flops"] < 6 * step / 5
-    for base, other in (("Trainer, dynamic padding", "full"), (runs[4], "LoRA, Progtuning cut + cache, random batches")):
+    for base, other in (
+        ("Trainer, dynamic padding", "full"),
+        (runs[4], "LoRA, Progtuning cut + cache, random batches"),
+    ):
         same = other == "full"
         assert (rows[base]["updated_parameters"] == rows[other]["updated_parameters"]) == same
     assert rows["Progtuning cut + cache"]["flops"] < rows["full"]["flops"]
@@ -319,7 +327,9 @@ def test_speed_and_metric_are_compared_over_the_seeds_that_both_runs_have(end_to
         "Trainer, padded to 128": rows([50, 50, 1], [0.81, 0.83, 0.5]),
         "Trainer, dynamic padding": rows([16, 16], [0.90, 0.92]),
     }
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in end_to_end.targets_table(groups).splitlines()[2:]]
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in end_to_end.targets_table(groups).splitlines()[2:]
+    ]
     assert [line[1:] for line in cells] == [
         ["Trainer, padded to 128", "5.00", "4.0", "yes", "-1.0", "yes"],
         ["Trainer, dynamic padding", "1.60", "1.7", "no", "-10.0", "no"],
@@ -328,7 +338,9 @@ def test_speed_and_metric_are_compared_over_the_seeds_that_both_runs_have(end_to
 
 def test_a_script_refuses_a_wrong_option_in_one_line_with_status_2():
     command = [sys.executable, str(BENCHMARKS / "backward_savings.py"), "--lengths", "128", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(BENCHMARKS.parent), "PATH": ""})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={"PYTHONPATH": str(BENCHMARKS.parent), "PATH": ""}
+    )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: --lengths must be at least 1, got 0\n")
 
 
