@@ -1,12 +1,18 @@
-"""The metrics of GLUE, equal to scikit-learn's and SciPy's wherever those are defined.
+"""The metrics of GLUE, equal to scikit-learn's and SciPy's wherever those are defined, and those of SQuAD.
 
 n rows. Arguments are `predictions` (n,) and `labels` (n,): class indices for accuracy, f1 and matthews, numbers for
 pearson and spearman. Where a formula divides zero by zero the value is 0, as scikit-learn's is for f1 and matthews: a
 constant prediction tells nothing of the labels. NaN is never returned. Every function raises ValueError where the
 shapes differ, there is no row, or a value is not finite (or not an integer, for class indices).
+
+SQuAD's are those of the official evaluate-v2.0.py, as shares of 1 and not in percent. For v1.1 evaluate-v1.1.py gives
+the same, but that it counts gold answers which are nothing but articles and punctuation.
 """
 
-from collections.abc import Iterable
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -69,6 +75,88 @@ def compute(names: Iterable[str], predictions, labels) -> dict[str, float]:
         if name not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {name!r}")
     return {name: METRICS[name](predictions, labels) for name in names}
+
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize_answer(text: str) -> str:
+    """Return `text` in lower case, without ASCII punctuation and then articles, its words parted by one space."""
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(answer: str, gold: str) -> float:
+    """1 where the normalised texts are the same, else 0."""
+    return float(normalize_answer(answer) == normalize_answer(gold))
+
+
+def word_f1(answer: str, gold: str) -> float:
+    """2 * shared / (words + words of gold) over the words of the normalised texts; of none and none, 1."""
+    words, gold_words = normalize_answer(answer).split(), normalize_answer(gold).split()
+    if not words or not gold_words:
+        return float(words == gold_words)
+    shared = sum((Counter(words) & Counter(gold_words)).values())
+    return 2 * shared / (len(words) + len(gold_words))
+
+
+def squad(answers: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return the means of "f1" and "exact" (match) over n questions, each at the gold answer that fits `answers` best.
+
+    Where a question has no gold answer, or none but articles and punctuation, "" is the gold answer. Raises ValueError
+    where the lengths differ or are 0.
+    """
+    return {name: float(scores.mean()) for name, scores in _answer_scores(answers, golds).items()}
+
+
+def squad_v2(
+    answers: Sequence[str], null_odds: Sequence[float], golds: Sequence[Sequence[str]], threshold: float = 0.0
+) -> dict[str, float]:
+    """Return what evaluate-v2.0.py prints (but its counts), for n questions of which some have no gold answer.
+
+    `answers` are the best that are not "", which is the answer where null_odds (n,) exceeds `threshold`.
+
+        f1, exact                        as `squad`
+        HasAns_f1, HasAns_exact, ...     the same over the questions that have a gold answer, or (NoAns_) have none
+        best_f1, best_f1_thresh, ...     the highest f1 (exact) of any threshold, and such a threshold
+
+    Raises ValueError as `squad` does.
+    """
+    odds = np.asarray(null_odds, dtype=np.float64)
+    with_span, with_none = _answer_scores(answers, golds), _answer_scores([""] * len(answers), golds)
+    if odds.shape != (len(answers),) or not np.isfinite(odds).all():
+        raise ValueError(f"null_odds must be {len(answers)} finite numbers, got {odds.dtype} {odds.shape}")
+    scores = {name: np.where(odds > threshold, with_none[name], with_span[name]) for name in with_span}
+    has_answer = np.array([len(texts) > 0 for texts in golds])
+    values = {name: float(scores[name].mean()) for name in scores}
+    for prefix, part in (("HasAns_", has_answer), ("NoAns_", ~has_answer)):
+        if part.any():
+            values |= {prefix + name: float(scores[name][part].mean()) for name in scores}
+    for name in scores:
+        values[f"best_{name}"], values[f"best_{name}_thresh"] = _best_threshold(odds, with_span[name], with_none[name])
+    return values
+
+
+def _answer_scores(answers: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
+    if len(answers) != len(golds) or not len(golds):
+        raise ValueError(f"answers and golds must be as many and at least one, got {len(answers)} and {len(golds)}")
+    f1s, exacts = np.empty(len(golds)), np.empty(len(golds))
+    for i, (answer, texts) in enumerate(zip(answers, golds)):
+        texts = [text for text in texts if normalize_answer(text)] or [""]
+        f1s[i] = max(word_f1(answer, text) for text in texts)
+        exacts[i] = max(exact_match(answer, text) for text in texts)
+    return {"f1": f1s, "exact": exacts}
+
+
+def _best_threshold(odds: np.ndarray, with_span: np.ndarray, with_none: np.ndarray) -> tuple[float, float]:
+    """Return the highest mean score of any threshold on `odds` (n,), and such a threshold."""
+    order = np.argsort(odds, kind="stable")
+    odds, gains = odds[order], (with_span - with_none)[order]
+    # A threshold at odds[i] lets the questions 0 .. i have their span; below all of them no question has.
+    thresholds = np.append(np.nextafter(odds[0], -np.inf), odds)
+    totals = with_none.sum() + np.append(0.0, np.cumsum(gains))
+    possible = np.append(thresholds[1:] > thresholds[:-1], True)  # equal odds fall on one side
+    best = np.argmax(np.where(possible, totals, -np.inf))
+    return float(totals[best] / len(odds)), float(thresholds[best])
 
 
 def _classes(predictions, labels) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The metrics against scikit-learn, SciPy and exact rational arithmetic."""
+"""The metrics against scikit-learn, SciPy and exact rational arithmetic; those of SQuAD by hand and by properties."""
 
 import math
 import warnings
@@ -9,7 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from progtuning.metrics import METRICS, accuracy, compute, f1, matthews, pearson, spearman
+from progtuning.metrics import (
+    METRICS,
+    accuracy,
+    compute,
+    exact_match,
+    f1,
+    matthews,
+    normalize_answer,
+    pearson,
+    spearman,
+    squad,
+    squad_v2,
+    word_f1,
+)
 
 seeded = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -140,3 +153,135 @@ def test_compute_returns_the_named_metrics_and_refuses_others():
     assert compute(("f1", "accuracy"), [1, 1, 0, 0], [1, 0, 0, 0]) == {"f1": pytest.approx(2 / 3), "accuracy": 0.75}
     with pytest.raises(ValueError, match="metric must be one of accuracy, f1.*'bleu'"):
         compute(["bleu"], [1], [1])
+
+
+# ---- SQuAD
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The  Eiffel Tower, Paris!", "eiffel tower paris"),
+        ("an apple a day", "apple day"),
+        ("theatre and Ana", "theatre and ana"),  # articles are whole words
+        ("U.S.A.", "usa"),  # without its points it is one word, and no article is left of it
+        ("A.", ""),
+        ("the-a", "thea"),  # punctuation goes first
+        ("\u00a0Déjà\tvu\n", "déjà vu"),
+        ("“the” 東京。", "“ ” 東京。"),  # only ASCII punctuation goes; a quotation mark parts words
+        ("", ""),
+    ],
+)
+def test_answers_are_normalised_as_the_official_script_does(text, expected):
+    assert normalize_answer(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "exact", "expected"),
+    [
+        ("the Eiffel tower", "Eiffel Tower!", 1, 1),
+        ("tower in Paris", "the Eiffel Tower", 0, 2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2)),
+        ("to be or to be", "to be", 0, 2 * (2 / 5) * 1 / (2 / 5 + 1)),  # a word counts as often as both have it
+        ("London", "Paris", 0, 0),
+        ("", "Paris", 0, 0),
+        ("Paris", "", 0, 0),
+        ("", "", 1, 1),
+        ("the", "", 1, 1),
+    ],
+)
+def test_exact_match_and_f1_of_one_answer(answer, gold, exact, expected):
+    assert exact_match(answer, gold) == exact
+    assert word_f1(answer, gold) == pytest.approx(expected)
+
+
+words = st.lists(st.sampled_from("a the an cat Cat cats dog 1842 東京 é, -- U.S.".split()), max_size=6)
+answer_texts = words.map(" ".join)
+
+
+@seeded
+@given(answer_texts, answer_texts)
+def test_f1_is_symmetric_within_0_and_1_and_no_less_than_exact_match(answer, gold):
+    assert word_f1(answer, gold) == word_f1(gold, answer)
+    assert 0 <= exact_match(answer, gold) <= word_f1(answer, gold) <= 1
+    assert exact_match(answer, gold) == exact_match(gold, answer)
+
+
+@seeded
+@given(words, answer_texts, st.data())
+def test_case_articles_punctuation_and_white_space_change_nothing(answer, gold, data):
+    changed = list(answer)
+    for article in data.draw(st.lists(st.sampled_from(["a", "An", "THE"]), max_size=3)):
+        changed.insert(data.draw(st.integers(0, len(changed))), article)
+    text = data.draw(st.sampled_from([" ", "  ", "\n", " \u00a0"])).join(changed)
+    for mark in data.draw(st.lists(st.sampled_from("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"), max_size=4)):
+        place = data.draw(st.integers(0, len(text)))
+        text = text[:place] + mark + text[place:]
+    text = data.draw(st.sampled_from([str.upper, str.lower, str.title, str]))(text)
+    assert normalize_answer(text) == normalize_answer(" ".join(answer))
+    assert word_f1(text, gold) == word_f1(" ".join(answer), gold)
+    assert exact_match(text, gold) == exact_match(" ".join(answer), gold)
+
+
+def test_the_gold_that_fits_best_counts_and_without_one_the_empty_answer_is_right():
+    golds = [["Paris", "the city of Paris"], ["x"], [], ["The", "a"]]
+    assert squad(["city of Paris", "y", "", ""], golds) == {"f1": 0.75, "exact": 0.75}
+    assert squad(["in Paris", "y", "z", "an"], golds) == {"f1": pytest.approx((2 / 3 + 0 + 0 + 1) / 4), "exact": 0.25}
+
+
+def test_squad_v2_breaks_down_by_answerable_and_finds_the_best_threshold():
+    golds = [["x"], ["y z"], [], []]
+    values = squad_v2(["x", "y", "p", "q"], [-3.0, 1.0, 0.0, 2.0], golds)
+    # The second and the last have odds above 0 and are answered by nothing.
+    assert values == {
+        "f1": 0.5,
+        "exact": 0.5,
+        "HasAns_f1": 0.5,
+        "HasAns_exact": 0.5,
+        "NoAns_f1": 0.5,
+        "NoAns_exact": 0.5,
+        "best_f1": 0.75,  # x alone
+        "best_f1_thresh": -3.0,
+        "best_exact": 0.75,
+        "best_exact_thresh": -3.0,
+    }
+    everywhere = squad_v2(["x", "y", "p", "q"], [-3.0, 1.0, 0.0, 2.0], golds, threshold=5.0)
+    assert (everywhere["f1"], everywhere["NoAns_f1"]) == (pytest.approx((1 + 2 / 3) / 4), 0)
+    assert "NoAns_f1" not in squad_v2(["x"], [0.0], [["x"]]) and "HasAns_f1" not in squad_v2(["x"], [0.0], [[]])
+
+
+questions = st.lists(
+    st.tuples(answer_texts, st.sampled_from([-2.0, -1.5, 0.0, 0.5, 3.0]), st.lists(answer_texts, max_size=3)),
+    min_size=1,
+    max_size=12,
+)
+
+
+@seeded
+@given(questions, st.sampled_from([-3.0, -1.5, 0.0, 0.2, 3.0]))
+def test_squad_v2_equals_squad_of_the_answers_given_and_no_threshold_beats_the_best(rows, threshold):
+    answers, odds, golds = (list(column) for column in zip(*rows))
+
+    def given(limit):
+        return ["" if value > limit else answer for answer, value in zip(answers, odds)]
+
+    values = squad_v2(answers, odds, golds, threshold)
+    plain = squad(given(threshold), golds)
+    assert {name: values[name] for name in plain} == pytest.approx(plain)
+    for prefix, keep in (("HasAns_", bool), ("NoAns_", lambda texts: not texts)):
+        part = [(answer, texts) for answer, texts in zip(given(threshold), golds) if keep(texts)]
+        for name in plain:
+            expected = squad(*zip(*part))[name] if part else None
+            assert values.get(prefix + name) == (None if expected is None else pytest.approx(expected))
+    for name in plain:
+        best = max(squad(given(limit), golds)[name] for limit in [-10.0, *odds])
+        assert values[f"best_{name}"] == pytest.approx(best)
+        assert squad(given(values[f"best_{name}_thresh"]), golds)[name] == pytest.approx(best)
+
+
+def test_squad_metrics_refuse_other_lengths_and_odds_that_are_not_finite():
+    for answers, golds in ((["x"], []), ([], []), (["x"], [["x"], []])):
+        with pytest.raises(ValueError, match="answers and golds must be as many and at least one"):
+            squad(answers, golds)
+    for odds in ([], [0.0, 1.0], [math.nan], [math.inf]):
+        with pytest.raises(ValueError, match="null_odds must be 1 finite numbers"):
+            squad_v2(["x"], odds, [["x"]])
