@@ -10,7 +10,18 @@ from pathlib import Path
 
 from progtuning import __version__, report
 from progtuning.accounting import paper_rows, plan
-from progtuning.config import ARCHITECTURES, BLOCK_LINEARS, BertConfig, DPSConfig, PeftConfig, TrainConfig, parse_size, recipe
+from progtuning.config import (
+    ARCHITECTURES,
+    BLOCK_LINEARS,
+    TASK_DEFAULTS,
+    BertConfig,
+    DPSConfig,
+    PeftConfig,
+    SquadConfig,
+    TrainConfig,
+    parse_size,
+    recipe,
+)
 from progtuning.errors import InputError, RunError
 from progtuning.files import check_new_folder, new_folder, write_json, write_text
 from progtuning.stages import SCHEDULES, make_schedule
@@ -76,12 +87,17 @@ def build_parser() -> Parser:
     evaluate = add_command(commands, "evaluate", run_evaluate, "measure a fine-tuned model on a task's held-out rows")
     add_checkpoint_options(evaluate)
     add_task_options(evaluate)
+    evaluate.add_argument("--output-dir", help="a new or empty folder, for SQuAD's prediction files")
+    add_train_options(evaluate, only=[row[0] for row in OPTIONS[SquadConfig]])
     add_run_options(evaluate)
 
-    predict = add_command(commands, "predict", run_predict, "label rows of text with a fine-tuned model")
+    predict = add_command(commands, "predict", run_predict, "label rows of text, or answer questions, with a fine-tuned model")
     add_checkpoint_options(predict)
-    predict.add_argument("--input", required=True, help="TSV with a header, or JSONL; keys text and text_pair; - is standard input")
-    predict.add_argument("--output", required=True, help="TSV: label and probability, or score; - is standard output")
+    predict.add_argument("--input", help="TSV with a header, or JSONL, of text and text_pair, or question and context; - is standard input")
+    predict.add_argument("--output", help="TSV: label and probability, or score; JSONL: answers; - is standard output")
+    predict.add_argument("--glue-submission", metavar="DIR", help="write what the GLUE server takes, for --task and --data, into DIR")
+    add_task_options(predict, required=False)
+    add_train_options(predict, only=[row[0] for row in OPTIONS[SquadConfig]])
     add_run_options(predict)
 
     plan_command = add_command(commands, "plan", run_plan, "what every stage of a run will cost; needs no weights")
@@ -119,9 +135,10 @@ def add_command(commands, name: str, run: Callable, text: str) -> Parser:
     return parser
 
 
-def add_task_options(parser: Parser) -> None:
-    parser.add_argument("--task", required=True, help="a GLUE task, movie-reviews, or classification or regression for data of your own")
-    parser.add_argument("--data", help="folder with the task's files (movie-reviews needs none)")
+def add_task_options(parser: Parser, required: bool = True) -> None:
+    text = "a GLUE task, squad, squad_v2, movie-reviews, or classification or regression for data of your own"
+    parser.add_argument("--task", required=required, help=text)
+    parser.add_argument("--data", help="folder with the task's files, or hub (movie-reviews needs none)")
 
 
 def add_checkpoint_options(parser: Parser) -> None:
@@ -140,7 +157,7 @@ def add_run_options(parser: Parser) -> None:
 OPTIONS = {
     TrainConfig: (
         ("schedule", "schedule", "full, shrinking, growing, without-low-blocks or adaptive"),
-        ("stages", "stages", "number of stages (one an epoch; of adaptive, intervals, four an epoch)"),
+        ("stages", "stages", "number of stages (one an epoch; squad 3, squad_v2 2; of adaptive, intervals, four an epoch)"),
         ("embeddings", "embeddings", "when E trains: with-block-1, always or never"),
         ("epochs", "epochs", "passes over the training rows"),
         ("batch-size", "batch_size", "examples an optimizer step"),
@@ -149,7 +166,7 @@ OPTIONS = {
         ("weight-decay", "weight_decay", "AdamW's decay of weights, not of biases and LayerNorms"),
         ("warmup", "warmup", "share of the steps in which the learning rate rises"),
         ("max-grad-norm", "max_grad_norm", "clip the gradient's norm; 0 does not"),
-        ("max-length", "max_length", "tokens a sequence (128, or what the model takes)"),
+        ("max-length", "max_length", "tokens a sequence (128, of SQuAD 384, or what the model takes)"),
         ("precision", "precision", "fp32 or bf16"),
         ("hidden-dropout-prob", "hidden_dropout_prob", "dropout (the model's own)"),
         ("attention-probs-dropout-prob", "attention_probs_dropout_prob", "dropout of attention (the model's own)"),
@@ -178,6 +195,13 @@ OPTIONS = {
         ("dps-p", "p", "share of each matrix that a subnetwork leaves out"),
         ("dps-update-ratio", "update_ratio", "length of a window, as a share of all steps"),
     ),
+    SquadConfig: (
+        ("doc-stride", "doc_stride", "SQuAD: tokens by which the windows of a context overlap"),
+        ("max-query-length", "max_query_length", "SQuAD: tokens kept of a question"),
+        ("max-answer-length", "max_answer_length", "SQuAD: tokens of the longest answer"),
+        ("n-best", "n_best", "SQuAD: answers kept for each question"),
+        ("null-threshold", "null_threshold", "SQuAD v2.0: odds above which there is no answer (0)"),
+    ),
 }
 
 
@@ -203,7 +227,7 @@ def add_train_options(parser: Parser, only: Sequence[str] | None = None) -> None
 def option_type(option: str, default) -> Callable[[str], object]:
     if option in ("stages", "max-length"):
         return int
-    if option.endswith("dropout-prob"):
+    if option.endswith("dropout-prob") or option == "null-threshold":
         return float
     if isinstance(default, tuple):
         return split_names
@@ -215,7 +239,8 @@ def split_names(text: str) -> tuple[str, ...]:
 
 
 def train_config(args: argparse.Namespace, num_blocks: int, task: str | None = None) -> TrainConfig:
-    """Build the settings from the options given; with `--recipe paper` the authors' values stand where none is given."""
+    """Build the settings from the options given. Where none is given, the task's own values stand, and with `--recipe paper`
+    the authors' before them."""
     given = {
         settings: {field: getattr(args, option) for option, field, _ in options if hasattr(args, option)}
         for settings, options in OPTIONS.items()
@@ -234,7 +259,10 @@ def train_config(args: argparse.Namespace, num_blocks: int, task: str | None = N
             names = {field.name for field in fields(settings)}
             given[settings] = {key: value for key, value in known.items() if key in names} | given[settings]
         peft, dps = PeftConfig(**given[PeftConfig]), DPSConfig(**given[DPSConfig])
-    return TrainConfig(**given[TrainConfig], peft=peft, dps=dps)
+    defaults = dict(TASK_DEFAULTS.get(task, {}))
+    if given[TrainConfig].get("schedule") == "adaptive":
+        defaults.pop("stages", None)  # its stages are intervals
+    return TrainConfig(**defaults | given[TrainConfig], peft=peft, dps=dps, squad=SquadConfig(**given[SquadConfig]))
 
 
 def run_demo(args: argparse.Namespace) -> None:
@@ -291,11 +319,13 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    from progtuning.run import choose_device, evaluate_checkpoint, load_splits
+    from progtuning.run import choose_device, evaluate_checkpoint, load_checkpoint, load_splits
 
-    splits = load_splits(args.task, args.data)
-    device = choose_device(args.device)
-    values = evaluate_checkpoint(Path(args.checkpoint), splits, device, args.batch_size, args.max_length, args.precision)
+    if args.output_dir is not None:
+        check_new_folder(args.output_dir)
+    splits, device = load_splits(args.task, args.data), choose_device(args.device)
+    checkpoint = load_checkpoint(Path(args.checkpoint), args.max_length, squad_options(args))
+    values = evaluate_checkpoint(checkpoint, splits, device, args.batch_size, args.precision, args.output_dir)
     if args.json:
         print_json({"task": splits.task.name, "metrics": values})
     else:
@@ -303,14 +333,40 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 
 def run_predict(args: argparse.Namespace) -> None:
-    from progtuning.run import choose_device, predict_file
+    from progtuning.run import choose_device, load_checkpoint, predict_file, write_glue_submission
 
+    check_predict_options(args)
     device = choose_device(args.device)
-    text = predict_file(Path(args.checkpoint), args.input, device, args.batch_size, args.max_length, args.precision)
+    checkpoint = load_checkpoint(Path(args.checkpoint), args.max_length, squad_options(args))
+    if args.glue_submission is not None:
+        arguments = (args.task, args.data, args.glue_submission, device, args.batch_size, args.precision)
+        paths = [str(path) for path in write_glue_submission(checkpoint, *arguments)]
+        print_json({"written": paths}) if args.json else print(f"Written: {', '.join(paths)}")
+        return
+    text = predict_file(checkpoint, args.input, device, args.batch_size, args.precision)
     if args.output == "-":
         sys.stdout.write(text)
     else:
         write_text(args.output, text)
+
+
+def squad_options(args: argparse.Namespace) -> dict:
+    """Return the fields of SquadConfig whose options are given."""
+    return {field: getattr(args, option) for option, field, _ in OPTIONS[SquadConfig] if hasattr(args, option)}
+
+
+def check_predict_options(args: argparse.Namespace) -> None:
+    """Raise InputError unless the options are those of a file, or those of a submission."""
+    needed, others = ("input", "output"), ("task", "data")
+    what = "predict"
+    if args.glue_submission is not None:
+        needed, others, what = others, needed, "--glue-submission"
+    for name in needed:
+        if getattr(args, name) is None:
+            raise InputError(f"{what} needs --{name}")
+    for name in others:
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name} does not go with {what if args.glue_submission else '--input'}")
 
 
 def run_plan(args: argparse.Namespace) -> None:

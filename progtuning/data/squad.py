@@ -61,6 +61,10 @@ class SquadTask(Task):
     def is_regression(self) -> bool:
         return False
 
+    @property
+    def head(self) -> str:
+        return "question-answering"
+
 
 _METRICS = ("f1", "exact")
 TASKS = {

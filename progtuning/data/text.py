@@ -67,6 +67,11 @@ class Task:
         return not self.labels
 
     @property
+    def head(self) -> str:
+        """The head that a model needs for the task, one of `config.HEADS`."""
+        return "regression" if self.is_regression else "classification"
+
+    @property
     def main_metric(self) -> str:
         """The metric by which one run is compared with another."""
         return self.metrics[0]
