@@ -166,7 +166,7 @@ def saved_for_backward(variant: Variant, device: torch.device, precision: str) -
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage  # holding it keeps the address from being used again
-        return tensor
+        return tensor.detach()  # with its node, the graph would hold itself in memory
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(device, precision):
         variant.loss()

@@ -1,8 +1,10 @@
 """The benchmarks at tiny sizes: each runs, can be taken up again, and writes what it promises; no time is judged."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -144,6 +146,22 @@ def test_saved_bytes_are_those_of_the_closed_form_and_what_the_loss_and_the_indi
     indices = 8 * (3 * 7 + 3 * 7 + 7 if form.embeddings else 0)  # tokens, types, positions
     of_loss = 3 * 2 * 4 + 3 * 8 + 4  # log-probabilities (B, C), labels (B,), the sum of the weights
     assert harness.saved_for_backward(group.variant(form), CPU, "fp32") == closed + indices + of_loss
+
+
+def test_what_was_saved_is_given_back(monkeypatch):
+    config = ARCHITECTURES["tiny"].with_head("classification", ("no", "yes"))
+    group = backward_savings.Group(config, PeftConfig(), 3, 7, CPU, "fp32")
+    outputs = []
+    head = group.model.head
+
+    def watched(x: torch.Tensor) -> torch.Tensor:
+        outputs.append(weakref.ref(x))
+        return head(x)
+
+    monkeypatch.setattr(group.model, "head", watched)
+    harness.saved_for_backward(group.variant(backward_savings.Form(0, True)), CPU, "fp32")
+    gc.collect()
+    assert [reference() for reference in outputs] == [None]
 
 
 def test_the_backend_of_attention_is_read_from_the_graph():
