@@ -15,6 +15,7 @@ from progtuning.config import (
     BLOCK_LINEARS,
     TASK_DEFAULTS,
     BertConfig,
+    CheckpointConfig,
     DPSConfig,
     PeftConfig,
     SquadConfig,
@@ -22,7 +23,7 @@ from progtuning.config import (
     parse_size,
     recipe,
 )
-from progtuning.errors import InputError, RunError
+from progtuning.errors import InputError, Interrupted, RunError
 from progtuning.files import check_new_folder, new_folder, write_json, write_text
 from progtuning.stages import SCHEDULES, make_schedule
 
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (RunError, MemoryError, OSError) as error:
         return fail(1, error)
+    except Interrupted as error:
+        return fail(128 + error.signal, error)
     except KeyboardInterrupt:
         return fail(130, "interrupted")
     return 0
@@ -77,7 +80,10 @@ def build_parser() -> Parser:
     train = add_command(commands, "train", run_train, "fine-tune a model on a task")
     train.add_argument("--model", required=True, help="folder, org/name on the Hub, pypi:NAME==VERSION, or minilm-l6")
     add_task_options(train)
-    train.add_argument("--output-dir", required=True, help="a new or empty folder")
+    train.add_argument("--output-dir", required=True, help="a new or empty folder, or with --resume that of the run")
+    train.add_argument("--save-every", type=int, metavar="N", help="save the run every N optimizer steps and at each stage's end")
+    train.add_argument("--keep-checkpoints", type=int, default=2, metavar="K", help="keep the last K of them (%(default)s)")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output-dir")
     train.add_argument("--max-train-rows", type=int, metavar="N", help="train on a sample of N rows")
     train.add_argument("--recipe", choices=("paper",), help="the values of the method's authors for all options not given")
     train.add_argument("--merge", action="store_true", help="write a whole model, the PEFT method's update merged into it")
@@ -176,6 +182,7 @@ OPTIONS = {
         ("cache-limit", "cache_limit", "largest cache, in GB or with a unit, as 500MB (half of the free memory or disk)"),
         ("group-by-length", "group_by_length", "batches of like lengths"),
         ("evaluate", "evaluate", "after every epoch, or at the end"),
+        ("skip-nonfinite", "skip_nonfinite", "pass over batches whose loss or gradient is not finite"),
         ("seed", "seed", "of the data order, what is drawn afresh, and dropout"),
     ),
     PeftConfig: (
@@ -300,16 +307,18 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     from progtuning.data.text import limit_train
+    from progtuning.resume import check_output_folder
     from progtuning.sources import model_folder
     from progtuning.run import choose_device, fine_tune, load_splits
 
-    check_new_folder(args.output_dir)
+    checkpoints = CheckpointConfig(args.save_every, args.keep_checkpoints, args.resume)
+    check_output_folder(args.output_dir, args.resume)
     folder, device = model_folder(args.model), choose_device(args.device)
     splits = load_splits(args.task, args.data)
     settings = train_config(args, BertConfig.from_json(folder / "config.json").num_hidden_layers, splits.task.name)
     if args.max_train_rows is not None:
         splits = limit_train(splits, args.max_train_rows, settings.seed)
-    summary = fine_tune(args.model, folder, splits, settings, device, args.output_dir, args.merge, say)
+    summary = fine_tune(args.model, folder, splits, settings, device, args.output_dir, args.merge, checkpoints, say)
     write_text(Path(args.output_dir) / "README.md", report.card(summary))
     if args.json:
         print_json(summary)

@@ -333,6 +333,7 @@ class TrainConfig:
     cache_limit: int | None = None  # bytes; None: half of what is free
     group_by_length: bool = True
     evaluate: str = "epoch"  # or "end"
+    skip_nonfinite: bool = False  # pass over a batch whose loss or gradient norm is not finite, in place of an error
     seed: int = 42
     peft: PeftConfig = PeftConfig()
     dps: DPSConfig = DPSConfig()
@@ -397,6 +398,19 @@ def parse_size(option: str, text: str) -> int:
     number, letter, binary = found.groups()
     return int(Fraction(number) * (1024 if binary else 1000) ** " KMGT".index(letter or "G"))
 
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run is saved, so that it can be resumed. Raises InputError that names the option that is out of range."""
+
+    save_every: int | None = None  # optimizer steps, and each stage's end; None: only where a signal stops the run
+    keep: int = 2  # checkpoints; older ones are removed
+    resume: bool = False  # go on from the last good one
+
+    def __post_init__(self):
+        if self.save_every is not None:
+            _check_number("--save-every", self.save_every, int, low=1)
+        _check_number("--keep-checkpoints", self.keep, int, low=1)
 
 # Progtuning's own epochs and stages on SQuAD (Table 2), where neither is given.
 TASK_DEFAULTS = {"squad": {"epochs": 3, "stages": 3}, "squad_v2": {"epochs": 2, "stages": 2}}

@@ -49,7 +49,7 @@ class DPS:
         after_backward()    after the last backward pass, before gradients are clipped
         after_step()        after the optimizer's step
 
-    so that gradients accumulated over several passes count once. In between, the model's weights are not for reading:
+    (or, for a step that is not taken, `skip_step()` in place of the last two), so that gradients accumulated over several passes count once. In between, the model's weights are not for reading:
     mix keeps the mixture in them until `after_backward`, and the optimizer may move what does not train.
 
     Build it when the model is on its device, and before the stage engine enters a stage: it takes the matrices that the
@@ -128,6 +128,13 @@ class DPS:
         if self.measures:
             self.kept.clear()
         self.step += 1
+
+    @torch.no_grad()
+    def skip_step(self) -> None:
+        """Put the weights back without use of the gradients; the step is not counted."""
+        for name, before in self.before.items():
+            self.weights[name].copy_(before)
+        self.before.clear()
 
     def state_dict(self) -> dict[str, Tensor | int | float | str]:
         """Return what a resumed run needs, between two steps: tensors, numbers and strings in one flat dict."""

@@ -1,4 +1,4 @@
-"""The two kinds of failure the program speaks of; `cli.py` turns each into one line and an exit status."""
+"""The kinds of failure the program speaks of; `cli.py` turns each into one line and an exit status."""
 
 
 class InputError(ValueError):
@@ -10,3 +10,11 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """What was asked for is right, but the run failed: the network, the disk, a loss that is not finite. Exit status 1."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to stop. Exit status 128 and the signal's number: 130 for SIGINT, 143 for SIGTERM."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,15 +14,15 @@ from progtuning.config import BertConfig
 
 
 class Clock:
-    """Adds up the seconds that a device spends in named phases.
+    """Adds up the seconds that a device spends in named phases, from `seconds` on.
 
     On CUDA the phases are marked by events on the current stream, which cost no synchronisation while the work is queued; `seconds`
     waits for them. On a CPU they are read from the process's clock.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, seconds: Mapping[str, float] | None = None):
         self._cuda = device.type == "cuda"
-        self._seconds: dict[str, float] = defaultdict(float)
+        self._seconds: dict[str, float] = defaultdict(float, seconds or {})
         self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager

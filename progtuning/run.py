@@ -1,6 +1,5 @@
 """A whole run: from the names of a model and a task to an output folder, and from there to metrics and predictions."""
 
-import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -14,7 +13,7 @@ import torch
 from progtuning import __version__
 from progtuning.bert import Model
 from progtuning.checkpoint import CONFIG, base_model_name, load_model, load_peft, save_peft, save_pretrained
-from progtuning.config import BertConfig, SquadConfig, TrainConfig
+from progtuning.config import BertConfig, CheckpointConfig, SquadConfig, TrainConfig
 from progtuning.data import glue, squad
 from progtuning.data.answers import to_jsonl, write_predictions
 from progtuning.data.batching import EncodedRows, encode_examples
@@ -23,15 +22,16 @@ from progtuning.data.squad import SquadRows, SquadTask, encode_questions, load_s
 from progtuning.data.submission import write_submission
 from progtuning.data.text import Splits, Task, load_folder, movie_reviews, read_table
 from progtuning.data.tokenization import Tokenizer, load_tokenizer
-from progtuning.errors import InputError
-from progtuning.files import made_folder, new_folder, read_json, write_json
+from progtuning.errors import InputError, Interrupted
+from progtuning.files import made_folder, read_json, write_json
 from progtuning.measure import attention_backends, describe_device
 from progtuning.peft import apply_peft
 from progtuning.peft.lora import unwrap
+from progtuning.resume import RunFolder, StopSignals, identify
 from progtuning.sources import data_folder, model_folder
 from progtuning.train import LOSSES, Trainer, answer, measure_splits, predict, score_answers
 
-SUMMARY, LOG = "summary.json", "metrics.jsonl"
+SUMMARY = "summary.json"
 OWN_DATA = ("classification", "regression")  # tasks whose files are the user's
 HUB = "hub"  # in place of a folder: the task's data set on the Hugging Face Hub
 
@@ -108,13 +108,18 @@ def fine_tune(
     device: torch.device,
     output_dir: str | Path | None = None,
     merge: bool = False,
+    checkpoints: CheckpointConfig = CheckpointConfig(),
     say: Callable[[str], None] = lambda text: None,
 ) -> dict:
     """Fine-tune the model of `folder` on a task and return the document of `summary.json`.
 
     With `output_dir`, a new or empty folder, the tokenizer, `metrics.jsonl`, `summary.json` and the model are written there; every
-    input has been checked before it is made. `say` is told of the prefix cache's size. A model that a PEFT method trained is written as what was trained alone, or with
-    `merge` as a whole one in Hugging Face layout. Raises InputError for a wrong input, RunError for a run that fails.
+    input has been checked before it is made. A model that a PEFT method trained is written as what was trained alone, or with
+    `merge` as a whole one in Hugging Face layout. `checkpoints` says when the run is saved there, and whether it goes on from
+    what is saved. `say` is told what a person may want to know meanwhile.
+
+    Raises InputError for a wrong input, RunError for a run that fails, and Interrupted where SIGINT or SIGTERM stops it; where
+    there is a folder, the run has been saved in it then.
     """
     if merge and settings.peft.method in ("none", "adapter"):
         raise InputError(f"--merge needs --peft lora, bitfit or spafit, got {settings.peft.method}")
@@ -126,43 +131,69 @@ def fine_tune(
     if trainer.engine.cache:
         tokens, size = train_rows.lengths.sum(), trainer.engine.cache.nbytes
         say(f"The prefix cache takes {size / 1e9:.3g} GB of {settings.cache}: {tokens:,} tokens in {settings.cache_dtype}.")
-    with RunLog(None if output_dir is None else new_folder(output_dir)) as log, trainer.engine.cache or nullcontext():
-        trainer.log = log
+
+    def identity() -> dict:
+        return identify(settings, task, train_rows, dev_rows, tokenizer, model, device)
+
+    cache = trainer.engine.cache or nullcontext()
+    with StopSignals() as signals, RunFolder(output_dir, checkpoints, identity, say) as run, cache:
+        if run.is_resumed and (run.path / SUMMARY).is_file():
+            say(f"The run in {output_dir} is finished already.")
+            return read_json(run.path / SUMMARY)
+        run.restore(trainer)
+        trainer.log = run.log
 
         def measure(epoch: int) -> None:
             if settings.evaluate == "epoch" or epoch == settings.epochs - 1:
-                values = measure_splits(
-                    model, dev_rows, task, settings.batch_size, device, settings.precision, settings.squad
-                )
-                log({"epoch": epoch + 1, "metrics": values})
+                with signals.held(False):  # to evaluate again changes nothing
+                    values = measure_splits(
+                        model, dev_rows, task, settings.batch_size, device, settings.precision, settings.squad
+                    )
+                run.log({"epoch": epoch + 1, "metrics": values})
 
-        trainer.fit(after_epoch=measure)
-    summary = {
-        "model": model_name,
-        "task": task.name,
-        "num_blocks": model.num_blocks,
-        "train_rows": len(splits.train),
-        "dev_rows": {name: len(rows) for name, rows in splits.dev.items()},
-        **({"train_windows": len(train_rows)} if isinstance(train_rows, SquadRows) else {}),
-        "metrics": log.rows[-1]["metrics"],
-        **trainer.account(),
-        "fresh_parameters": loaded.fresh,
-        "unused_tensors": loaded.unused,
-        "settings": asdict(settings),
-        "device": describe_device(device),
-        "attention_backends": attention_backends(config, device, settings.precision),
-        "versions": {"progtuning": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
-    if output_dir is not None:
-        if settings.peft.method == "none" or merge:
-            unwrap(model)
-            save_pretrained(model, output_dir)
-        else:
-            base = str(Path(model_name).resolve()) if Path(model_name).is_dir() else model_name
-            save_peft(model, output_dir, settings.peft, base)
-        tokenizer.save(output_dir)
-        write_json(Path(output_dir) / SUMMARY, summary)
+        def save(stage_ends: bool) -> None:
+            signals.check()
+            if checkpoints.save_every and (stage_ends or trainer.step % checkpoints.save_every == 0):
+                run.save(trainer)
+
+        with signals.held():
+            try:
+                trainer.fit(measure, save)
+            except Interrupted as error:
+                run.save(trainer)
+                hint = f"; to go on: the same command with --resume (saved in {output_dir})" if output_dir else ""
+                raise Interrupted(f"{error} at step {trainer.step} of {trainer.num_steps}{hint}", error.signal) from None
+            summary = {
+                "model": model_name,
+                "task": task.name,
+                "num_blocks": model.num_blocks,
+                "train_rows": len(splits.train),
+                "dev_rows": {name: len(rows) for name, rows in splits.dev.items()},
+                **({"train_windows": len(train_rows)} if isinstance(train_rows, SquadRows) else {}),
+                "metrics": run.log.rows[-1]["metrics"],
+                **trainer.account(),
+                "fresh_parameters": loaded.fresh,
+                "unused_tensors": loaded.unused,
+                "settings": asdict(settings),
+                "device": describe_device(device),
+                "attention_backends": attention_backends(config, device, settings.precision),
+                "versions": {"progtuning": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            }
+            if output_dir is not None:
+                write_model(model, Path(output_dir), settings, model_name, merge)
+                tokenizer.save(output_dir)
+                write_json(Path(output_dir) / SUMMARY, summary)
     return summary
+
+
+def write_model(model: Model, output_dir: Path, settings: TrainConfig, model_name: str, merge: bool) -> None:
+    """Write a fine-tuned model: whole, or of one that a PEFT method trained (unless `merge`) what was trained."""
+    if settings.peft.method == "none" or merge:
+        unwrap(model)
+        save_pretrained(model, output_dir)
+    else:
+        base = str(Path(model_name).resolve()) if Path(model_name).is_dir() else model_name
+        save_peft(model, output_dir, settings.peft, base)
 
 
 def probe(
@@ -185,27 +216,6 @@ def probe(
         )
         rows.append({"block": index + 1, "metrics": values})
     return rows
-
-
-class RunLog:
-    """The rows of `metrics.jsonl`, kept and, where there is a folder, appended to the file at once."""
-
-    def __init__(self, folder: Path | None):
-        self.rows: list[dict] = []
-        self._file = open(folder / LOG, "w", encoding="utf-8", newline="\n") if folder else None
-
-    def __call__(self, row: dict) -> None:
-        self.rows.append(row)
-        if self._file:
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
-
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self._file:
-            self._file.close()
 
 
 @dataclass(frozen=True)

@@ -139,13 +139,43 @@ class AdaptiveSchedule:
             self._decide(step)
         return self.stages[-1]
 
+    def state_dict(self) -> dict:
+        """Return what a resumed run needs: numbers, None for an infinite score, and the norms as they were given."""
+        return {
+            "interval": self._interval,
+            "boundaries": [stage.boundary for stage in self.stages],
+            "decisions": [
+                decision
+                | {"scores": {str(block): _none_if_infinite(score) for block, score in decision["scores"].items()}}
+                | {"median": _none_if_infinite(decision["median"])}
+                for decision in self.decisions
+            ],
+            "before": {str(block): norm for block, norm in self._before.items()},
+            "now": {str(block): norm for block, norm in self._now.items()},
+        }
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Take up the state of a schedule of the same run."""
+        self._interval = state["interval"]
+        self.stages.clear()
+        for boundary in state["boundaries"]:
+            self._enter(boundary)
+        self.decisions = [
+            decision
+            | {"scores": {int(block): _infinite_if_none(score) for block, score in decision["scores"].items()}}
+            | {"median": _infinite_if_none(decision["median"])}
+            for decision in state["decisions"]
+        ]
+        self._before = {int(block): norm for block, norm in state["before"].items()}
+        self._now = {int(block): norm for block, norm in state["now"].items()}
+
     def _decide(self, step: int) -> None:
         now = {block: float(norm) for block, norm in self._now.items()}
         scores = {block: _relative_change(self._before[block], norm) for block, norm in now.items() if block in self._before}
         if scores:
             middle = median(scores.values())
             changing = (block for block in sorted(scores) if scores[block] >= middle)
-            boundary = min(next(changing), self.num_blocks - 1)
+            boundary = min(next(changing, self.stages[-1].boundary), self.num_blocks - 1)  # none: a norm is not a number
             self.decisions.append({"step": step, "scores": scores, "median": middle, "frozen_blocks": boundary})
             if boundary > self.stages[-1].boundary:
                 self._enter(boundary)
@@ -160,3 +190,11 @@ def _relative_change(before: float, now: float) -> float:
     if before == now:
         return 0.0
     return abs(before - now) / before if before else float("inf")
+
+
+def _none_if_infinite(value: float) -> float | None:
+    return None if value == float("inf") else value
+
+
+def _infinite_if_none(value: float | None) -> float:
+    return float("inf") if value is None else value

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from progtuning import accounting, metrics
@@ -26,10 +26,12 @@ from progtuning.dps import DPS
 from progtuning.engine import StageEngine, unit_of
 from progtuning.errors import InputError, RunError
 from progtuning.measure import Clock, peak_bytes, reset_peak_bytes
-from progtuning.optim import build_optimizer, linear_schedule
+from progtuning.optim import FiniteCheck, build_optimizer, linear_schedule
+from progtuning.resume import random_states, set_random_states
 from progtuning.stages import AdaptiveSchedule, Stage, embeddings_train, make_schedule
 
 LOG_EVERY = 10  # optimizer steps; the loss is read from the device only then
+MAX_SKIPS = 10  # batches in a row that are not finite, after which `skip_nonfinite` gives up
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # outputs of Model.head, labels -> mean over the batch
     "classification": F.cross_entropy,  # (B, C) float, (B,) int64
@@ -48,6 +50,7 @@ class StageCost:
     trainable_parameters: int
     clock: Clock
     steps: int = 0
+    skipped_steps: int = 0  # batches without an update, as their loss or gradient was not finite
     forward_flops: int = 0
     backward_flops: int = 0
     peak_bytes: int | None = None
@@ -55,12 +58,28 @@ class StageCost:
     cache_hits: int = 0  # times that an example's whole prefix was read
     cache_misses: int = 0  # times that blocks of it ran, and what they gave was kept
 
+    def measure_peak(self, device: torch.device) -> None:
+        peak = peak_bytes(device)
+        if peak is not None:
+            self.peak_bytes = max(peak, self.peak_bytes or 0)
+
+    def state_dict(self) -> dict:
+        """Return the stage and its account as numbers and names."""
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        return {"stage": asdict(self.stage), "seconds": self.clock.seconds(), **counts}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping, device: torch.device) -> "StageCost":
+        counts = {name: state[name] for name in _COUNTS}
+        return cls(Stage(**state["stage"]), clock=Clock(device, state["seconds"]), **counts)
+
     def to_dict(self, steps_per_epoch: int) -> dict:
         """The stage as `summary.json` has it. Updated parameters: those trainable, once an epoch (Section 4.1)."""
         blocks = self.stage.blocks
         return {
             "stage": self.stage.index + 1,
             "steps": self.steps,
+            "skipped_steps": self.skipped_steps,
             "active_blocks": [blocks[0] + 1, blocks[-1] + 1] if blocks else None,  # counted from 1
             "embeddings": self.stage.embeddings,
             "trainable_parameters": self.trainable_parameters,
@@ -75,12 +94,27 @@ class StageCost:
         }
 
 
+# The fields of StageCost that are numbers.
+_COUNTS = (
+    "trainable_parameters",
+    "steps",
+    "skipped_steps",
+    "forward_flops",
+    "backward_flops",
+    "peak_bytes",
+    "cache_bytes",
+    "cache_hits",
+    "cache_misses",
+)
+
+
 @dataclass
 class Trainer:
     """A model, its training data and the settings of a run; `fit` trains it.
 
     `model` has its trainable parameters selected already (requires_grad). `log` takes every row of `metrics.jsonl`. After `fit`,
-    `costs` has an entry for each stage.
+    `costs` has an entry for each stage. Between two steps `state_dict` gives all that a trainer built from the same arguments
+    needs to go on, after `load_state_dict`, as this one would.
     """
 
     model: Model
@@ -103,9 +137,23 @@ class Trainer:
         self.dps = DPS(self.model, settings.dps, self.num_steps, settings.seed) if settings.dps.mode != "off" else None
         self.engine = StageEngine(self.model, self.optimizer, settings.drops_out_prefix)
         self.engine.cache = self.open_cache()
+        self.finite = FiniteCheck(self.device)
+        # A GPU is asked for what was not finite when the loss is read; until then nothing is saved.
+        self.check_at_once = self.device.type == "cpu" or settings.skip_nonfinite
+        self.epoch, self.batch = 0, 0  # where the run is: epochs done, batches of this epoch done
         self.losses: list[Tensor] = []  # of the steps since the last row of the log
+        self.skips = 0  # batches in a row that were not finite
 
-    def fit(self, after_epoch: Callable[[int], None] = lambda epoch: None) -> None:
+    @property
+    def step(self) -> int:
+        """Batches done: optimizer steps, and batches that were skipped."""
+        return self.epoch * len(self.batches) + self.batch
+
+    def fit(
+        self,
+        after_epoch: Callable[[int], None] = lambda epoch: None,
+        after_step: Callable[[bool], None] = lambda stage_ends: None,
+    ) -> None:
         """Algorithm 1. Its first lines stand outside: PEFT selects or adds parameters before the engine is built, and Eq. 2
         and 3 divide the blocks into the stages of `self.schedule`. Then
 
@@ -115,44 +163,156 @@ class Trainer:
                     forward; backward through S_t alone                            (4)
                     update S_t                                                     (5)
 
-        Raises RunError where the loss is not finite.
+        `after_step` is called between two steps, and told where a stage ends. Raises RunError where the loss or the gradient's
+        norm is not finite.
         """
-        settings, step = self.settings, 0
-        torch.manual_seed(settings.seed)  # of dropout
-        with tqdm(total=self.num_steps, unit="step", disable=None) as bar:
-            for epoch in range(settings.epochs):  # (1)
+        if self.step == 0:
+            torch.manual_seed(self.settings.seed)  # of dropout
+        with tqdm(total=self.num_steps, initial=self.step, unit="step", disable=None) as bar:
+            for epoch in range(self.epoch, self.settings.epochs):  # (1)
                 self.engine.train()
-                for batch, pieces in self.collated(self.batches.epoch(epoch)):  # (2)
-                    stage = self.schedule.at_step(step, self.num_steps)
+                for _, pieces in self.collated(self.batches.epoch(epoch)[self.batch :]):  # (2)
+                    stage = self.schedule.at_step(self.step, self.num_steps)
                     if stage != self.engine.stage:  # (3)
+                        if self.costs:
+                            after_step(True)
                         self.enter(stage)
-                    cost = self.costs[-1]
-                    if self.dps:
-                        self.dps.before_step()
-                    for piece, tensors in pieces:  # (4)
-                        inputs, labels = to_device(tensors, self.device)
-                        self.count(piece, inputs["input_ids"].shape[1])
-                        with cost.clock.phase("forward"), autocast(self.device, settings.precision):
-                            loss = self.loss(self.engine(**inputs, rows=piece), labels) * (len(piece) / len(batch))
-                        with cost.clock.phase("backward"):
-                            loss.backward()
-                        self.losses.append(loss.detach())
-                    with cost.clock.phase("optimizer"):  # (5)
-                        if self.dps:
-                            self.dps.after_backward()
-                        if settings.schedule == "adaptive":
-                            self.schedule.observe(self.engine.gradient_norms())
-                        self.clip_gradients()
-                        self.optimizer.step()
-                        if self.dps:
-                            self.dps.after_step()
-                        self.lr_schedule.step()
-                        self.optimizer.zero_grad()
-                    step += 1
-                    cost.steps += 1
-                    self.report(step, epoch, bar)
-                cost.peak_bytes = peak_bytes(self.device)
+                    loss = self.backward(pieces)  # (4)
+                    self.update(loss)  # (5)
+                    self.batch += 1
+                    self.report(bar)
+                    after_step(self.step == self.num_steps)
+                self.costs[-1].measure_peak(self.device)
                 after_epoch(epoch)
+                self.epoch, self.batch = epoch + 1, 0
+
+    def backward(self, pieces: list[tuple]) -> Tensor:
+        """Run forward and backward over a batch, in the pieces of `collated`; return its mean loss, a tensor of one element."""
+        clock, total = self.costs[-1].clock, torch.zeros((), device=self.device)
+        size = sum(len(rows) for rows, _ in pieces)
+        if self.dps:
+            self.dps.before_step()
+        for rows, tensors in pieces:
+            inputs, labels = to_device(tensors, self.device)
+            self.count(rows, inputs["input_ids"].shape[1])
+            with clock.phase("forward"), autocast(self.device, self.settings.precision):
+                loss = self.loss(self.engine(**inputs, rows=rows), labels) * (len(rows) / size)
+            with clock.phase("backward"):
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def update(self, loss: Tensor) -> None:
+        """Take the optimizer's step, or none where the loss or the gradient is not finite and such batches are skipped."""
+        cost = self.costs[-1]
+        with cost.clock.phase("optimizer"):
+            norm = self.gradient_norm()
+            if self.accepts(loss, norm):
+                if self.dps:
+                    self.dps.after_backward()
+                    norm = self.gradient_norm()  # of what trains alone
+                if self.settings.schedule == "adaptive":
+                    self.schedule.observe(self.engine.gradient_norms())
+                clip_grads_with_norm_(self.active_parameters(), self.settings.max_grad_norm or math.inf, norm)
+                self.optimizer.step()
+                if self.dps:
+                    self.dps.after_step()
+                self.losses.append(loss)
+                cost.steps += 1
+            else:
+                if self.dps:
+                    self.dps.skip_step()
+                self.optimizer.zero_grad()
+                self.optimizer.step()  # moves nothing without a gradient; the schedule warns where no step was taken
+                cost.skipped_steps += 1
+            self.lr_schedule.step()
+            self.optimizer.zero_grad()
+
+    def accepts(self, loss: Tensor, norm: Tensor) -> bool:
+        """Say whether to take a step: loss and norm are finite, or that is not known yet (see `check_at_once`)."""
+        self.finite.add(self.step, loss, norm)
+        if not self.check_at_once:
+            return True
+        if not self.settings.skip_nonfinite:
+            self.check_finite()
+            return True
+        found = self.finite.read()
+        self.skips = self.skips + 1 if found else 0
+        if found:
+            rows = self.rows_of(self.step)
+            self.log({"step": self.step + 1, "epoch": self.epoch + 1, "stage": self.engine.stage.index + 1, "skipped_rows": rows})
+        if self.skips > MAX_SKIPS:
+            raise RunError(f"{_not_finite(*found, self.stage_of(self.step), rows)}, as in {MAX_SKIPS} batches before it")
+        return not found
+
+    def check_finite(self) -> None:
+        """Raise RunError, with step, stage and rows, where the loss or gradient norm of a step so far was not finite."""
+        if found := self.finite.read():
+            step = found[0]
+            raise RunError(f"{_not_finite(*found, self.stage_of(step), self.rows_of(step))}: try a lower --lr, or --skip-nonfinite")
+
+    def rows_of(self, step: int) -> list[str]:
+        """Return the ids of the rows of 0-based step `step`."""
+        epoch, batch = divmod(step, len(self.batches))
+        return [self.data.name(row) for row in self.batches.epoch(epoch)[batch]]
+
+    def stage_of(self, step: int) -> int:
+        """Return the stage, counted from 1, of a 0-based step so far."""
+        for cost in self.costs:
+            step -= cost.steps + cost.skipped_steps
+            if step < 0:
+                break
+        return cost.stage.index + 1
+
+    def state_dict(self) -> dict:
+        """Return what a resumed run needs, between two steps: a nested dict of tensors, numbers and names.
+
+        Of the weights, those that a stage so far has trained. The tensors are the run's own, which the next step changes.
+        Raises RunError where a step so far was not finite.
+        """
+        self.check_finite()
+        self.costs[-1].measure_peak(self.device)
+        candidates = self.engine.candidates
+        changed = set().union(*(self.engine.trainable_names(cost.stage) for cost in self.costs))
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "skips": self.skips,
+            "losses": torch.stack(self.losses) if self.losses else torch.empty(0),
+            "weights": {name: candidates[name].detach() for name in sorted(changed)},
+            "optimizer": {name: self.optimizer.state[p] for name, p in candidates.items() if p in self.optimizer.state},
+            "lr_schedule": self.lr_schedule.state_dict(),
+            "schedule": self.schedule.state_dict() if isinstance(self.schedule, AdaptiveSchedule) else {},
+            "dps": self.dps.state_dict() if self.dps else {},
+            "costs": [cost.state_dict() for cost in self.costs],
+            "random": random_states(self.device),
+        }
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Take up what `state_dict` gave."""
+        self.epoch, self.batch, self.skips = (state[name] for name in ("epoch", "batch", "skips"))
+        self.losses = list(state["losses"].to(self.device))
+        with torch.no_grad():
+            for name, tensor in state["weights"].items():
+                self.engine.candidates[name].copy_(tensor)
+        self.costs = [StageCost.from_state_dict(cost, self.device) for cost in state["costs"]]
+        if self.engine.cache:
+            self.refill_cache()
+        self.engine.enter(self.costs[-1].stage)
+        for name, moments in state["optimizer"].items():
+            parameter = self.engine.candidates[name]
+            self.optimizer.state[parameter] = {
+                key: tensor.to(parameter.device, copy=True) for key, tensor in moments.items()
+            }
+        self.lr_schedule.load_state_dict(state["lr_schedule"])
+        for group, lr in zip(self.optimizer.param_groups, self.lr_schedule.get_last_lr(), strict=True):
+            group["lr"] = lr
+        if isinstance(self.schedule, AdaptiveSchedule):
+            self.schedule.load_state_dict(state["schedule"])
+        if self.dps:
+            self.dps.load_state_dict(state["dps"])
+        reset_peak_bytes(self.device)
+        set_random_states(state["random"], self.device)
 
     def collated(self, batches: Iterable[list[int]]) -> Iterator[tuple[list[int], list[tuple]]]:
         """Yield each batch with its pieces: their rows and tensors. For CUDA a thread has the next ready in pinned memory."""
@@ -167,7 +327,7 @@ class Trainer:
     def enter(self, stage: Stage) -> None:
         """Begin a stage: its trainable set, its account."""
         if self.costs:
-            self.costs[-1].peak_bytes = peak_bytes(self.device)
+            self.costs[-1].measure_peak(self.device)
         reset_peak_bytes(self.device)
         self.engine.enter(stage)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -201,7 +361,7 @@ class Trainer:
         for cost in self.costs:
             self.engine.enter(cost.stage)
             self.engine.train()
-            for _, pieces in self.collated(islice(batches, cost.steps)):
+            for _, pieces in self.collated(islice(batches, cost.steps + cost.skipped_steps)):
                 for piece, tensors in pieces:
                     if self.engine.cut and (self.engine.cache.levels[piece] < self.engine.cut).any():
                         inputs, _ = to_device(tensors, self.device)
@@ -221,9 +381,12 @@ class Trainer:
             cost.cache_hits += hits
             cost.cache_misses += len(rows) - hits
 
-    def clip_gradients(self) -> None:
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf)
+    def active_parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def gradient_norm(self) -> Tensor:
+        """Return the norm of all gradients together, a tensor of one element."""
+        return get_total_norm([p.grad for p in self.active_parameters() if p.grad is not None])
 
     def account(self) -> dict:
         """Return what `summary.json` says of the stages."""
@@ -236,19 +399,23 @@ class Trainer:
             "updated_parameters_full": accounting.updated_parameters(self.model.config, full, settings.epochs, settings.peft),
         }
 
-    def report(self, step: int, epoch: int, bar: tqdm) -> None:
+    def report(self, bar: tqdm) -> None:
         """Log the mean loss every LOG_EVERY steps; only then does the host wait for the device."""
         bar.update()
-        if step % LOG_EVERY and step != self.num_steps:
+        if self.step % LOG_EVERY and self.step != self.num_steps:
             return
-        steps = (step - 1) % LOG_EVERY + 1
-        loss, stage = torch.stack(self.losses).sum().item() / steps, self.engine.stage.index + 1
-        if not math.isfinite(loss):
-            raise RunError(f"the loss is {loss} in steps {step - steps + 1}..{step} (stage {stage}): try a lower --lr")
+        self.check_finite()
+        if not self.losses:  # all were skipped
+            return
+        loss, stage = torch.stack(self.losses).mean().item(), self.engine.stage.index + 1
         lr = self.optimizer.param_groups[0]["lr"]
-        self.log({"step": step, "epoch": epoch + 1, "stage": stage, "loss": loss, "lr": lr})
+        self.log({"step": self.step, "epoch": self.epoch + 1, "stage": stage, "loss": loss, "lr": lr})
         bar.set_postfix(stage=stage, loss=f"{loss:.3f}")
         self.losses.clear()
+
+
+def _not_finite(step: int, loss: float, norm: float, stage: int, rows: list[str]) -> str:
+    return f"step {step + 1} (stage {stage}, rows {', '.join(rows)}): the loss is {loss:g}, the norm of the gradient {norm:g}"
 
 
 def decisions(schedule: AdaptiveSchedule) -> list[dict]:

@@ -53,7 +53,7 @@ def trained(tiny_folder, tiny_task, tmp_path_factory) -> Path:
 
 def test_train_writes_the_model_in_hugging_face_layout_with_tokenizer_summary_log_and_card(trained):
     names = {path.name for path in trained.iterdir()}
-    assert names == {"config.json", "model.safetensors", "vocab.txt", "summary.json", "metrics.jsonl", "README.md", *(
+    assert names == {"config.json", "model.safetensors", "vocab.txt", "summary.json", "metrics.jsonl", "run.json", "README.md", *(
         {"tokenizer_config.json"} & names
     )}
     config = json.loads((trained / "config.json").read_text())

@@ -229,12 +229,91 @@ def test_bf16_trains_fp32_weights_under_autocast():
     assert all(math.isfinite(row["loss"]) for row in logged)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_steps_and_stage():
-    model = tiny_model()
-    with torch.no_grad():
-        model.classifier.weight.fill_(float("inf"))
-    with pytest.raises(RunError, match=r"the loss is nan in steps 1\.\.10 \(stage 1\)"):
-        trainer(model=model, batch_size=4).fit()
+def poison(run: Trainer, *steps: int) -> None:
+    """Make the loss of these 0-based steps infinite."""
+    loss = run.loss
+    run.loss = lambda logits, labels: loss(logits, labels) * (math.inf if run.step in steps else 1)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_loss_that_is_not_finite_ends_the_run_with_step_stage_and_rows(at_once):
+    data = rows()
+    data.ids = [f"row-{i}" for i in range(40)]
+    run = trainer(data)
+    run.check_at_once = at_once  # as on a GPU where False: the loss is read every 10 steps
+    poison(run, 6)
+    expected = ", ".join(f"row-{i}" for i in run.batches.epoch(1)[1])
+    with pytest.raises(RunError) as error:
+        run.fit()
+    line = f"step 7 (stage 2, rows {expected}): the loss is inf, the norm of the gradient nan: try a lower --lr, or --skip-nonfinite"
+    assert str(error.value) == line
+    assert run.step == (6 if at_once else 10)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_is_not_finite_is_never_given_out_as_the_state_of_the_run(at_once):
+    run = trainer()
+    run.check_at_once = at_once
+    poison(run, 6)
+    steps = []
+
+    def save(stage_ends):
+        assert all(tensor.isfinite().all() for tensor in run.state_dict()["weights"].values())
+        steps.append(run.step)
+
+    with pytest.raises(RunError, match=r"^step 7 \(stage 2"):
+        run.fit(after_step=save)
+    assert steps == [1, 2, 3, 4, 5, 5, 6]  # 5 twice: there stage 1 ends
+
+
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_ends_the_run():
+    run = trainer()
+    run.model.classifier.bias.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(RunError, match=r"^step 1 .*: the loss is \d.*, the norm of the gradient nan"):
+        run.fit()
+
+
+@pytest.mark.parametrize("changes", [{}, {"schedule": "adaptive"}, {"dps": DPSConfig("dense", update_ratio=0.2)}])
+def test_a_skipped_batch_moves_nothing_is_logged_and_counted(changes):
+    logged, kept = [], []
+    run = trainer(log=logged.append, skip_nonfinite=True, epochs=2, **changes)
+    poison(run, 2, 3)
+    run.fit(after_step=lambda stage_ends: kept.append((run.step, weights(run.model), len(run.optimizer.state))))
+    by_step = {step: tensors for step, tensors, _ in kept}
+    for step in (3, 4):
+        assert all(torch.equal(by_step[step][name], by_step[2][name]) for name in by_step[2])
+    assert any(not torch.equal(by_step[5][name], by_step[4][name]) for name in by_step[4])
+    assert [row["step"] for row in logged if "skipped_rows" in row] == [3, 4]
+    assert logged[0]["skipped_rows"] == [str(row) for row in run.batches.epoch(0)[2]]
+    assert all(math.isfinite(row["loss"]) for row in logged if "loss" in row)
+    stages = run.account()["stages"]
+    assert stages[0]["skipped_steps"] == 2
+    assert sum(stage["steps"] + stage["skipped_steps"] for stage in stages) == run.num_steps
+    assert all(p.isfinite().all() for p in run.model.parameters())
+
+
+def test_a_skipped_batch_of_dps_mix_leaves_the_weights_without_the_mixture():
+    run = trainer(skip_nonfinite=True, dps=DPSConfig("mix", update_ratio=0.2))
+    before = weights(run.model)
+    poison(run, 0)
+
+    def check(stage_ends):
+        if run.step == 1:
+            assert all(torch.equal(now, before[name]) for name, now in weights(run.model).items())
+            assert run.dps.step == 0 and not run.dps.score
+
+    run.fit(after_step=check)
+    assert run.dps.step == run.num_steps - 1
+
+
+def test_batch_after_batch_that_is_not_finite_ends_the_run_although_they_are_skipped():
+    run = trainer(skip_nonfinite=True)
+    poison(run, *range(1, 15))
+    with pytest.raises(RunError, match=r"^step 12 \(stage 3.*\): the loss is inf, .* as in 10 batches before it$"):
+        run.fit()
+    run = trainer(skip_nonfinite=True)
+    poison(run, *range(1, 11), *range(12, 15))
+    run.fit()
 
 
 class Watch:

@@ -23,17 +23,22 @@ Item, Prepared = TypeVar("Item"), TypeVar("Prepared")
 class EncodedRows:
     """Encoded rows and their labels, to be collated into batches.
 
-    `labels` are None, integers (classes) or floats (regression). Raises ValueError where they are not as many as the
-    encodings.
+    `labels` are None, integers (classes) or floats (regression). `ids` name the rows to people (None: by their 0-based
+    number). Raises ValueError where the labels are not as many as the encodings.
     """
 
     def __init__(
-        self, encodings: Sequence[Encoding], labels: Sequence[int] | Sequence[float] | None, pad_token_id: int
+        self,
+        encodings: Sequence[Encoding],
+        labels: Sequence[int] | Sequence[float] | None,
+        pad_token_id: int,
+        ids: Sequence[str | None] | None = None,
     ):
         if labels is not None and len(labels) != len(encodings):
             raise ValueError(f"labels must be as many as encodings, got {len(labels)} and {len(encodings)}")
         self.encodings = encodings
         self.pad_token_id = pad_token_id
+        self.ids = ids or [None] * len(encodings)
         self.lengths = np.array([len(encoding.input_ids) for encoding in encodings], dtype=np.int64)
         self.labels = None
         if labels is not None:
@@ -42,6 +47,10 @@ class EncodedRows:
 
     def __len__(self) -> int:
         return len(self.encodings)
+
+    def name(self, index: int) -> str:
+        """Return the id of row `index` as a person knows it."""
+        return str(index) if self.ids[index] is None else self.ids[index]
 
     def collate(self, indices: Sequence[int]) -> dict[str, Tensor | None]:
         """Return the rows `indices` as a batch of CPU tensors, padded on the right to the longest of them.
@@ -82,7 +91,7 @@ def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, max_lengt
     labels = [example.label for example in examples]
     labels = None if all(label is None for label in labels) else labels
     encodings = tokenizer.encode([example.text for example in examples], pairs, max_length=max_length)
-    return EncodedRows(encodings, labels, tokenizer.config.pad_token_id)
+    return EncodedRows(encodings, labels, tokenizer.config.pad_token_id, [example.id for example in examples])
 
 
 class TrainBatches:

@@ -182,7 +182,8 @@ class SquadRows(EncodedRows):
     def __init__(self, questions: Sequence[Question], windows: Sequence[Window], pad_token_id: int):
         labelled = all(question.answers is not None for question in questions)
         labels = [window.label for window in windows] if labelled else None
-        super().__init__([window.encoding for window in windows], labels, pad_token_id)
+        ids = [questions[window.question].id for window in windows]
+        super().__init__([window.encoding for window in windows], labels, pad_token_id, ids)
         self.questions = questions
         self.windows = windows
 

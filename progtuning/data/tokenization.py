@@ -12,6 +12,7 @@ one of these four settings and tokenizer.json says otherwise (unless its tokeniz
 Unlike there, a setting that tokenizer_config.json lacks is what tokenizer.json says, and not transformers' default.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,6 +157,13 @@ class Tokenizer:
         missing = {key: value for key, value in self._implied_settings().items() if key not in self.settings}
         if missing:
             write_json(Path(folder) / "tokenizer_config.json", {**self.settings, **missing})
+
+    def digest(self) -> str:
+        """Return the SHA-256, in hexadecimal, of the tokenizer's files."""
+        digest = hashlib.sha256()
+        for name, content in sorted(self._files.items()):
+            digest.update(f"{name} {len(content)}\n".encode() + content)
+        return digest.hexdigest()
 
     def _cut(self, texts: list[list[int]], max_length: int) -> list[list[int]]:
         """Cut the ids of one or two texts so that with the special tokens they are at most `max_length`."""

@@ -1,0 +1,436 @@
+"""Stop and resume: the output folder of a run, its log, and the checkpoints from which the run goes on bit for bit (on a CPU).
+
+    output folder/
+      run.json           what makes the run what it is: settings, and digests of data, tokenizer and weights
+      metrics.jsonl      the log; the process that trains holds a lock on it
+      checkpoints/
+        step-00000120/   what changes while it trains: the state of `Trainer`, and the length of the log
+          state.safetensors, state.json    the tensors, and the rest
+          manifest.json                    bytes and SHA-256 of both
+
+A checkpoint is written under a temporary name, synced to the disk and renamed, so that a folder with its final name is whole
+unless the disk damages it later, which the manifest shows. Nothing here reads or writes a pickle.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from progtuning import __version__
+from progtuning.bert import Model
+from progtuning.checkpoint import base_digest
+from progtuning.config import CheckpointConfig, TrainConfig
+from progtuning.data.batching import EncodedRows
+from progtuning.data.text import Task
+from progtuning.data.tokenization import Tokenizer
+from progtuning.errors import InputError, Interrupted, RunError
+from progtuning.files import check_new_folder, new_folder, read_json, write_json
+
+RUN, LOG, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
+_TENSORS, _VALUES, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
+_FORMAT = 1
+
+
+def identify(
+    settings: TrainConfig,
+    task: Task,
+    train_rows: EncodedRows,
+    dev_rows: Mapping[str, EncodedRows],
+    tokenizer: Tokenizer,
+    model: Model,
+    device: torch.device,
+) -> dict:
+    """Return what two runs must share for one to go on from the other's checkpoint. `model` is as it starts."""
+    return {
+        "settings": {name: value for name, value in asdict(settings).items() if name != "cache_limit"},  # changes no result
+        "task": {"name": task.name, "labels": list(task.labels)},
+        "training rows": _digest_rows(train_rows),
+        "held-out rows": {name: _digest_rows(rows) for name, rows in dev_rows.items()},
+        "tokenizer": tokenizer.digest(),
+        "weights": base_digest(model, held=()),
+        "device": device.type,
+    }
+
+
+def _digest_rows(rows: EncodedRows) -> str:
+    digest = hashlib.sha256()
+    for encoding in rows.encodings:
+        digest.update(len(encoding.input_ids).to_bytes(8, "little"))
+        digest.update(encoding.input_ids.tobytes())
+        digest.update(encoding.token_type_ids.tobytes())
+    if rows.labels is not None:
+        digest.update(rows.labels.numpy().tobytes())
+    return digest.hexdigest()
+
+
+class RunFolder:
+    """The output folder of a run while it is on, which one process at a time may hold. With `path` None nothing is written.
+
+    A new run makes the folder and `run.json`; one that resumes must find its own. `identity` returns what `identify` does. Raises
+    InputError where the folder holds anything else, where another process trains into it, or where its run is another: the
+    message says in what. Raises RunError where the disk refuses.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None,
+        options: CheckpointConfig,
+        identity: Callable[[], Mapping],
+        say: Callable[[str], None] = lambda text: None,
+    ):
+        self.path = None if path is None else Path(path)
+        self.options = options
+        self.say = say
+        self.log = RunLog(None)
+        self.is_resumed = False
+        self._saved_step = None
+        if self.path is None:
+            return
+        self.is_resumed = options.resume and is_run(self.path)
+        check_output_folder(self.path, options.resume)
+        if not self.path.is_dir():
+            new_folder(self.path)
+        self.log = RunLog(self.path)
+        try:
+            if not self.is_resumed and not _is_blank(self.path):  # another run has been in it since the check
+                check_new_folder(self.path)
+            run = {
+                "format": _FORMAT,
+                "identity": identity(),
+                "versions": {"progtuning": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()},
+            }
+            run = json.loads(json.dumps(run))  # tuples become lists, as they are in the file
+            self._digest = hashlib.sha256(json.dumps(run["identity"], sort_keys=True).encode()).hexdigest()
+            if self.is_resumed:
+                _check_same(read_json(self.path / RUN), run, self.path)
+            else:
+                self.log.rewind(0)
+                write_json(self.path / RUN, run)
+        except BaseException:
+            self.log.close()
+            raise
+
+    def save(self, trainer) -> None:
+        """Write a checkpoint of `trainer` (a `train.Trainer` between two steps) and remove those that are too many.
+
+        Raises RunError where the disk refuses, and what `Trainer.state_dict` raises; the checkpoints before are left as they were.
+        """
+        if self.path is None or trainer.step == self._saved_step:
+            return
+        state = {"run": self._digest, "trainer": trainer.state_dict(), "log_bytes": self.log.sync()}
+        write_checkpoint(self.path / CHECKPOINTS / f"step-{trainer.step:08d}", state)
+        self._saved_step = trainer.step
+        for old in self._checkpoints()[: -self.options.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def restore(self, trainer) -> None:
+        """Bring a new `trainer` and the log to the last good checkpoint; where there is none they stay at the start.
+
+        Checkpoints that are damaged are passed over, with a warning, and removed once a good one is found. Raises InputError
+        where there are checkpoints and all are damaged.
+        """
+        if self.path is None or not self.is_resumed:
+            return
+        found = self._checkpoints()
+        for checkpoint in reversed(found):
+            try:
+                state = self._read(checkpoint)
+                break
+            except InputError as error:
+                warn(f"checkpoint passed over: {error}")
+        else:
+            if found:
+                raise InputError(f"--resume: {self.path / CHECKPOINTS}: none of its {len(found)} checkpoints is good")
+            self.say(f"{self.path} has no checkpoint yet: the run starts from the beginning.")
+            self.log.rewind(0)
+            return
+        trainer.load_state_dict(state["trainer"])
+        self.log.rewind(state["log_bytes"])
+        self._saved_step = trainer.step
+        for leftover in [*found[found.index(checkpoint) + 1 :], *self.path.glob(f"{CHECKPOINTS}/.*.tmp")]:
+            shutil.rmtree(leftover, ignore_errors=True)
+        self.say(f"Resumed from {checkpoint}: step {trainer.step} of {trainer.num_steps}.")
+
+    def _checkpoints(self) -> list[Path]:
+        """The checkpoints in the order of their steps."""
+        return sorted(self.path.glob(f"{CHECKPOINTS}/step-*"))
+
+    def _read(self, checkpoint: Path) -> dict:
+        state = read_checkpoint(checkpoint)
+        if state.get("run") != self._digest:
+            raise InputError(f"{checkpoint}: written by another run")
+        if state["log_bytes"] > self.log.size():
+            raise InputError(f"{self.path / LOG}: got {self.log.size()} bytes, expected at least {state['log_bytes']}")
+        return state
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.log.close()
+
+
+def is_run(path: str | Path) -> bool:
+    """Say whether a folder is the output folder of a run, begun or finished."""
+    return (Path(path) / RUN).is_file()
+
+
+def check_output_folder(path: str | Path, resume: bool) -> None:
+    """Raise InputError where `path` is neither new nor empty, nor, to resume, the folder of a run."""
+    path = Path(path)
+    if not resume:
+        check_new_folder(path)
+    elif path.exists() and not path.is_dir():
+        raise InputError(f"--resume needs the output folder of a run, got the file {path}")
+    elif not is_run(path) and not _is_blank(path):
+        raise InputError(f"--resume needs the output folder of a run, got {path} with files in it and no {RUN}")
+
+
+def _is_blank(path: Path) -> bool:
+    """Say whether a folder is absent, or has at most what a run leaves that was killed before its `run.json`."""
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    log = path / LOG
+    is_empty = not log.exists() or log.stat().st_size == 0
+    return is_empty and all(name == LOG or name.startswith(f".{RUN}.") for name in names)
+
+
+def _check_same(found: object, ours: Mapping, folder: Path) -> None:
+    """Raise InputError that names what differs between the identity in a `run.json` and ours."""
+    if not isinstance(found, dict) or found.get("format") != _FORMAT or not isinstance(found.get("identity"), dict):
+        raise InputError(f"{folder / RUN}: expected a file of format {_FORMAT} with the key 'identity'")
+    theirs, mine = dict(_flatten(found["identity"])), dict(_flatten(ours["identity"]))
+    differences = [
+        _difference(key, theirs.get(key), mine.get(key)) for key in {**mine, **theirs} if theirs.get(key) != mine.get(key)
+    ]
+    if differences:
+        raise InputError(f"--resume: {folder} is of another run: {'; '.join(differences)}")
+    for name, version in ours["versions"].items():
+        before = found.get("versions", {}).get(name)
+        if before != version:
+            warn(f"{folder} was begun with {name} {before}, here is {version}: the run goes on, but perhaps not bit for bit")
+
+
+def _difference(key: str, theirs: object, mine: object) -> str:
+    kind, _, name = key.partition("/")
+    if kind == "settings":
+        option = name.replace("peft/method", "peft").replace("dps/mode", "dps").replace("peft/", "").replace("/", "-")
+        return f"--{option.replace('_', '-')} was {theirs}, now {mine}"
+    if kind in ("task", "device"):
+        return f"{key.replace('/', ' ')} was {theirs}, now {mine}"
+    return f"the {key.replace('/', ' ')} {'differ' if kind.endswith('s') else 'differs'}"
+
+
+def write_checkpoint(path: Path, state: Mapping) -> None:
+    """Write a nested dict of tensors and JSON values as the folder `path`, whole or not at all. Raises RunError."""
+    leaves = dict(_flatten(state))
+    tensors = {key: value.cpu().contiguous() for key, value in leaves.items() if isinstance(value, Tensor)}
+    values = {key: value for key, value in leaves.items() if key not in tensors}
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / _TENSORS)
+        (temporary / _VALUES).write_text(json.dumps(values, allow_nan=False), encoding="utf-8")
+        files = {name: _describe(temporary / name) for name in (_TENSORS, _VALUES)}
+        manifest = json.dumps({"format": _FORMAT, **files}, indent=2)
+        (temporary / _MANIFEST).write_text(manifest, encoding="utf-8")
+        for place in (*temporary.iterdir(), temporary):
+            _sync(place)
+        if path.exists():  # damaged, or of the same step
+            shutil.rmtree(path)
+        os.rename(temporary, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Read what `write_checkpoint` wrote; the tensors are on the CPU. Raises InputError where it is damaged."""
+    manifest = read_json(path / _MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        raise InputError(f"{path / _MANIFEST}: expected a manifest of format {_FORMAT}")
+    for name in (_TENSORS, _VALUES):
+        try:
+            found = _describe(path / name)
+        except OSError as error:
+            raise InputError(f"{path / name}: cannot be read: {error.strerror}") from None
+        if manifest.get(name) != found:
+            raise InputError(f"{path / name}: got {found}, expected {manifest.get(name)}: the file is damaged")
+    return _unflatten({**read_json(path / _VALUES), **load_file(path / _TENSORS)})
+
+
+def _describe(path: Path) -> dict:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def _flatten(state: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Give the leaves of a nested dict under the keys on the way to them, joined by "/". An empty dict is a leaf."""
+    for key, value in state.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _unflatten(leaves: Mapping) -> dict:
+    state = {}
+    for path, value in leaves.items():
+        *parents, key = path.split("/")
+        place = state
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[key] = value
+    return state
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class RunLog:
+    """The rows of `metrics.jsonl`, kept and, where there is a folder, appended to the file at once.
+
+    While it is open the file is locked; the system ends the lock with the process. Raises InputError where another
+    process has it.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.rows: list[dict] = []
+        self._file = None
+        if folder is None:
+            return
+        self._file = open(folder / LOG, "a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise InputError(f"--output-dir {folder}: another run writes into it, expected a folder of this run's own") from None
+        except OSError as error:
+            warn(f"{folder / LOG} cannot be locked ({error.strerror}): see to it that no other run writes into {folder}")
+
+    def __call__(self, row: dict) -> None:
+        self.rows.append(row)
+        if self._file:
+            self._file.write((json.dumps(row, allow_nan=False) + "\n").encode())
+            self._file.flush()
+
+    def size(self) -> int:
+        """Return the length of the file in bytes."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def sync(self) -> int:
+        """Wait until the file is on the disk; return its length in bytes."""
+        os.fsync(self._file.fileno())
+        return self.size()
+
+    def rewind(self, size: int) -> None:
+        """Cut the file to its first `size` bytes, and read their rows. Raises InputError where they are no such rows."""
+        self._file.seek(0)
+        lines = self._file.read(size).splitlines()
+        try:
+            self.rows = [json.loads(line) for line in lines]
+        except ValueError:
+            raise InputError(f"{self._file.name}: changed since the checkpoint: expected a JSON document a line") from None
+        self._file.truncate(size)
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+
+class StopSignals:
+    """SIGINT and SIGTERM, in a `with` block of the main thread, as the exception Interrupted.
+
+    It is raised where the signal hits, except inside `with signals.held()`: there the signal is noted, and `check` raises.
+    Further signals while one is noted change nothing. In another thread than the main one signals do what they did.
+    """
+
+    def __init__(self):
+        self._received: int | None = None
+        self._is_held = False
+        self._previous = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame) -> None:
+        self._received = number
+        if not self._is_held:
+            self.check()
+
+    def check(self) -> None:
+        """Raise Interrupted where a signal has come."""
+        if self._received is not None:
+            raise Interrupted(f"stopped by {signal.Signals(self._received).name}", self._received)
+
+    @contextmanager
+    def held(self, held: bool = True) -> Iterator[None]:
+        """Hold the signals back inside the block; with `held` False, let them through inside one that holds them back."""
+        before, self._is_held = self._is_held, held
+        try:
+            if not held:
+                self.check()
+            yield
+        finally:
+            self._is_held = before
+
+
+def random_states(device: torch.device) -> dict:
+    """Return the states of the global generators of Python, numpy and torch, and of all CUDA devices where `device` is one."""
+    version, internal, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": {str(index): state for index, state in enumerate(cuda)},
+    }
+
+
+def set_random_states(states: Mapping, device: torch.device) -> None:
+    """Set the global generators to what `random_states` gave."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    for index, state in states["cuda"].items():
+        torch.cuda.set_rng_state(state, int(index))
+
+
+def warn(text: str) -> None:
+    """Tell the person, on standard error, what is not as it should be although the run goes on."""
+    print(f"progtuning: warning: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,413 @@
+"""Stop and resume: a run that goes on from a checkpoint ends as one that never stopped, bit for bit, or says why it cannot."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import progtuning.train
+from progtuning.config import CheckpointConfig, DPSConfig, PeftConfig
+from progtuning.errors import InputError, Interrupted, RunError
+from progtuning.peft import apply_peft
+from progtuning.resume import (
+    CHECKPOINTS,
+    LOG,
+    RunFolder,
+    RunLog,
+    StopSignals,
+    random_states,
+    read_checkpoint,
+    set_random_states,
+    warn,
+    write_checkpoint,
+)
+from progtuning.train import Trainer, predict
+from tests.models import tiny_model
+from tests.test_cli import call, refused
+from tests.test_train import CPU, SETTINGS, poison, rows, weights
+
+EVERY = CheckpointConfig(save_every=1, keep=1000)
+# 24 rows in batches of 8: 3 steps an epoch, 9 in all.
+VARIANTS = {
+    "shrinking": {},
+    "growing": {"schedule": "growing"},
+    "without-low-blocks": {"schedule": "without-low-blocks"},
+    "full": {"schedule": "full"},
+    "adaptive": {"schedule": "adaptive", "stages": 6},
+    "stages within epochs": {"stages": 4, "embeddings": "always"},
+    "pieces": {"accumulation_steps": 3, "group_by_length": False},
+    "no prefix dropout": {"prefix_dropout": False, "embeddings": "never"},
+    "lora": {"peft": PeftConfig("lora", lora_r=2, lora_dropout=0.1)},
+    "adapter, growing": {"peft": PeftConfig("adapter", adapter_size=4), "schedule": "growing"},
+    "bitfit": {"peft": PeftConfig("bitfit")},
+    "dps dense": {"dps": DPSConfig("dense", update_ratio=0.23)},
+    "dps mix, adaptive": {"dps": DPSConfig("mix", update_ratio=0.23), "schedule": "adaptive", "stages": 6},
+    "dps mix, growing": {"dps": DPSConfig("mix", update_ratio=0.23), "schedule": "growing"},
+    "bf16": {"precision": "bf16"},
+    "cache": {"cache": "memory"},
+    "cache, adaptive": {"cache": "disk", "cache_dtype": "bf16", "schedule": "adaptive", "stages": 6},
+}
+
+
+def build(**changes) -> Trainer:
+    settings = replace(SETTINGS, lr=1e-2, **changes)
+    model = tiny_model(hidden_dropout_prob=0.1)
+    apply_peft(model, settings.peft, seed=1)
+    return Trainer(model, rows(24), settings, CPU)
+
+
+def train(folder: Path | None, options: CheckpointConfig, **changes) -> Trainer:
+    """Run as `fine_tune` does, with an evaluation after each epoch."""
+    run = build(**changes)
+    with RunFolder(folder, options, lambda: {"settings": {"n": 1}}, warn) as held:
+        held.restore(run)
+        run.log = held.log
+
+        def evaluate(epoch: int) -> None:
+            held.log({"epoch": epoch + 1, "metrics": {"sum": float(predict(run.model, rows(8, seed=1), 8, CPU).sum())}})
+
+        def save(stage_ends: bool) -> None:
+            if options.save_every and (stage_ends or run.step % options.save_every == 0):
+                held.save(run)
+
+        run.fit(evaluate, save)
+    return run
+
+
+def counts(run: Trainer) -> list[dict]:
+    """The account of each stage without what a clock or the system measured."""
+    return [{k: v for k, v in stage.items() if k not in ("seconds", "peak_bytes")} for stage in run.account()["stages"]]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_resumed_after_any_step_ends_bit_for_bit_as_if_it_had_not_stopped(variant, tmp_path, monkeypatch):
+    monkeypatch.setattr(progtuning.train, "LOG_EVERY", 4)  # so that losses wait for their row at a checkpoint
+    changes = VARIANTS[variant]
+    whole = train(tmp_path / "whole", EVERY, **changes)
+    log = (tmp_path / "whole" / LOG).read_bytes()
+    checkpoints = sorted((tmp_path / "whole" / CHECKPOINTS).iterdir())
+    assert [path.name for path in checkpoints] == [f"step-{step:08d}" for step in range(1, 10)]
+    assert len(whole.costs) > 1 or changes.get("schedule") == "full"
+    for checkpoint in checkpoints:
+        folder = tmp_path / checkpoint.name
+        shutil.copytree(tmp_path / "whole", folder, ignore=lambda path, names: set(names) if path.endswith(CHECKPOINTS) else ())
+        shutil.copytree(checkpoint, folder / CHECKPOINTS / checkpoint.name)
+        torch.manual_seed(random.randrange(2**31))
+        resumed = train(folder, CheckpointConfig(resume=True), **changes)
+        assert (folder / LOG).read_bytes() == log
+        for name, expected in weights(whole.model).items():
+            assert torch.equal(weights(resumed.model)[name], expected), (checkpoint.name, name)
+        assert counts(resumed) == counts(whole)
+        assert resumed.account().get("decisions") == whole.account().get("decisions")
+
+
+def test_checkpoints_are_written_every_n_steps_and_at_each_stages_end_and_the_last_k_are_kept(tmp_path):
+    steps = []
+
+    class Watched(RunFolder):
+        def save(self, trainer):
+            super().save(trainer)
+            steps.append(sorted(int(path.name[5:]) for path in (self.path / CHECKPOINTS).iterdir()))
+
+    run = build()
+    with Watched(tmp_path / "run", CheckpointConfig(save_every=2, keep=3), dict) as held:
+        run.fit(after_step=lambda ends: held.save(run) if ends or run.step % 2 == 0 else None)
+    assert steps == [[2], [2, 3], [2, 3, 4], [3, 4, 6], [3, 4, 6], [4, 6, 8], [6, 8, 9]]
+
+
+def test_a_checkpoint_holds_what_has_changed_and_the_moments_of_what_trains(tmp_path):
+    train(tmp_path / "run", EVERY, schedule="growing", peft=PeftConfig("lora", lora_r=2))
+    state = read_checkpoint(tmp_path / "run" / CHECKPOINTS / "step-00000004")["trainer"]
+    blocks = {name.split(".")[2] for name in state["weights"] if name.startswith("encoder")}
+    assert blocks == {"1", "2", "3"}  # the top two of four blocks in stage 1 (Eq. 2: 0, 1, 2, 4), one more in stage 2
+    assert set(state["weights"]) == set(state["optimizer"])
+    assert all("lora_" in name or name.startswith("classifier") for name in state["weights"])
+    names = {path.name for path in (tmp_path / "run" / CHECKPOINTS / "step-00000004").iterdir()}
+    assert names == {"state.safetensors", "state.json", "manifest.json"}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+DAMAGE = {
+    "a bit of the tensors": lambda folder: flip(folder / "state.safetensors"),
+    "a bit of the values": lambda folder: flip(folder / "state.json"),
+    "a bit of the manifest": lambda folder: flip(folder / "manifest.json"),
+    "half the tensors": lambda folder: os.truncate(folder / "state.safetensors", 100),
+    "no values": lambda folder: (folder / "state.json").unlink(),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "an empty manifest": lambda folder: (folder / "manifest.json").write_text(""),
+    "a manifest of another kind": lambda folder: (folder / "manifest.json").write_text('{"format": 1, "state.json": []}'),
+    "nothing": lambda folder: [path.unlink() for path in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_for_the_last_good_one_with_a_warning(kind, tmp_path, capsys):
+    whole = train(tmp_path / "run", EVERY)
+    log = (tmp_path / "run" / LOG).read_bytes()
+    for step in (8, 9):
+        DAMAGE[kind](tmp_path / "run" / CHECKPOINTS / f"step-{step:08d}")
+    capsys.readouterr()
+    resumed = train(tmp_path / "run", replace(EVERY, resume=True))
+    err = capsys.readouterr().err
+    assert err.count("warning: checkpoint passed over: ") == 2 and "step-00000009" in err and "step-00000008" in err
+    assert f"Resumed from {tmp_path / 'run' / CHECKPOINTS / 'step-00000007'}: step 7 of 9" in err
+    assert all(torch.equal(weights(resumed.model)[name], tensor) for name, tensor in weights(whole.model).items())
+    assert (tmp_path / "run" / LOG).read_bytes() == log
+    assert all(read_checkpoint(path) for path in (tmp_path / "run" / CHECKPOINTS).iterdir())  # the damaged ones anew
+
+
+def test_where_all_checkpoints_are_damaged_the_run_does_not_start_over(tmp_path):
+    train(tmp_path / "run", CheckpointConfig(save_every=3))
+    for path in (tmp_path / "run" / CHECKPOINTS).iterdir():
+        flip(path / "state.json")
+    log = (tmp_path / "run" / LOG).read_bytes()
+    with pytest.raises(InputError, match="checkpoints: none of its 2 checkpoints is good"):
+        train(tmp_path / "run", CheckpointConfig(resume=True))
+    assert (tmp_path / "run" / LOG).read_bytes() == log
+
+
+def test_a_checkpoint_of_another_run_or_beyond_the_log_is_passed_over(tmp_path, capsys):
+    train(tmp_path / "run", EVERY)
+    os.truncate(tmp_path / "run" / LOG, 0)
+    train(tmp_path / "run", replace(EVERY, resume=True))
+    err = capsys.readouterr().err
+    assert err.count("metrics.jsonl: got 0 bytes, expected at least") == 6 and "step-00000003: step 3 of 9" in err
+    with RunFolder(tmp_path / "other", EVERY, lambda: {"settings": {"n": 2}}):
+        pass
+    shutil.copytree(tmp_path / "run" / CHECKPOINTS, tmp_path / "other" / CHECKPOINTS)
+    with RunFolder(tmp_path / "other", replace(EVERY, resume=True), lambda: {"settings": {"n": 2}}) as held:
+        with pytest.raises(InputError, match="none of its 9 checkpoints is good"):
+            held.restore(build())
+    assert "step-00000009: written by another run" in capsys.readouterr().err
+
+
+def test_what_a_killed_write_leaves_is_no_checkpoint_and_is_cleared_away(tmp_path):
+    train(tmp_path / "run", EVERY)
+    half = tmp_path / "run" / CHECKPOINTS / ".step-00000010.tmp"
+    shutil.copytree(tmp_path / "run" / CHECKPOINTS / "step-00000009", half)
+    train(tmp_path / "run", replace(EVERY, resume=True))
+    assert not half.exists()
+
+
+def test_a_checkpoint_gives_back_every_kind_of_value(tmp_path):
+    tensors = {
+        "float": torch.tensor([1.5, float("nan"), float("inf")]),
+        "bool": torch.tensor([[True], [False]]),
+        "int": torch.tensor(2**40),
+        "bytes": torch.arange(256).to(torch.uint8),
+        "empty": torch.empty(0),
+        "strided": torch.arange(6.0).view(2, 3).t(),
+        "shared": torch.arange(6.0)[:3],
+    }
+    values = {"none": None, "list": [1, [2.5, {"a": None}]], "float": 0.1 + 0.2, "text": "ä/b", "no": {}, "deep": {"er": {"x": 1}}}
+    write_checkpoint(tmp_path / "a" / "b", {"tensors": {"encoder.layer.0": tensors}, "values": values})
+    state = read_checkpoint(tmp_path / "a" / "b")
+    assert state["values"] == values
+    for name, tensor in state["tensors"]["encoder.layer.0"].items():
+        torch.testing.assert_close(tensor, tensors[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_global_generators_go_on_where_they_were(tmp_path):
+    random.gauss(0, 1), np.random.randn()  # both keep a second draw
+    write_checkpoint(tmp_path / "states", random_states(CPU))
+    expected = [random.gauss(0, 1), random.random(), *np.random.randn(3), *torch.randn(3).tolist()]
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    set_random_states(read_checkpoint(tmp_path / "states") | {"cuda": {}}, CPU)
+    assert [random.gauss(0, 1), random.random(), *np.random.randn(3), *torch.randn(3).tolist()] == expected
+
+
+def test_a_step_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path):
+    run = build()
+    poison(run, 5)
+    with RunFolder(tmp_path / "run", EVERY, dict) as held, pytest.raises(RunError, match=r"^step 6 \(stage 2"):
+        run.fit(after_step=lambda ends: held.save(run))
+    assert sorted(path.name for path in (tmp_path / "run" / CHECKPOINTS).iterdir())[-1] == "step-00000005"
+
+
+def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
+    with RunFolder(tmp_path / "run", EVERY, dict):
+        with pytest.raises(InputError, match=f"--output-dir {tmp_path / 'run'}: another run writes into it"):
+            RunFolder(tmp_path / "run", CheckpointConfig(resume=True), dict)
+        with pytest.raises(InputError, match="--output-dir must be a new or empty folder"):
+            RunFolder(tmp_path / "run", EVERY, dict)
+    with RunFolder(tmp_path / "run", CheckpointConfig(resume=True), dict):
+        pass
+
+
+def test_a_folder_that_a_run_was_in_since_the_check_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("progtuning.resume.check_output_folder", lambda path, resume: None)
+    (tmp_path / LOG).write_text('{"step": 10}\n')
+    with pytest.raises(InputError, match="--output-dir must be a new or empty folder"):
+        RunFolder(tmp_path, EVERY, dict)
+    assert (tmp_path / LOG).read_text() == '{"step": 10}\n'
+
+
+def test_the_log_is_cut_to_whole_rows_and_goes_on(tmp_path):
+    log = RunLog(tmp_path)
+    log({"step": 1}), log({"step": 2})
+    size = log.sync()
+    log({"step": 3})
+    log.close()
+    with open(tmp_path / LOG, "a") as file:
+        file.write('{"step": 4, "lo')  # a write that was cut off
+    log = RunLog(tmp_path)
+    log.rewind(size)
+    assert log.rows == [{"step": 1}, {"step": 2}]
+    log({"step": 5})
+    log.close()
+    assert (tmp_path / LOG).read_text() == '{"step": 1}\n{"step": 2}\n{"step": 5}\n'
+
+
+def test_signals_wait_while_they_are_held_and_pass_where_they_are_let_through():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    for number, name in ((signal.SIGINT, "SIGINT"), (signal.SIGTERM, "SIGTERM")):
+        done = []
+        with StopSignals() as signals, pytest.raises(Interrupted, match=f"^stopped by {name}$") as caught:
+            with signals.held():
+                os.kill(os.getpid(), number)
+                done.append("held")
+                with signals.held(False):
+                    done.append("let through")
+        assert done == ["held"] and caught.value.signal == number
+        with StopSignals(), pytest.raises(Interrupted):
+            os.kill(os.getpid(), number)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def arguments(tiny_folder, tiny_task, output: Path, *options) -> list:
+    """A run of 6 steps in 3 stages that is saved after each."""
+    fixed = "--task classification --epochs 3 --batch-size 32 --max-train-rows 64 --lr 5e-3 --max-length 16 --device cpu --save-every 1"
+    return ["--model", tiny_folder, "--data", tiny_task, "--output-dir", output, *fixed.split(), *options]
+
+
+@pytest.fixture(scope="session")
+def stopped(tiny_folder, tiny_task, tmp_path_factory) -> Path:
+    """The output folder of a finished run, taken back to step 3: as if it had been killed there."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    status, _, err = call("train", *arguments(tiny_folder, tiny_task, folder, "--keep-checkpoints", 9))
+    assert status == 0, err
+    shutil.copytree(folder, folder.parent / "whole")
+    for path in [*folder.glob("*.safetensors"), folder / "summary.json", folder / "README.md"]:
+        path.unlink()
+    for path in (folder / CHECKPOINTS).iterdir():
+        if path.name > "step-00000003":
+            shutil.rmtree(path)
+    return folder
+
+
+def test_train_resume_ends_as_the_run_that_was_not_stopped(stopped, tiny_folder, tiny_task, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    status, _, err = call("train", *arguments(tiny_folder, tiny_task, tmp_path / "run", "--resume"))
+    assert status == 0 and err.count("Resumed from") == 1 and "step-00000003: step 3 of 6" in err
+    for name in ("model.safetensors", LOG, "run.json", "config.json", "vocab.txt"):
+        assert (tmp_path / "run" / name).read_bytes() == (stopped.parent / "whole" / name).read_bytes(), name
+    ours, theirs = (json.loads((path / "summary.json").read_text()) for path in (tmp_path / "run", stopped.parent / "whole"))
+    assert ours["metrics"] == theirs["metrics"]
+    for mine, other in zip(ours["stages"], theirs["stages"], strict=True):
+        measured = ("seconds", "peak_bytes")
+        assert {k: v for k, v in mine.items() if k not in measured} == {k: v for k, v in other.items() if k not in measured}
+
+
+def test_a_finished_run_resumed_says_so_and_changes_nothing(stopped, tiny_folder, tiny_task, tmp_path):
+    shutil.copytree(stopped.parent / "whole", tmp_path / "run")
+
+    def files() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    before = files()
+    status, out, err = call("train", *arguments(tiny_folder, tiny_task, tmp_path / "run", "--resume", "--json"))
+    assert status == 0 and f"The run in {tmp_path / 'run'} is finished already." in err
+    assert files() == before and json.loads(out) == json.loads((tmp_path / "run" / "summary.json").read_text())
+
+
+def test_without_resume_the_folder_of_a_stopped_run_is_refused_and_left_alone(stopped, tiny_folder, tiny_task):
+    before = sorted(stopped.rglob("*"))
+    assert "--output-dir must be a new or empty folder" in refused(*call("train", *arguments(tiny_folder, tiny_task, stopped)))
+    assert sorted(stopped.rglob("*")) == before
+
+
+OTHERS = {
+    "a setting": (["--lr", "0.25"], "--lr was 0.005, now 0.25"),
+    "settings": (["--lr", "0.25", "--peft", "lora"], "--lr was 0.005, now 0.25; --peft was none, now lora"),
+    "a method's": (["--dps", "dense", "--dps-update-ratio", "0.5"], "--dps was off, now dense; --dps-update-ratio was 0.05, now 0.5"),
+    "rows": (["--max-train-rows", "65"], "the training rows differ"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_to_resume_with_other_options_is_an_error_that_names_them(kind, stopped, tiny_folder, tiny_task):
+    options, message = OTHERS[kind]
+    before = sorted(stopped.rglob("*"))
+    line = refused(*call("train", *arguments(tiny_folder, tiny_task, stopped, "--resume", *options)))
+    assert f"--resume: {stopped} is of another run: {message}" in line
+    assert sorted(stopped.rglob("*")) == before
+
+
+def test_to_resume_on_other_data_is_an_error_that_names_them(stopped, tiny_folder, tiny_task, tmp_path):
+    shutil.copytree(tiny_task, tmp_path / tiny_task.name)
+    dev = tmp_path / tiny_task.name / "dev.jsonl"
+    dev.write_text(dev.read_text().replace("good", "fine"))
+    line = refused(*call("train", *arguments(tiny_folder, tmp_path / tiny_task.name, stopped, "--resume")))
+    assert line.endswith("is of another run: the held-out rows dev differ")
+    train_file = tmp_path / tiny_task.name / "train.tsv"
+    train_file.write_text(train_file.read_text().replace("\tlike", "\tLIKE").replace("\tdislike", "\tlike").replace("LIKE", "dislike"))
+    dev.write_text((tiny_task / "dev.jsonl").read_text())
+    line = refused(*call("train", *arguments(tiny_folder, tmp_path / tiny_task.name, stopped, "--resume")))
+    assert line.endswith("is of another run: the training rows differ")
+
+
+def test_to_resume_with_another_model_is_an_error_that_names_what_differs(stopped, tiny_folder, tiny_task, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    flip(tmp_path / "model" / "model.safetensors")
+    line = refused(*call("train", *arguments(tmp_path / "model", tiny_task, stopped, "--resume")))
+    assert line.endswith("is of another run: the weights differ")
+    shutil.copytree(tiny_folder, tmp_path / "words")
+    vocabulary = (tmp_path / "words" / "vocab.txt").read_text().replace("good\nfine", "fine\ngood")
+    (tmp_path / "words" / "vocab.txt").write_text(vocabulary)
+    line = refused(*call("train", *arguments(tmp_path / "words", tiny_task, stopped, "--resume")))
+    assert line.endswith("the training rows differ; the held-out rows dev differ; the tokenizer differs")
+
+
+def test_resume_starts_a_run_where_there_is_none_yet_and_refuses_other_folders(tiny_folder, tiny_task, tmp_path):
+    status, _, err = call("train", *arguments(tiny_folder, tiny_task, tmp_path / "new", "--resume"))
+    assert status == 0 and (tmp_path / "new" / "model.safetensors").is_file()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious").write_text("x")
+    line = refused(*call("train", *arguments(tiny_folder, tiny_task, tmp_path / "other", "--resume")))
+    assert f"--resume needs the output folder of a run, got {tmp_path / 'other'} with files in it and no run.json" in line
+    line = refused(*call("train", *arguments(tiny_folder, tiny_task, tmp_path / "other" / "precious", "--resume")))
+    assert "got the file" in line and [path.name for path in (tmp_path / "other").iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        (["--save-every", "0"], "--save-every must be an integer of at least 1, got 0"),
+        (["--keep-checkpoints", "0"], "--keep-checkpoints must be an integer of at least 1, got 0"),
+    ],
+)
+def test_a_wrong_option_of_checkpoints_is_refused(option, message, tiny_folder, tiny_task, tmp_path):
+    assert message in refused(*call("train", *arguments(tiny_folder, tiny_task, tmp_path / "run", *option)))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 2}', '{"format": 1, "identity": 3}', "\x00"])
+def test_a_damaged_run_json_is_refused_by_name(content, stopped, tiny_folder, tiny_task, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(content)
+    line = refused(*call("train", *arguments(tiny_folder, tiny_task, tmp_path / "run", "--resume")))
+    assert f"{tmp_path / 'run' / 'run.json'}: " in line
