@@ -325,6 +325,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # 0: no clipping
     max_length: int | None = None  # tokens; None: 128 (SQuAD: 384), or what the model takes where that is less
     precision: str = "fp32"  # or "bf16", autocast
+    compile: bool = False  # each block, by torch.compile
     hidden_dropout_prob: float | None = None  # None: the model's own; so the next
     attention_probs_dropout_prob: float | None = None
     prefix_dropout: bool | None = None  # dropout below the cut. None: True, but False with a cache, which needs it

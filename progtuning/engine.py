@@ -40,6 +40,20 @@ def unit_of(name: str) -> int | str:
     return int(block[1]) if block else HEAD
 
 
+def compile_blocks(model: Model, backend: str = "inductor") -> None:
+    """Compile every block of `model`, in place, by torch.compile; names, parameters and results (to rounding) stay.
+
+    Blocks that are alike share their graphs. One is made for each kind of block that a run meets: with a gradient for its input
+    (above the lowest active block), without (the lowest), frozen, in evaluation; lengths and batch sizes are dynamic. A stage
+    change therefore recompiles by itself: a graph is chosen by what requires a gradient.
+    """
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the name until PyTorch 2.6
+    setattr(config, limit, max(32, getattr(config, limit)))  # SPAFIT's three kinds of blocks exceed the default, 8
+    for block in model.encoder.layer:
+        block.compile(dynamic=True, backend=backend)
+
+
 class StageEngine(nn.Module):
     """A model under stages: `enter(stage)`, then call it as one would call the model.
 

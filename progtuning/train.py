@@ -23,7 +23,7 @@ from progtuning.data.batching import EncodedRows, TrainBatches, evaluation_batch
 from progtuning.data.squad import SquadRows, SquadTask
 from progtuning.data.text import Task
 from progtuning.dps import DPS
-from progtuning.engine import StageEngine, unit_of
+from progtuning.engine import StageEngine, compile_blocks, unit_of
 from progtuning.errors import InputError, RunError
 from progtuning.measure import Clock, peak_bytes, reset_peak_bytes
 from progtuning.optim import FiniteCheck, build_optimizer, linear_schedule
@@ -137,6 +137,8 @@ class Trainer:
         self.dps = DPS(self.model, settings.dps, self.num_steps, settings.seed) if settings.dps.mode != "off" else None
         self.engine = StageEngine(self.model, self.optimizer, settings.drops_out_prefix)
         self.engine.cache = self.open_cache()
+        if settings.compile:
+            compile_blocks(self.model)
         self.finite = FiniteCheck(self.device)
         # A GPU is asked for what was not finite when the loss is read; until then nothing is saved.
         self.check_at_once = self.device.type == "cpu" or settings.skip_nonfinite

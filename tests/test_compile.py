@@ -1,0 +1,113 @@
+"""Compiled blocks: every stage trains what it trains without, to the same losses, and few graphs serve all stages."""
+
+import shutil
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+
+from progtuning.config import PeftConfig
+from progtuning.engine import StageEngine, compile_blocks
+from progtuning.optim import build_optimizer
+from progtuning.peft import apply_peft
+from progtuning.stages import Stage, make_schedule
+from progtuning.train import Trainer
+from tests.models import gradients, tiny_batch, tiny_model
+from tests.test_train import CPU, SETTINGS, rows
+
+METHODS = {
+    "none": PeftConfig(),
+    "lora": PeftConfig("lora", lora_r=2),
+    "adapter": PeftConfig("adapter", adapter_size=4),
+    "bitfit": PeftConfig("bitfit"),
+    "spafit": PeftConfig("spafit", spafit_bounds=(1, 2), lora_r=2),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_graphs():
+    """Each test begins without compiled graphs."""
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def engine_of(method: str, prefix_dropout: bool) -> StageEngine:
+    model = tiny_model()
+    apply_peft(model, METHODS[method])
+    return StageEngine(model, build_optimizer(model, lr=1e-3), prefix_dropout)
+
+
+@pytest.mark.parametrize(
+    "schedule, embeddings, method, prefix_dropout, most_graphs, backend",
+    [
+        # with a gradient for the input; the lowest active; frozen; each with padding and without
+        ("shrinking", "with-block-1", "none", True, 6, "aot_eager"),  # derives the backward pass, and generates no code
+        ("shrinking", "with-block-1", "none", False, 6, "eager"),  # traces, and generates no code
+        ("shrinking", "always", "none", True, 4, "eager"),  # no block is without a gradient for its input
+        ("without-low-blocks", "never", "none", True, 6, "eager"),
+        ("growing", "with-block-1", "none", True, 6, "eager"),
+        ("shrinking", "with-block-1", "lora", True, 6, "eager"),
+        ("shrinking", "with-block-1", "adapter", True, 6, "eager"),
+        ("shrinking", "with-block-1", "bitfit", True, 6, "eager"),
+        ("shrinking", "with-block-1", "spafit", True, 18, "eager"),
+    ],
+)
+def test_after_every_stage_change_active_parameters_get_gradients_and_frozen_none_as_eager(
+    schedule, embeddings, method, prefix_dropout, most_graphs, backend
+):
+    eager, compiled = (engine_of(method, prefix_dropout) for _ in range(2))
+    compile_blocks(compiled.model, backend)
+    for stage in make_schedule(schedule, 4, 4, embeddings).stages:
+        for engine in (eager, compiled):
+            engine.enter(stage)
+            engine.train()
+        for seed, (batch, length) in enumerate([(5, 9), (3, 6), (5, 7)]):
+            inputs = tiny_batch(eager.model.config, batch, length, seed)
+            if seed == 2:
+                inputs["attention_mask"] = None
+            losses = [F.cross_entropy(engine(**inputs), torch.arange(batch) % 3) for engine in (eager, compiled)]
+            torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+            for loss in losses:
+                loss.backward()
+            expected, found = gradients(eager.model), gradients(compiled.model)
+            assert set(expected) == set(found) == compiled.trainable_names(stage)
+            for name in expected:
+                torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+            for engine in (eager, compiled):
+                engine.optimizer.step()
+                engine.optimizer.zero_grad()
+            for ours, theirs in zip(compiled.model.parameters(), eager.model.parameters()):
+                ours.data.copy_(theirs)  # or AdamW would divide rounding errors by their own size
+    assert 0 < counters["stats"]["unique_graphs"] <= most_graphs
+
+
+@pytest.mark.parametrize("changes", [{}, {"cache": "memory"}])
+def test_a_compiled_run_has_the_losses_of_the_run_without(changes, monkeypatch):
+    monkeypatch.setattr("progtuning.train.compile_blocks", partial(compile_blocks, backend="aot_eager"))
+    logged = []
+    for compiled in (False, True):
+        settings = replace(SETTINGS, batch_size=10, stages=2, lr=1e-4, compile=compiled, **changes)
+        run, losses = Trainer(tiny_model(), rows(), settings, CPU), []
+        original = run.loss
+        run.loss = lambda logits, labels: losses.append(original(logits, labels)) or losses[-1]
+        run.fit()
+        logged.append(torch.stack(losses).tolist())
+        assert (counters["stats"]["unique_graphs"] > 0) == compiled
+    assert logged[1] == pytest.approx(logged[0], rel=1e-5)
+    assert set(run.model.state_dict()) == set(tiny_model().state_dict())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is no g++")
+def test_generated_code_computes_the_same():
+    eager, compiled = (StageEngine(tiny_model(num_hidden_layers=1)) for _ in range(2))
+    compile_blocks(compiled.model)
+    inputs = tiny_batch(eager.model.config)
+    for engine in (eager, compiled):
+        engine.enter(Stage(0, 1, 0, embeddings=False))
+        F.cross_entropy(engine(**inputs), torch.arange(5) % 3).backward()
+    for name, gradient in gradients(eager.model).items():
+        torch.testing.assert_close(gradients(compiled.model)[name], gradient, rtol=1e-4, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 1
