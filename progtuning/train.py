@@ -36,8 +36,7 @@ MAX_SKIPS = 10  # batches in a row that are not finite, after which `skip_nonfin
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # outputs of Model.head, labels -> mean over the batch
     "classification": F.cross_entropy,  # (B, C) float, (B,) int64
     "regression": lambda scores, labels: F.mse_loss(scores.squeeze(-1), labels),  # (B, 1) float, (B,) float
-    # (B, S, 2) float, (B, 2) int64: the mean of the losses of start and end, each a class among S positions, padding too,
-    # as in google-research/bert and transformers.
+    # (B, S, 2) float, (B, 2) int64: the mean of the losses of start and end, each a class among S positions.
     "question-answering": F.cross_entropy,
 }
 
@@ -198,7 +197,7 @@ class Trainer:
             inputs, labels = to_device(tensors, self.device)
             self.count(rows, inputs["input_ids"].shape[1])
             with clock.phase("forward"), autocast(self.device, self.settings.precision):
-                loss = self.loss(self.engine(**inputs, rows=rows), labels) * (len(rows) / size)
+                loss = self.loss(self.outputs(inputs, rows), labels) * (len(rows) / size)
             with clock.phase("backward"):
                 loss.backward()
             total += loss.detach()
@@ -325,6 +324,18 @@ class Trainer:
             return batch, [(piece, collate_inputs(self.data, piece, pin=on_cuda)) for piece in pieces]
 
         return prefetch(batches, collate) if on_cuda else map(collate, batches)
+
+    def outputs(self, inputs: dict[str, Tensor], rows: list[int]) -> Tensor:
+        """Return the head's outputs for the batch of `rows`.
+
+        No answer begins or ends in padding. google-research/bert and transformers let it take part in the softmax over
+        positions; here it does not, so that a loss depends neither on how far a batch is padded nor on a cache, which keeps
+        no states of padding.
+        """
+        outputs, mask = self.engine(**inputs, rows=rows), inputs.get("attention_mask")
+        if self.model.config.head == "question-answering" and mask is not None:
+            outputs = outputs.masked_fill(~mask[..., None], -math.inf)  # (B, S, 2)
+        return outputs
 
     def enter(self, stage: Stage) -> None:
         """Begin a stage: its trainable set, its account."""

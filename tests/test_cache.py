@@ -41,22 +41,24 @@ METHODS = {
 }
 
 
-def rows(count: int = 40) -> EncodedRows:
-    """Random rows of 3 to 9 tokens; the first token is the row's number."""
+def rows(count: int = 40, spans: bool = False) -> EncodedRows:
+    """Random rows of 3 to 9 tokens, labelled with a class or a span; the first token is the row's number."""
     generator = np.random.default_rng(0)
     encodings = []
     for row in range(count):
         ids = np.concatenate(([row + 1], generator.integers(1, 60, generator.integers(2, 9)))).astype(np.int32)
         encodings.append(Encoding(ids, np.zeros_like(ids)))
-    return EncodedRows(encodings, generator.integers(0, 3, count).tolist(), TINY.pad_token_id)
+    labels = [[0, len(encoding.input_ids) - 1] for encoding in encodings] if spans else generator.integers(0, 3, count).tolist()
+    return EncodedRows(encodings, labels, TINY.pad_token_id)
 
 
 def trainer(**changes) -> Trainer:
-    """A trainer of a model that drops out, by a PEFT method of METHODS where `changes` has a "peft"."""
+    """A trainer of a model that drops out, by a PEFT method of METHODS where `changes` has a "peft", with their "head"."""
     changes = changes | {"peft": METHODS.get(changes.get("peft"), PeftConfig())}
-    model = tiny_model(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.1)
+    head = changes.pop("head", "classification")
+    model = tiny_model(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.1, head=head)
     apply_peft(model, changes["peft"])
-    return Trainer(model, rows(), replace(SETTINGS, **changes), CPU)
+    return Trainer(model, rows(spans=head == "question-answering"), replace(SETTINGS, **changes), CPU)
 
 
 def losses(run: Trainer) -> list[float]:
@@ -74,6 +76,7 @@ CASES = {
     "the head alone at the end": {"schedule": "without-low-blocks"},
     "embeddings frozen": {"embeddings": "never"},
     "batches in pieces": {"accumulation_steps": 3},
+    "question answering": {"head": "question-answering"},
     "adaptive": {"schedule": "adaptive"},
     "adapter": {"peft": "adapter"},
     "LoRA, embeddings always": {"peft": "lora", "embeddings": "always"},

@@ -21,8 +21,6 @@ from tests.test_train import CPU, SETTINGS, rows
 METHODS = {
     "none": PeftConfig(),
     "lora": PeftConfig("lora", lora_r=2),
-    "adapter": PeftConfig("adapter", adapter_size=4),
-    "bitfit": PeftConfig("bitfit"),
     "spafit": PeftConfig("spafit", spafit_bounds=(1, 2), lora_r=2),
 }
 
@@ -47,11 +45,8 @@ def engine_of(method: str, prefix_dropout: bool) -> StageEngine:
         ("shrinking", "with-block-1", "none", True, 6, "aot_eager"),  # derives the backward pass, and generates no code
         ("shrinking", "with-block-1", "none", False, 6, "eager"),  # traces, and generates no code
         ("shrinking", "always", "none", True, 4, "eager"),  # no block is without a gradient for its input
-        ("without-low-blocks", "never", "none", True, 6, "eager"),
         ("growing", "with-block-1", "none", True, 6, "eager"),
         ("shrinking", "with-block-1", "lora", True, 6, "eager"),
-        ("shrinking", "with-block-1", "adapter", True, 6, "eager"),
-        ("shrinking", "with-block-1", "bitfit", True, 6, "eager"),
         ("shrinking", "with-block-1", "spafit", True, 18, "eager"),
     ],
 )
@@ -60,7 +55,7 @@ def test_after_every_stage_change_active_parameters_get_gradients_and_frozen_non
 ):
     eager, compiled = (engine_of(method, prefix_dropout) for _ in range(2))
     compile_blocks(compiled.model, backend)
-    for stage in make_schedule(schedule, 4, 4, embeddings).stages:
+    for stage in make_schedule(schedule, 4, 3, embeddings).stages:
         for engine in (eager, compiled):
             engine.enter(stage)
             engine.train()
@@ -84,12 +79,12 @@ def test_after_every_stage_change_active_parameters_get_gradients_and_frozen_non
     assert 0 < counters["stats"]["unique_graphs"] <= most_graphs
 
 
-@pytest.mark.parametrize("changes", [{}, {"cache": "memory"}])
-def test_a_compiled_run_has_the_losses_of_the_run_without(changes, monkeypatch):
-    monkeypatch.setattr("progtuning.train.compile_blocks", partial(compile_blocks, backend="aot_eager"))
+def test_a_compiled_run_with_a_cache_has_the_losses_of_the_run_without_either(monkeypatch):
+    monkeypatch.setattr("progtuning.train.compile_blocks", partial(compile_blocks, backend="eager"))
     logged = []
     for compiled in (False, True):
-        settings = replace(SETTINGS, batch_size=10, stages=2, lr=1e-4, compile=compiled, **changes)
+        settings = replace(SETTINGS, batch_size=10, stages=2, lr=1e-4, compile=compiled, prefix_dropout=False)
+        settings = replace(settings, cache="memory" if compiled else "off")
         run, losses = Trainer(tiny_model(), rows(), settings, CPU), []
         original = run.loss
         run.loss = lambda logits, labels: losses.append(original(logits, labels)) or losses[-1]
