@@ -62,7 +62,7 @@ def load_model(
     state, fresh, used = {}, [], set()
     with ExitStack() as stack:
         files = _open_tensors(folder, stack)
-        keys = {_internal_name(key, config): key for key in files}
+        keys = _internal_names(files, config, folder)
         for name, parameter in model.named_parameters():
             head = not name.startswith(("embeddings.", "encoder."))
             key = keys.get(name)
@@ -174,7 +174,7 @@ def load_peft(model: Model, folder: str | Path) -> PeftConfig:
     values = _read_object(path)
     with ExitStack() as stack:
         file = _open(folder / TRAINED_WEIGHTS, stack)
-        keys = {_internal_name(key, model.config): key for key in file.tensors.keys()}
+        keys = _internal_names(file.tensors.keys(), model.config, file.path)
         peft, held = _method(values.get("peft"), model.config, keys, path)
         _check_base(model, held, values.get(_DIGEST), folder)
         tensors = _read_held(file, keys, held)
@@ -227,7 +227,7 @@ def _load_lora(model: Model, config_path: Path, path: Path) -> PeftConfig:
     _check_lora_settings(values, config_path)
     with ExitStack() as stack:
         file = _open(path, stack)
-        keys = {_internal_name(key.removeprefix(_LORA_PREFIX), model.config): key for key in file.tensors.keys()}
+        keys = _internal_names(file.tensors.keys(), model.config, path, prefix=_LORA_PREFIX)
         settings = {key: values.get(key) for key in ("lora_alpha", "lora_dropout")}
         settings |= {"method": "lora", "lora_r": values.get("r"), "lora_targets": _lora_targets(keys, path)}
         peft, held = _method(settings, model.config, keys, config_path)
@@ -322,6 +322,17 @@ def _internal_name(key: str, config: BertConfig) -> str:
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
+def _internal_names(keys: Iterable[str], config: BertConfig, path: Path, prefix: str = "") -> dict[str, str]:
+    """Return {our parameter's name: key} for the keys of a file. Raises InputError where two are the same parameter."""
+    names = {}
+    for key in keys:
+        name = _internal_name(key.removeprefix(prefix), config)
+        if name in names:
+            raise InputError(f"{path}: tensors {names[name]!r} and {key!r} are the same parameter")
+        names[name] = key
+    return names
+
+
 class _TensorFile(NamedTuple):
     path: Path
     tensors: safe_open
@@ -343,7 +354,7 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, _TensorFile]:
         raise InputError(f"{index}: expected an object 'weight_map' from tensor to file name")
     files = {}
     for place in sorted(set(places.values())):
-        if not place or Path(place).name != place:
+        if not place or not place.isprintable() or Path(place).name != place or place == "..":
             raise InputError(f"{index}: shard {place!r} must be the name of a file in the same folder")
         file = _open(folder / place, stack)
         expected = {key for key, where in places.items() if where == place}
@@ -354,6 +365,8 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, _TensorFile]:
 
 
 def _open(path: Path, stack: ExitStack) -> _TensorFile:
+    if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
+        raise InputError(f"{path}: not a file, expected safetensors")
     try:
         return _TensorFile(path, stack.enter_context(safe_open(path, framework="pt")))
     except (SafetensorError, OSError) as error:
@@ -367,13 +380,16 @@ def _other_outputs(file: _TensorFile, key: str, parameter: Tensor) -> bool:
 
 
 def _read(file: _TensorFile, key: str, shape: torch.Size) -> Tensor:
-    """Read a floating-point tensor as fp32. Raises InputError where its shape or type is not the expected one."""
+    """Read a floating-point tensor as fp32. Raises InputError where it has another shape or type, or is not finite."""
     tensor = file.tensors.get_slice(key)
     if tuple(tensor.get_shape()) != tuple(shape):
         raise InputError(f"{file.path}: tensor {key!r} has shape {tensor.get_shape()}, expected {list(shape)}")
     if tensor.get_dtype() not in _FLOATS:
         raise InputError(f"{file.path}: tensor {key!r} has dtype {tensor.get_dtype()}, expected one of {', '.join(_FLOATS)}")
-    return file.tensors.get_tensor(key).to(torch.float32, copy=True)  # a copy, lest the model live in the mapped file
+    values = file.tensors.get_tensor(key).to(torch.float32, copy=True)  # a copy, lest the model live in the mapped file
+    if not all(torch.isfinite(bound) for bound in torch.aminmax(values)):
+        raise InputError(f"{file.path}: tensor {key!r} has a value that is not finite in fp32")
+    return values
 
 
 def _draw(name: str, shape: torch.Size, initializer_range: float, generator: torch.Generator) -> Tensor:

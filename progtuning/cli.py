@@ -1,8 +1,10 @@
 """The command line. Exit status 0; 1 a run that failed; 2 wrong use. An error is one line on standard error."""
 
 import argparse
+import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
@@ -39,11 +41,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**values, allow_abbrev=False)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files and labels may have what the terminal has not
+            stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
@@ -57,15 +62,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(1, error)
     except Interrupted as error:
         return fail(128 + error.signal, error)
+    except RuntimeError as error:  # PyTorch's way of saying MemoryError
+        if not re.search("out of memory|allocate memory", str(error)):
+            raise
+        return fail(1, f"out of memory, try a smaller --batch-size: {error}")
     except KeyboardInterrupt:
         return fail(130, "interrupted")
     return 0
 
 
 def fail(status: int, error: object) -> int:
-    message = " ".join(str(error).split()) or type(error).__name__
-    print(f"progtuning: error: {message}", file=sys.stderr)
+    print(f"progtuning: error: {one_line(error) or type(error).__name__}", file=sys.stderr)
     return status
+
+
+def one_line(error: object) -> str:
+    """Return the text of an error as one line, without its middle where it is long: what was got may be a whole file."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 1500 else f"{text[:1000]} ... {text[-450:]}"
 
 
 def build_parser() -> Parser:
@@ -334,6 +348,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if args.output_dir is not None:
         check_new_folder(args.output_dir)
     splits, device = load_splits(args.task, args.data), choose_device(args.device)
+    TrainConfig(batch_size=args.batch_size, precision=args.precision)  # checks both
     checkpoint = load_checkpoint(Path(args.checkpoint), args.max_length, squad_options(args))
     values = evaluate_checkpoint(checkpoint, splits, device, args.batch_size, args.precision, args.output_dir)
     if args.json:
@@ -347,6 +362,7 @@ def run_predict(args: argparse.Namespace) -> None:
 
     check_predict_options(args)
     device = choose_device(args.device)
+    TrainConfig(batch_size=args.batch_size, precision=args.precision)  # checks both
     checkpoint = load_checkpoint(Path(args.checkpoint), args.max_length, squad_options(args))
     if args.glue_submission is not None:
         arguments = (args.task, args.data, args.glue_submission, device, args.batch_size, args.precision)
@@ -381,8 +397,8 @@ def check_predict_options(args: argparse.Namespace) -> None:
 
 def run_plan(args: argparse.Namespace) -> None:
     config = architecture(args.model)
-    if args.labels < 1:
-        raise InputError(f"--labels must be at least 1, got {args.labels}")
+    if not 1 <= args.labels <= 100_000:
+        raise InputError(f"--labels must be in 1..100000, got {args.labels}")
     head = "regression" if args.head == "classification" and args.labels == 1 else args.head
     config = config.with_head(head, tuple(f"LABEL_{i}" for i in range(args.labels)))
     settings = train_config(args, config.num_hidden_layers)
@@ -440,6 +456,8 @@ def run_report(args: argparse.Namespace) -> None:
     output = Path(args.output)
     if not output.parent.is_dir():
         raise InputError(f"--output {output}: {output.parent} is not a folder")
+    if output.is_dir():
+        raise InputError(f"--output {output} is a folder, expected the name of a file")
     write_text(output, report.compare(runs, output))
     print(f"Written: {output}")
 

@@ -222,6 +222,9 @@ def _labels(values: dict) -> tuple[str, ...]:
     if not isinstance(names, Mapping) or {str(key) for key in names} != {str(i) for i in range(len(names))}:
         raise InputError(f"key 'id2label' must map 0..{len(names) - 1 if isinstance(names, Mapping) else 'n'} to names")
     by_id = {str(key): name for key, name in names.items()}
+    for name in by_id.values():  # a label is a cell of the TSV that `predict` writes
+        if not isinstance(name, (str, int)) or not str(name).isprintable():
+            raise InputError(f"key 'id2label' must map to printable names, got {name!r}")
     return tuple(str(by_id[str(i)]) for i in range(len(by_id)))
 
 
@@ -349,7 +352,8 @@ class TrainConfig:
         for name in ("epochs", "stages", "batch_size", "accumulation_steps", "max_length"):
             if getattr(self, name) is None and name in ("stages", "max_length"):
                 continue
-            _check_number(f"--{name.replace('_', '-')}", getattr(self, name), int, low=1)
+            high = 100_000 if name in ("epochs", "stages") else 2**24
+            _check_number(f"--{name.replace('_', '-')}", getattr(self, name), int, low=1, high=high)
         for name, high in (("lr", _INFINITY), ("weight_decay", _INFINITY), ("warmup", 1), ("max_grad_norm", _INFINITY)):
             _check_number(f"--{name.replace('_', '-')}", getattr(self, name), float, low=0, high=high)
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):

@@ -243,16 +243,20 @@ def load_checkpoint(folder: Path, max_length: int | None = None, squad_options: 
     config = BertConfig.from_json(folder / CONFIG)
     if config.head not in LOSSES:
         raise InputError(f"--checkpoint {folder} must have a head for {', '.join(LOSSES)}, got {config.head}")
-    summary = read_json(folder / SUMMARY) if (folder / SUMMARY).is_file() else None
+    path = folder / SUMMARY
+    summary = read_json(path) if path.exists() else None
     try:
-        settings = {} if summary is None else summary["settings"]
-        options = {**(settings.get("squad") or {}), **squad_options}
-        null_answers = summary is not None and summary["task"] == "squad_v2" or options.get("null_threshold") is not None
-        if max_length is None:
-            max_length = default_max_length(config) if summary is None else settings["max_length"]
-        squad_settings = SquadConfig(**options)
+        settings, task = ({}, None) if summary is None else (summary["settings"], summary["task"])
+        squad_settings = SquadConfig(**(settings.get("squad") or {}))
+        length = default_max_length(config) if summary is None else max_length or settings["max_length"]
+        if type(length) is not int:
+            raise TypeError
     except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{folder / SUMMARY}: expected the summary of a run of train, with its task and settings") from None
+        raise InputError(f"{path}: expected the summary of a run of train, with its task and settings") from None
+    except InputError as error:
+        raise InputError(f"{path}: settings.squad: {error}") from None
+    squad_settings = replace(squad_settings, **squad_options)
+    null_answers = task == "squad_v2" or squad_settings.null_threshold is not None
     base = base_model_name(folder)
     if base is None:
         model, _ = load_model(folder, fresh_head=False)
@@ -260,7 +264,10 @@ def load_checkpoint(folder: Path, max_length: int | None = None, squad_options: 
         model, _ = load_model(model_folder(base), config)
         load_peft(model, folder)
     tokenizer = load_tokenizer(folder, config)
-    max_length = tokenizer.check_max_length(max_length)
+    try:
+        max_length = tokenizer.check_max_length(length if max_length is None else max_length)
+    except InputError as error:
+        raise error if max_length is not None else InputError(f"{path}: settings.max_length: {error}") from None
     return Checkpoint(folder, model, tokenizer, max_length, squad_settings, null_answers)
 
 

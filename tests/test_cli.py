@@ -268,7 +268,7 @@ BAD_OPTIONS = {
     "no length": (["--max-length", "2"], "--max-length must be in 3..24 for this model, got 2"),
     "schedule": (["--schedule", "falling"], "--schedule must be one of full, shrinking"),
     "embeddings": (["--embeddings", "sometimes"], "--embeddings must be one of"),
-    "epochs": (["--epochs", "0"], "--epochs must be an integer of at least 1, got 0"),
+    "epochs": (["--epochs", "0"], "--epochs must be an integer in 1..100000, got 0"),
     "word": (["--epochs", "three"], "argument --epochs: invalid int value: 'three'"),
     "unknown": (["--epoch-count", "3"], "unrecognized arguments: --epoch-count"),
     "rows": (["--max-train-rows", "0"], "got 0"),

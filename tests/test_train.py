@@ -380,9 +380,9 @@ def test_a_run_with_prefetched_batches_is_the_run_without(monkeypatch):
     [
         ({"schedule": "down"}, "--schedule must be one of full, shrinking, growing, without-low-blocks, adaptive, got 'down'"),
         ({"embeddings": "yes"}, "--embeddings must be one of with-block-1, always, never, got 'yes'"),
-        ({"epochs": 0}, "--epochs must be an integer of at least 1, got 0"),
-        ({"stages": 0}, "--stages must be an integer of at least 1, got 0"),
-        ({"batch_size": 2.5}, "--batch-size must be an integer of at least 1, got 2.5"),
+        ({"epochs": 0}, "--epochs must be an integer in 1..100000, got 0"),
+        ({"stages": 0}, "--stages must be an integer in 1..100000, got 0"),
+        ({"batch_size": 2.5}, "--batch-size must be an integer in 1..16777216, got 2.5"),
         ({"accumulation_steps": 9}, "--accumulation-steps must be at most --batch-size, got 9 and 8"),
         ({"lr": float("nan")}, "--lr must be a number of at least 0, got nan"),
         ({"lr": float("inf")}, "--lr must be a number of at least 0, got inf"),

@@ -12,7 +12,7 @@ nyu-mll/glue, which leaves 363,846. In every other file a wrong number of column
 from dataclasses import dataclass
 from pathlib import Path
 
-from progtuning.data.text import Example, Splits, Task, class_index, parse_number, read_lines, tsv_rows
+from progtuning.data.text import Example, Splits, Task, check_file, class_index, parse_number, read_lines, tsv_rows
 from progtuning.errors import InputError
 
 _MAX_BROKEN_ROWS = 32
@@ -126,7 +126,7 @@ def read_glue_file(name: str, path: str | Path, *, labelled: bool = True, max_br
     texts = [glue.text] + ([glue.text_pair] if glue.text_pair else [])
     rows = tsv_rows(
         path,
-        read_lines(path),
+        read_lines(check_file(Path(path))),
         columns=glue.columns if labelled else None,
         required=[*texts, glue.label] if labelled else texts,
         max_short_rows=max_broken_rows,

@@ -31,6 +31,7 @@ from progtuning.files import read_json
 
 MAX_LENGTH, STRIDE, MAX_QUESTION_LENGTH = 384, 128, 64  # tokens; the values of run_squad.py
 MAX_CHARACTERS = 1 << 20  # of one context or question
+MAX_FILE_BYTES = 1 << 27  # three times the largest official file
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ def read_squad(path: str | Path, *, labelled: bool = True, null_answers: bool = 
     not stand where its answer_start says, an id comes twice, or, without `null_answers`, a question has no answer.
     """
     questions = []
-    for i, article in enumerate(_value(str(path), read_json(path), "data", list)):
+    for i, article in enumerate(_value(str(path), read_json(path, MAX_FILE_BYTES), "data", list)):
         in_article = f"{path}: data[{i}]"
         for j, paragraph in enumerate(_value(in_article, article, "paragraphs", list)):
             where = f"{in_article}.paragraphs[{j}]"

@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from progtuning.errors import InputError
+from progtuning.files import RepeatedKey, unique_keys
 
 MAX_LINE_BYTES = 1 << 20  # a sequence is at most some hundred tokens, so a longer line is not text to classify
 
@@ -153,7 +154,7 @@ def movie_reviews(path: str | Path) -> Splits:
     """
     file = Path(path)
     if file.is_dir():
-        file = file / _MOVIE_REVIEWS_FILE
+        file = check_file(file / _MOVIE_REVIEWS_FILE)
     train, dev = [], []
     for number, row in tsv_rows(file, read_lines(file), columns=("id", "rating", "text")):
         where = f"{file}: line {number}"
@@ -174,7 +175,7 @@ def limit_train(splits: Splits, max_train: int, seed: int = 0) -> Splits:
     Raises InputError where max_train is less than 1.
     """
     if max_train < 1:
-        raise InputError(f"--max-train must be at least 1, got {max_train}")
+        raise InputError(f"--max-train-rows must be at least 1, got {max_train}")
     if max_train >= len(splits.train):
         return splits
     chosen = sorted(random.Random(seed).sample(range(len(splits.train)), max_train))
@@ -216,6 +217,13 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     if not offset:
         raise InputError(f"{path}: line 1: got an empty file, expected rows")
+
+
+def check_file(path: Path) -> Path:
+    """Return `path`. Raises InputError for a pipe or a device, which a folder should not have: it may never end."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a file")
+    return path
 
 
 def tsv_rows(
@@ -295,7 +303,7 @@ def _one_of(folder: Path, stem: str) -> Path:
     found = [file for file in (folder / f"{stem}.tsv", folder / f"{stem}.jsonl") if file.exists()]
     if len(found) != 1:
         raise InputError(f"{folder}: got {len(found) or 'none'} of {stem}.tsv and {stem}.jsonl, expected one")
-    return found[0]
+    return check_file(found[0])
 
 
 def _header(path: str | Path, line: str, required: Sequence[str], optional: Sequence[str] | None) -> list[str]:
@@ -325,7 +333,9 @@ def _json_rows(
 def _json_object(where: str, line: str) -> dict:
     """Parse a line of JSONL and leave out what is null."""
     try:
-        value = json.loads(line)
+        value = json.loads(line, object_pairs_hook=unique_keys)
+    except RepeatedKey as error:
+        raise InputError(f"{where}: got JSON in which {error}, expected each key once") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: got no JSON ({error.msg}, character {error.pos + 1}), expected an object") from None
     except (RecursionError, ValueError):  # ValueError: an integer of more digits than Python converts

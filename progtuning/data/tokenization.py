@@ -13,6 +13,8 @@ Unlike there, a setting that tokenizer_config.json lacks is what tokenizer.json 
 """
 
 import hashlib
+import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +44,9 @@ MAX_FILE_BYTES = 64 << 20  # several times the largest tokenizer.json of a publi
 # What the library encodes at once: it takes some 500 bytes a token before a text is cut.
 _BATCH_ROWS = 1000
 _BATCH_CHARACTERS = 1 << 18
+_MAX_GROWTH = 16  # times that a normalizer may make a text longer
 _SETTINGS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars", "add_prefix_space")
+_TOKEN_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized")  # the library prints others on standard output
 _BERT_SPECIAL = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
 _ROBERTA_SPECIAL = {
     "bos": "<s>",
@@ -222,6 +226,7 @@ def load_tokenizer(folder: str | Path, config: BertConfig) -> Tokenizer:
             backend.no_padding()
             backend.no_truncation()
             _apply_settings(backend, settings)
+        _check_growth(backend, source)
     elif "vocab.txt" in files:
         source = folder / "vocab.txt"
         with _library_errors(source):
@@ -285,6 +290,21 @@ def _apply_settings(backend: tokenizers.Tokenizer, settings: dict) -> None:
         backend.pre_tokenizer = pre_tokenizer
 
 
+def _check_growth(backend: tokenizers.Tokenizer, source: Path) -> None:
+    """Raise InputError where replacements, one after the other, may make a text so long that it fills the memory."""
+    growth, nodes = 1, [json.loads(backend.normalizer.__getstate__())] if backend.normalizer else []
+    while nodes and growth <= _MAX_GROWTH:
+        node = nodes.pop()
+        nodes += node.get("normalizers", ())
+        content, replaced = node.get("content", ""), node.get("pattern", {}).get("String", "")
+        if node["type"] == "Prepend":
+            growth += len(node["prepend"])
+        elif len(content) > len(replaced):
+            growth *= -(-len(content) // len(replaced)) if replaced else 1 + len(content)  # "": perhaps at every place
+    if growth > _MAX_GROWTH:
+        raise InputError(f"{source}: its normalizer may make a text {_MAX_GROWTH} times longer and more, expected less")
+
+
 def _wordpiece(source: Path, files: dict[str, bytes], settings: dict) -> tokenizers.Tokenizer:
     lines = files["vocab.txt"].decode("utf-8").removesuffix("\n").split("\n")
     vocab = {line.rstrip(): i for i, line in enumerate(lines)}
@@ -338,10 +358,9 @@ def _special_tokens(
     for role, default in defaults.items():
         token = settings.get(f"{role}_token", default)
         token = token if isinstance(token, dict) else {"content": token}
-        token = {**token, **flags.get(token["content"], {}), "special": True}
-        token.pop("__type", None)
+        token = {**token, **flags.get(token["content"], {})}
         if token["content"] in vocab:
-            special[role] = AddedToken(**token)
+            special[role] = AddedToken(**{key: token[key] for key in _TOKEN_FLAGS if key in token}, special=True)
         elif role in ("cls", "sep", "unk"):
             raise InputError(
                 f"{source}: got no token {shorten(token['content'])}, expected it among the {len(vocab)} of the file"
@@ -402,8 +421,26 @@ def _longest_first(lengths: list[int], room: int) -> list[int]:
 def _library_errors(source: Path) -> Iterator[None]:
     """Turn whatever a tokenizer's files make the library, or the reading of them, raise into one line with the file."""
     try:
-        yield
+        with _quiet():
+            yield
     except (InputError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # the library's panics are no Exception
         raise InputError(f"{source}: not a usable tokenizer: {shorten(' '.join(str(error).split()), 160)}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Send what is written to descriptor 2 nowhere: a panic of the library prints its stack there before it is raised."""
+    try:
+        saved = os.dup(2)
+    except OSError:  # there is no standard error
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
