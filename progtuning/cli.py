@@ -181,6 +181,7 @@ OPTIONS = {
         ("embeddings", "embeddings", "when E trains: with-block-1, always or never"),
         ("epochs", "epochs", "passes over the training rows"),
         ("batch-size", "batch_size", "examples an optimizer step"),
+        ("batch-tokens", "batch_tokens", "instead, tokens an optimizer step, padding included"),
         ("accumulation-steps", "accumulation_steps", "pieces that a batch is processed in, to save memory"),
         ("lr", "lr", "peak learning rate"),
         ("weight-decay", "weight_decay", "AdamW's decay of weights, not of biases and LayerNorms"),
@@ -247,7 +248,7 @@ def add_train_options(parser: Parser, only: Sequence[str] | None = None) -> None
 
 
 def option_type(option: str, default) -> Callable[[str], object]:
-    if option in ("stages", "max-length"):
+    if option in ("stages", "batch-tokens", "max-length"):
         return int
     if option.endswith("dropout-prob") or option == "null-threshold":
         return float
@@ -271,6 +272,8 @@ def train_config(args: argparse.Namespace, num_blocks: int, task: str | None = N
         from progtuning.peft.spafit import parse_bounds
 
         given[PeftConfig]["spafit_bounds"] = parse_bounds(given[PeftConfig]["spafit_bounds"], num_blocks)
+    if {"batch_size", "batch_tokens"} <= set(given[TrainConfig]):
+        raise InputError("--batch-size and --batch-tokens exclude each other: give one of them")
     if "cache_limit" in given[TrainConfig]:
         given[TrainConfig]["cache_limit"] = parse_size("--cache-limit", given[TrainConfig]["cache_limit"])
     peft, dps = PeftConfig(**given[PeftConfig]), DPSConfig(**given[DPSConfig])

@@ -320,7 +320,8 @@ class TrainConfig:
     stages: int | None = None  # T; None: as many as epochs. Of "adaptive", the intervals; None: four an epoch
     embeddings: str = "with-block-1"  # one of stages.EMBEDDING_POLICIES
     epochs: int = 3
-    batch_size: int = 32  # examples an optimizer step
+    batch_size: int = 32  # examples an optimizer step, and a batch of evaluation
+    batch_tokens: int | None = None  # in place of batch_size in training: rows times longest row of a batch, at most
     accumulation_steps: int = 1  # pieces that a batch is processed in, to save memory; the update is the same
     lr: float = 2e-5
     weight_decay: float = 0.01
@@ -349,8 +350,8 @@ class TrainConfig:
         _check_choice("--precision", self.precision, PRECISIONS)
         self._check_cache()
         _check_choice("--evaluate", self.evaluate, ("epoch", "end"))
-        for name in ("epochs", "stages", "batch_size", "accumulation_steps", "max_length"):
-            if getattr(self, name) is None and name in ("stages", "max_length"):
+        for name in ("epochs", "stages", "batch_size", "batch_tokens", "accumulation_steps", "max_length"):
+            if getattr(self, name) is None and name in ("stages", "batch_tokens", "max_length"):
                 continue
             high = 100_000 if name in ("epochs", "stages") else 2**24
             _check_number(f"--{name.replace('_', '-')}", getattr(self, name), int, low=1, high=high)
@@ -360,7 +361,7 @@ class TrainConfig:
             if getattr(self, name) is not None:
                 _check_number(f"--{name.replace('_', '-')}", getattr(self, name), float, low=0, high=1)
         _check_number("--seed", self.seed, int, low=0, high=2**63 - 1)
-        if self.accumulation_steps > self.batch_size:
+        if self.accumulation_steps > self.batch_size and self.batch_tokens is None:
             raise InputError(
                 f"--accumulation-steps must be at most --batch-size, got {self.accumulation_steps} and {self.batch_size}"
             )

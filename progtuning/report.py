@@ -144,13 +144,15 @@ def mebibytes(size: int) -> str:
 def card(summary: dict) -> str:
     """Return the README.md of an output folder."""
     settings = summary["settings"]
+    tokens = settings.get("batch_tokens")
+    batch = settings["batch_size"] if tokens is None else f"of {tokens:,} tokens"
     metrics = [[name, f"{value:.4f}"] for name, value in summary["metrics"].items()]
     return "\n".join(
         [
             f"# {summary['model']} fine-tuned on {summary['task']}",
             "",
             f"Schedule {settings['schedule']} in {len(summary['stages'])} stages over {settings['epochs']} epochs, embeddings "
-            f"{settings['embeddings']}, {summary['train_rows']:,} training rows, batch {settings['batch_size']}, learning rate "
+            f"{settings['embeddings']}, {summary['train_rows']:,} training rows, batch {batch}, learning rate "
             f"{settings['lr']:g}, seed {settings['seed']}, {settings['precision']}, on {summary['device']}.",
             "",
             table(["metric", "value"], metrics),

@@ -19,7 +19,7 @@ from progtuning.bert import Model
 from progtuning.cache import PrefixCache
 from progtuning.config import BertConfig, PeftConfig, SquadConfig, TrainConfig
 from progtuning.data.answers import Prediction, decode
-from progtuning.data.batching import EncodedRows, TrainBatches, evaluation_batches, prefetch, split
+from progtuning.data.batching import EncodedRows, TokenBatches, TrainBatches, evaluation_batches, prefetch, split
 from progtuning.data.squad import SquadRows, SquadTask
 from progtuning.data.text import Task
 from progtuning.dps import DPS
@@ -129,7 +129,7 @@ class Trainer:
         self.loss = LOSSES[self.model.config.head]
         make = AdaptiveSchedule if settings.schedule == "adaptive" else partial(make_schedule, settings.schedule)
         self.schedule = make(self.model.num_blocks, settings.num_stages, settings.embeddings)
-        self.batches = TrainBatches(self.data.lengths, settings.batch_size, settings.seed, settings.group_by_length)
+        self.batches = make_batches(self.data.lengths, settings)
         self.num_steps = settings.epochs * len(self.batches)
         self.optimizer = build_optimizer(self.model, settings.lr, settings.weight_decay)
         self.lr_schedule = linear_schedule(self.optimizer, self.num_steps, math.ceil(settings.warmup * self.num_steps))
@@ -429,6 +429,13 @@ class Trainer:
 
 def _not_finite(step: int, loss: float, norm: float, stage: int, rows: list[str]) -> str:
     return f"step {step + 1} (stage {stage}, rows {', '.join(rows)}): the loss is {loss:g}, the norm of the gradient {norm:g}"
+
+
+def make_batches(lengths: Sequence[int], settings: TrainConfig) -> TrainBatches:
+    """Return the training batches of `settings`. Raises InputError where the longest row exceeds the tokens of a batch."""
+    if settings.batch_tokens is None:
+        return TrainBatches(lengths, settings.batch_size, settings.seed, settings.group_by_length)
+    return TokenBatches(lengths, settings.batch_tokens, settings.epochs, settings.seed, settings.group_by_length)
 
 
 def decisions(schedule: AdaptiveSchedule) -> list[dict]:

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from progtuning.config import BertConfig
-from progtuning.data.batching import EncodedRows, TrainBatches, encode_examples, evaluation_batches, prefetch, split
+from progtuning.data.batching import EncodedRows, TokenBatches, TrainBatches, encode_examples, evaluation_batches, prefetch, split
 from progtuning.data.text import Example
 from progtuning.data.tokenization import Encoding, load_tokenizer
+from progtuning.errors import InputError
 
 seeded = settings(max_examples=200, deadline=None, derandomize=True)
 lengths_of = st.lists(st.integers(1, 64), min_size=1, max_size=200)
@@ -101,6 +102,36 @@ def test_grouping_by_length_pads_a_few_percent_where_shuffling_pads_a_half():
     grouped = padded_share(TrainBatches(lengths, 32, seed=0).epoch(0), lengths)
     shuffled = padded_share(TrainBatches(lengths, 32, seed=0, group_by_length=False).epoch(0), lengths)
     assert grouped < 0.08 and shuffled > 0.5
+
+
+@seeded
+@given(lengths_of, st.integers(64, 600), st.integers(0, 2**32), st.integers(1, 4), st.booleans())
+def test_a_token_budget_holds_padding_too_and_every_epoch_has_every_row_once_in_as_many_batches(
+    lengths, budget, seed, num_epochs, group_by_length
+):
+    batches = TokenBatches(lengths, budget, num_epochs, seed, group_by_length)
+    for epoch in range(num_epochs):
+        found = batches.epoch(epoch)
+        assert sorted(row for batch in found for row in batch) == list(range(len(lengths)))
+        assert len(found) == len(batches)
+        assert all(0 < len(batch) * max(lengths[row] for row in batch) <= budget for batch in found)
+        assert found == batches.epoch(epoch)
+
+
+def test_a_token_budget_is_nearly_used_up_and_its_batches_differ_between_epochs():
+    lengths = np.random.default_rng(0).geometric(1 / 25, 6400).clip(3, 128).tolist()
+    batches = TokenBatches(lengths, 1024, 3, seed=0)
+    assert sum(lengths) / (len(batches) * 1024) > 0.85
+    assert len({len(batch) for batch in batches.epoch(0)}) > 10  # many short rows together, or few long ones
+    shared = {frozenset(batch) for batch in batches.epoch(0)} & {frozenset(batch) for batch in batches.epoch(1)}
+    assert len(shared) < len(batches) // 20
+
+
+def test_a_row_above_the_token_budget_and_an_epoch_beyond_the_last_are_refused():
+    with pytest.raises(InputError, match="--batch-tokens must be at least 9, the longest row's tokens, got 8"):
+        TokenBatches([3, 9, 4], 8, 2, seed=0)
+    with pytest.raises(ValueError, match="epoch must be in 0..1, got 2"):
+        TokenBatches([3, 9, 4], 9, 2, seed=0).epoch(2)
 
 
 @seeded

@@ -278,6 +278,7 @@ BAD_OPTIONS = {
     "target": (["--peft", "lora", "--lora-targets", "query,gate"], "--lora-targets must be among query, key,"),
     "bounds": (["--peft", "spafit", "--spafit-bounds", "3,2"], "--spafit-bounds must be 4-9 or 4-14, or N1,N2 with"),
     "high bounds": (["--peft", "spafit", "--spafit-bounds", "3,5"], "0 <= N1 <= N2 <= 4, got '3,5'"),
+    "two sizes": (["--batch-tokens", "64"], "--batch-size and --batch-tokens exclude each other"),
     "cache": (["--cache", "ram"], "--cache must be one of off, memory, disk, got 'ram'"),
     "cache and dropout": (["--cache", "disk", "--prefix-dropout"], "leave out --prefix-dropout"),
     "cache and growing": (["--cache", "disk", "--schedule", "growing"], "--schedule growing unfreezes"),

@@ -120,6 +120,18 @@ def test_the_logged_loss_is_the_mean_over_the_steps_since_the_last_row():
     assert [row["loss"] for row in logged] == pytest.approx(expected)
 
 
+def test_under_a_token_budget_stages_change_with_epochs_and_the_schedule_ends_with_the_last_step():
+    logged = []
+    run = trainer(log=logged.append, batch_tokens=30, accumulation_steps=2)
+    run.fit()
+    stages = run.account()["stages"]
+    assert [stage["steps"] for stage in stages] == [len(run.batches)] * 3
+    assert sum(stage["steps"] for stage in stages) == run.num_steps == logged[-1]["step"] and logged[-1]["lr"] == 0
+    assert run.account()["updated_parameters"] == accounting.updated_parameters(TINY, run.schedule, 3)
+    with pytest.raises(InputError, match="--batch-tokens must be at least 9, the longest row's tokens, got 8"):
+        trainer(batch_tokens=8)
+
+
 @pytest.mark.parametrize("policy", ["with-block-1", "always", "never"])
 @pytest.mark.parametrize("epochs, stages", [(3, None), (2, 4), (4, 2)])
 def test_the_account_of_a_run_is_the_closed_form_over_its_batches(policy, epochs, stages):
@@ -383,6 +395,7 @@ def test_a_run_with_prefetched_batches_is_the_run_without(monkeypatch):
         ({"epochs": 0}, "--epochs must be an integer in 1..100000, got 0"),
         ({"stages": 0}, "--stages must be an integer in 1..100000, got 0"),
         ({"batch_size": 2.5}, "--batch-size must be an integer in 1..16777216, got 2.5"),
+        ({"batch_tokens": 0}, "--batch-tokens must be an integer in 1..16777216, got 0"),
         ({"accumulation_steps": 9}, "--accumulation-steps must be at most --batch-size, got 9 and 8"),
         ({"lr": float("nan")}, "--lr must be a number of at least 0, got nan"),
         ({"lr": float("inf")}, "--lr must be a number of at least 0, got inf"),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from progtuning.data.text import Example
 from progtuning.data.tokenization import Encoding, Tokenizer
+from progtuning.errors import InputError
 
 _SPAN_BATCHES = 50  # batches that are sorted together
 Item, Prepared = TypeVar("Item"), TypeVar("Prepared")
@@ -117,13 +118,60 @@ class TrainBatches:
     def epoch(self, epoch: int) -> list[list[int]]:
         """Return the batches of 0-based epoch `epoch`: a pure function of it, the seed and the lengths."""
         generator = np.random.default_rng([self.seed, epoch])
+        batches = self._cut(self._order(generator))
+        return [batches[i] for i in generator.permutation(len(batches))]
+
+    def _order(self, generator: np.random.Generator) -> np.ndarray:
         rows = generator.permutation(len(self.lengths))
         if self.group_by_length:
             # At least 4 spans, or a small set would be sorted as a whole and its batches hardly differ between epochs.
-            span = self.batch_size * max(1, min(_SPAN_BATCHES, len(self) // 4))
+            num_batches = -(-len(rows) // self.batch_size)
+            span = self.batch_size * max(1, min(_SPAN_BATCHES, num_batches // 4))
             rows = rows[np.lexsort((-self.lengths[rows], np.arange(len(rows)) // span))]
-        batches = _cut(rows, self.batch_size)
-        return [batches[i] for i in generator.permutation(len(batches))]
+        return rows
+
+    def _cut(self, rows: np.ndarray) -> list[list[int]]:
+        return _cut(rows, self.batch_size)
+
+
+class TokenBatches(TrainBatches):
+    """Batches of at most `budget` tokens, padding included: rows times longest row <= budget. Short rows come many together.
+
+    Every one of `num_epochs` epochs has as many batches, so that stages and epochs change together and the number of steps is
+    known: of an epoch that would have fewer, the batches of most rows are halved. Raises InputError where the longest row
+    exceeds the budget, and what TrainBatches raises.
+    """
+
+    def __init__(self, lengths: Sequence[int], budget: int, num_epochs: int, seed: int, group_by_length: bool = True):
+        super().__init__(lengths, max(1, budget * len(lengths) // max(1, sum(lengths))), seed, group_by_length)
+        if self.lengths.max() > budget:
+            raise InputError(f"--batch-tokens must be at least {self.lengths.max()}, the longest row's tokens, got {budget}")
+        self.budget = budget
+        self.num_epochs = num_epochs
+        self._count = 0
+        self._count = max(len(super(TokenBatches, self).epoch(epoch)) for epoch in range(num_epochs))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """As of TrainBatches. Raises ValueError for an epoch that is not one of the `num_epochs`."""
+        if not 0 <= epoch < self.num_epochs:
+            raise ValueError(f"epoch must be in 0..{self.num_epochs - 1}, got {epoch}")
+        return super().epoch(epoch)
+
+    def _cut(self, rows: np.ndarray) -> list[list[int]]:
+        batches, longest = [], 0
+        for row, length in zip(rows.tolist(), self.lengths[rows].tolist()):
+            longest = max(longest, length)
+            if not batches or (len(batches[-1]) + 1) * longest > self.budget:
+                batches.append([])
+                longest = length
+            batches[-1].append(row)
+        while len(batches) < self._count:
+            most = max(range(len(batches)), key=lambda i: len(batches[i]))
+            batches[most : most + 1] = split(batches[most], 2)
+        return batches
 
 
 def evaluation_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
