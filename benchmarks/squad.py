@@ -1,13 +1,13 @@
-"""Question answering by full fine-tuning and by Progtuning: exact match, F1 and seconds, and the memory of a full-size file.
+"""Question answering by full fine-tuning and by Progtuning: exact match, F1, seconds; the memory of a full-size file.
 
-    python benchmarks/squad.py --task squad --data ../shared/data/squad --rows 1500 --precision bf16 --attention-dropout 0
+    python benchmarks/squad.py --task squad --data ../shared/data/squad --rows 1500 --precision bf16
     python benchmarks/squad.py --memory
     python benchmarks/squad.py --table
 
-Every run appends a row to benchmarks/results/squad.jsonl: settings, versions, environment, date and command. Epochs and stages are the paper's (3 for
-v1.1, 2 for v2.0). Training rows are a sample of questions, drawn once (seed 0) and the same for both schedules; metrics are those of all
-questions of the dev file. `--memory` makes a file of the size of the official training file, cuts it in windows, and prints the peak of
-the whole process.
+Every run appends a row to benchmarks/results/squad.jsonl: settings, versions, environment, date and command. Epochs and
+stages are the paper's (3 for v1.1, 2 for v2.0). Training rows are a sample of questions, drawn once (seed 0) and the
+same for both schedules; metrics are those of all questions of the dev file. `--memory` makes a file of the size of the
+official training file, cuts it in windows, and measures the peak of the whole process.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         )
         begin = time.perf_counter()
         summary = fine_tune(MODEL, model_folder(MODEL), splits, settings, choose_device(None))
-        keys = ("epochs", "batch_size", "lr", "max_length", "precision", "attention_probs_dropout_prob", "seed", "squad")
+        keys = ("epochs", "batch_size", "lr", "max_length", "precision", "attention_probs_dropout_prob", "seed")
         append(
             {
                 "task": args.task,
@@ -65,9 +65,10 @@ def run(args: argparse.Namespace) -> None:
                 "flops": report.total(summary, "forward_flops") + report.total(summary, "backward_flops"),
                 "seconds": {phase: round(report.seconds(summary, phase), 1) for phase in report.PHASES},
                 "wall_seconds": round(time.perf_counter() - begin, 1),
-                **{key: summary[key] for key in ("train_rows", "train_windows", "dev_rows", "model", "device", "versions")},
+                **{key: summary[key] for key in ("train_rows", "train_windows", "dev_rows")},
                 "stages": len(summary["stages"]),
                 **{key: summary["settings"][key] for key in keys},
+                **{key: summary[key] for key in ("model", "device", "versions")},
             }
         )
 
@@ -99,7 +100,8 @@ def measure_memory() -> None:
 def make_file(path: Path) -> None:
     """Write FULL_SIZE bytes in SQuAD's layout: 4.6 questions a paragraph of 120 words, as in the official file."""
     generator = random.Random(0)
-    vocabulary = ["".join(generator.choices("abcdefghijklmnoprstuvwé", k=generator.randint(2, 9))) for _ in range(20_000)]
+    letters = "abcdefghijklmnoprstuvwé"
+    vocabulary = ["".join(generator.choices(letters, k=generator.randint(2, 9))) for _ in range(20_000)]
     paragraphs, size = [], 0
     while size < FULL_SIZE:
         context = " ".join(generator.choices(vocabulary, k=120))
@@ -143,7 +145,8 @@ def table() -> str:
         for row in rows
         if "metrics" in row
     ]
-    return report.table(["task", "schedule", "questions x epochs", "EM", "F1", "training, s", "updated, M", "TFLOP"], lines)
+    header = ["task", "schedule", "questions x epochs", "EM", "F1", "training, s", "updated, M", "TFLOP"]
+    return report.table(header, lines)
 
 
 def main() -> None:
@@ -155,7 +158,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--attention-dropout", type=float, help="(the model's own); with 0 PyTorch takes its fused attention on a CPU")
+    parser.add_argument("--attention-dropout", type=float, help="with 0 a CPU takes fused attention (the model's own)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--memory", action="store_true", help="measure the memory of reading a full-size file")
     parser.add_argument("--table", action="store_true", help="print the table of the rows")

@@ -111,11 +111,13 @@ def build_parser() -> Parser:
     add_train_options(evaluate, only=[row[0] for row in OPTIONS[SquadConfig]])
     add_run_options(evaluate)
 
-    predict = add_command(commands, "predict", run_predict, "label rows of text, or answer questions, with a fine-tuned model")
+    predict = add_command(commands, "predict", run_predict, "label texts, or answer questions, with a fine-tuned model")
     add_checkpoint_options(predict)
-    predict.add_argument("--input", help="TSV with a header, or JSONL, of text and text_pair, or question and context; - is standard input")
+    text = "TSV with a header, or JSONL, of text and text_pair, or of question and context; - is standard input"
+    predict.add_argument("--input", help=text)
     predict.add_argument("--output", help="TSV: label and probability, or score; JSONL: answers; - is standard output")
-    predict.add_argument("--glue-submission", metavar="DIR", help="write what the GLUE server takes, for --task and --data, into DIR")
+    text = "write what the GLUE server takes, for --task and --data, into DIR"
+    predict.add_argument("--glue-submission", metavar="DIR", help=text)
     add_task_options(predict, required=False)
     add_train_options(predict, only=[row[0] for row in OPTIONS[SquadConfig]])
     add_run_options(predict)
@@ -177,7 +179,7 @@ def add_run_options(parser: Parser) -> None:
 OPTIONS = {
     TrainConfig: (
         ("schedule", "schedule", "full, shrinking, growing, without-low-blocks or adaptive"),
-        ("stages", "stages", "number of stages (one an epoch; squad 3, squad_v2 2; of adaptive, intervals, four an epoch)"),
+        ("stages", "stages", "stages (one an epoch; squad 3, squad_v2 2); of adaptive, intervals (four an epoch)"),
         ("embeddings", "embeddings", "when E trains: with-block-1, always or never"),
         ("epochs", "epochs", "passes over the training rows"),
         ("batch-size", "batch_size", "examples an optimizer step"),
@@ -262,8 +264,8 @@ def split_names(text: str) -> tuple[str, ...]:
 
 
 def train_config(args: argparse.Namespace, num_blocks: int, task: str | None = None) -> TrainConfig:
-    """Build the settings from the options given. Where none is given, the task's own values stand, and with `--recipe paper`
-    the authors' before them."""
+    """Build the settings from the options given. Where none is given, the task's own values stand, and with
+    `--recipe paper` the authors' before them."""
     given = {
         settings: {field: getattr(args, option) for option, field, _ in options if hasattr(args, option)}
         for settings, options in OPTIONS.items()

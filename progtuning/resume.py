@@ -229,7 +229,8 @@ def _check_same(found: object, ours: Mapping, folder: Path) -> None:
 def _difference(key: str, theirs: object, mine: object) -> str:
     kind, _, name = key.partition("/")
     if kind == "settings":
-        option = name.replace("peft/method", "peft").replace("dps/mode", "dps").replace("peft/", "").replace("/", "-")
+        option = name.replace("peft/method", "peft").replace("dps/mode", "dps")
+        option = option.removeprefix("peft/").removeprefix("squad/").replace("/", "-")
         return f"--{option.replace('_', '-')} was {theirs}, now {mine}"
     if kind in ("task", "device"):
         return f"{key.replace('/', ' ')} was {theirs}, now {mine}"

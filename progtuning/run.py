@@ -23,7 +23,7 @@ from progtuning.data.submission import write_submission
 from progtuning.data.text import Splits, Task, load_folder, movie_reviews, read_table
 from progtuning.data.tokenization import Tokenizer, load_tokenizer
 from progtuning.errors import InputError, Interrupted
-from progtuning.files import made_folder, read_json, write_json
+from progtuning.files import made_folder, new_folder, read_json, write_json
 from progtuning.measure import attention_backends, describe_device
 from progtuning.peft import apply_peft
 from progtuning.peft.lora import unwrap
@@ -50,7 +50,8 @@ def choose_device(name: str | None) -> torch.device:
 def load_splits(task: str, data: str | None) -> Splits:
     """Read a task's training and held-out rows. `data` is "hub", or names a folder or what `sources.data_folder` takes.
 
-    `task` is a GLUE task, "squad", "squad_v2", "movie-reviews", or one of OWN_DATA for a folder of one's own. Raises InputError.
+    `task` is a GLUE task, "squad", "squad_v2", "movie-reviews", or one of OWN_DATA for a folder of one's own. Raises
+    InputError.
     """
     if task == "movie-reviews":
         return movie_reviews(data_folder(data or "movie-reviews"))
@@ -67,7 +68,7 @@ def load_splits(task: str, data: str | None) -> Splits:
 
 
 def default_max_length(config: BertConfig) -> int:
-    """Return the longest sequence where the user names none: 128 tokens, 384 for question answering, or what the model takes."""
+    """Return the longest sequence where the user names none: 128 tokens (questions: 384), or what the model takes."""
     return min(squad.MAX_LENGTH if config.head == "question-answering" else 128, config.max_length)
 
 
@@ -220,7 +221,7 @@ def probe(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A fine-tuned model and what its predictions need: its tokenizer, and from its `summary.json` the settings of its training."""
+    """A fine-tuned model and what its predictions need: its tokenizer, and of its `summary.json` some settings."""
 
     folder: Path
     model: Model
@@ -234,11 +235,14 @@ class Checkpoint:
         return self.model.config.head
 
 
-def load_checkpoint(folder: Path, max_length: int | None = None, squad_options: Mapping = MappingProxyType({})) -> Checkpoint:
-    """Load a fine-tuned model. `max_length` None and fields of SquadConfig that `squad_options` lacks are as in its training.
+def load_checkpoint(
+    folder: Path, max_length: int | None = None, squad_options: Mapping = MappingProxyType({})
+) -> Checkpoint:
+    """Load a fine-tuned model. `max_length` None, and fields of SquadConfig that `squad_options` lacks, are as in its
+    training.
 
-    What a PEFT method trained is put on its base model, which is fetched by the name that the folder has for it. Raises InputError
-    where the folder has no head, where a file is missing or damaged, or where an option is out of range.
+    What a PEFT method trained is put on its base model, which is fetched by the name that the folder has for it. Raises
+    InputError where the folder has no head, where a file is missing or damaged, or where an option is out of range.
     """
     config = BertConfig.from_json(folder / CONFIG)
     if config.head not in LOSSES:
@@ -273,13 +277,12 @@ def load_checkpoint(folder: Path, max_length: int | None = None, squad_options: 
 
 def check_task(checkpoint: Checkpoint, task: Task) -> None:
     """Raise InputError where the model's head or classes are not the task's."""
+    name = f"--checkpoint {checkpoint.folder}"
     if checkpoint.head != task.head:
-        raise InputError(f"--checkpoint {checkpoint.folder} has a {checkpoint.head} head, which does not fit --task {task.name}")
+        raise InputError(f"{name} has a {checkpoint.head} head, which does not fit --task {task.name}")
     if task.labels and checkpoint.model.config.labels != task.labels:
         got, expected = ", ".join(checkpoint.model.config.labels), ", ".join(task.labels)
-        raise InputError(
-            f"--checkpoint {checkpoint.folder} has the classes {got}, expected those of --task {task.name}: {expected}"
-        )
+        raise InputError(f"{name} has the classes {got}, expected those of --task {task.name}: {expected}")
     _check_threshold(task, checkpoint.squad)
 
 
@@ -296,9 +299,10 @@ def evaluate_checkpoint(
     precision: str = "fp32",
     output_dir: str | Path | None = None,
 ) -> dict[str, float]:
-    """Return the metrics of a fine-tuned model on a task's held-out rows. Raises InputError where its classes are others.
+    """Return the metrics of a fine-tuned model on a task's held-out rows.
 
-    With `output_dir`, a new or empty folder, SQuAD's prediction files are written there.
+    With `output_dir`, a new or empty folder, SQuAD's prediction files are written there. Raises InputError where the
+    model is not one for the task.
     """
     task, settings = splits.task, checkpoint.squad
     check_task(checkpoint, task)
@@ -321,19 +325,17 @@ def predict_file(
 ) -> str:
     """Return the predictions for a file (`-`: standard input), a row for each of its rows.
 
-    For a TSV or JSONL of texts they are a TSV of the predicted class `label` and its `probability`, or for regression `score`; for
-    one of questions and contexts, or SQuAD's own JSON, the lines of `answers.to_jsonl`. Raises InputError.
+    For a TSV or JSONL of texts they are a TSV of the predicted class `label` and its `probability`, or for regression
+    `score`; for one of questions and contexts, or SQuAD's own JSON, the lines of `answers.to_jsonl`. Raises InputError.
     """
-    model, settings = checkpoint.model, checkpoint.squad
+    model, tokenizer, settings = checkpoint.model, checkpoint.tokenizer, checkpoint.squad
     if checkpoint.head == "question-answering":
-        rows = encode_questions(
-            read_questions(file), checkpoint.tokenizer, checkpoint.max_length, settings.doc_stride, settings.max_query_length
-        )
+        limits = (checkpoint.max_length, settings.doc_stride, settings.max_query_length)
+        rows = encode_questions(read_questions(file), tokenizer, *limits)
         predictions = answer(model, rows, checkpoint.null_answers, batch_size, device, precision, settings)
         return to_jsonl(predictions, settings.null_threshold or 0.0)
     _, examples = read_table(file, require_label=False)
-    rows = encode_examples(examples, checkpoint.tokenizer, checkpoint.max_length)
-    outputs = predict(model, rows, batch_size, device, precision)
+    outputs = predict(model, encode_examples(examples, tokenizer, checkpoint.max_length), batch_size, device, precision)
     if checkpoint.head == "regression":
         return "score\n" + "".join(f"{score:.6g}\n" for score in outputs[:, 0])
     exponentials = np.exp(outputs - outputs.max(axis=1, keepdims=True))
@@ -353,8 +355,8 @@ def write_glue_submission(
 ) -> list[Path]:
     """Predict the test rows of a GLUE task and write the files that the GLUE server expects; return their paths.
 
-    `data` is "hub", or names a folder with the task's test.tsv (MNLI: test_matched.tsv and test_mismatched.tsv). `folder` is made
-    where it does not exist; files of other tasks in it are left alone. Raises InputError.
+    `data` is "hub", or names a folder with the task's test.tsv (MNLI: test_matched.tsv and test_mismatched.tsv).
+    `folder` is made where it does not exist; files of other tasks in it are left alone. Raises InputError.
     """
     task = glue.glue_task(task_name)
     check_task(checkpoint, task.task)

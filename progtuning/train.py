@@ -490,7 +490,7 @@ def predict(
 ) -> np.ndarray:
     """Return the head's outputs for the N rows of `data` in their order. The model is left in eval mode.
 
-    They are (N, C) float32, or for question answering (N, S, 2), S the length of the longest row, and 0 beyond a row's batch.
+    They are (N, C) float32, or for question answering (N, S, 2), S the length of the longest row, 0 beyond a row's batch.
     Raises RunError where one is not finite: the weights are not.
     """
     model.to(device).eval()
@@ -528,7 +528,8 @@ def score_answers(
     best = [prediction.spans[0].text for prediction in predictions]
     if not task.null_answers:
         return metrics.squad(best, golds)
-    return metrics.squad_v2(best, [prediction.null_odds for prediction in predictions], golds, squad.null_threshold or 0.0)
+    null_odds = [prediction.null_odds for prediction in predictions]
+    return metrics.squad_v2(best, null_odds, golds, squad.null_threshold or 0.0)
 
 
 def measure_splits(

@@ -109,7 +109,7 @@ def round_trip(rows):
     """
     shown = {window.question for window, label in zip(rows.windows, rows.labels) if label[0]}
     exceptions = []
-    for i, prediction in enumerate(decode(rows, one_hot(rows), False, max_answer_length=10**6)):
+    for i, prediction in enumerate(decode(rows, one_hot(rows), False, n_best=1, max_answer_length=100)):
         question, span = rows.questions[i], prediction.spans[0]
         if i not in shown or any(exact_match(span.text, answer.text) for answer in question.answers):
             continue
@@ -132,12 +132,13 @@ def test_gold_spans_of_real_questions_come_back_but_where_a_gold_cuts_a_token(sh
     tokenizer = load_tokenizer(minilm, BertConfig.from_json(minilm / "config.json"))
     total = wrong = 0
     for name in ("train-v1.1", "dev-v1.1", "train-v2.0", "dev-v2.0"):
-        questions = [q for q in read_squad(shared_data / "squad" / f"{name}.json")[::8] if q.answers]
+        questions = [q for q in read_squad(shared_data / "squad" / f"{name}.json") if q.answers]
         shown, exceptions = round_trip(encode_questions(questions, tokenizer))
         assert shown == len(questions)  # windows overlap by more than any answer is long
+        print(f"{name}: {shown - len(exceptions)} of {shown} gold spans come back, the others cut a token")
         total, wrong = total + shown, wrong + len(exceptions)
-    print(f"{total - wrong} of {total} gold spans come back, {wrong} begin or end within a token")
-    assert 0 < wrong < 0.01 * total
+    print(f"all: {total - wrong} of {total}, {(total - wrong) / total:.3%}")
+    assert total == 9403 + 3445 + 3680 + 2090 and 0 < wrong < 0.01 * total
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The README: its commands and its code run as they stand."""
 
+import json
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from progtuning.cli import main
+from tests.squad_files import write_squad
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,11 +53,15 @@ def write_mrpc(folder: Path) -> None:
             first, second = names[i % 8], names[(i + i % 2) % 8]
             lines.append(f"{1 - i % 2}\t{i}\t{i + 100}\t{first} left the house early .\tIt was early when {second} left .")
         (folder / f"{split}.tsv").write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
+    rows = [f"{i}\t{i}\t{i}\t{names[i]} left .\t{names[i]} went ." for i in range(3)]
+    (folder / "test.tsv").write_text("index\t#1 ID\t#2 ID\t#1 String\t#2 String\n" + "\n".join(rows) + "\n")
 
 
 def test_the_commands_run_in_order_as_they_stand(minilm, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_mrpc(tmp_path / "glue_data" / "MRPC")
+    write_squad(tmp_path / "squad", "v1.1", train=16, dev=8)
+    (tmp_path / "questions.jsonl").write_text('{"question": "Who left?", "context": "Ann left the house early."}\n')
     (tmp_path / "pairs.tsv").write_text("text\ttext_pair\nHe left .\tHe went away .\nIt rains .\tShares rose .\n")
     ran = set()
     for command in commands():
@@ -66,6 +72,11 @@ def test_the_commands_run_in_order_as_they_stand(minilm, tmp_path, monkeypatch, 
     assert ran == {"plan", "paper", "train", "evaluate", "predict", "report", "probe"}
     predictions = (tmp_path / "predictions.tsv").read_text().splitlines()
     assert predictions[0] == "label\tprobability" and len(predictions) == 3
+    answer = json.loads((tmp_path / "answers.jsonl").read_text())
+    assert "Ann left the house early."[answer["start"] : answer["end"]] == answer["answer"] != ""
+    assert {path.name for path in (tmp_path / "runs" / "squad-dev").iterdir()} == {"predictions.json", "nbest_predictions.json"}
+    submission = (tmp_path / "submission" / "MRPC.tsv").read_text().splitlines()
+    assert submission[0] == "index\tprediction" and [row.split("\t")[0] for row in submission[1:]] == ["0", "1", "2"]
 
 
 def test_every_module_named_in_the_readme_exists():

@@ -39,9 +39,9 @@ def load_hub(task: str) -> Splits:
     if task in _SQUAD:
         train, dev = (_squad_split(task, split) for split in ("train", "validation"))
         return Splits(squad.TASKS[task], train, {"dev": dev})
-    glue = glue_task(task)
+    glue, train = glue_task(task), _glue_split(task, "train")
     dev = {split: _glue_split(task, split.replace("dev", "validation")) for split in glue.dev}
-    return Splits(glue.task, _glue_split(task, "train"), dev)
+    return Splits(glue.task, train, dev)
 
 
 def load_hub_test(task: str) -> dict[str, list[Example]]:
