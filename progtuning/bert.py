@@ -26,6 +26,8 @@ ACTIVATIONS = {
 class SelfAttention(nn.Module):
     """softmax(Q K^T / sqrt(D/H)) V for each of the H heads, with dropout on the attention probabilities."""
 
+    attend = staticmethod(F.scaled_dot_product_attention)  # an instance may be given another kernel
+
     def __init__(self, config: BertConfig):
         super().__init__()
         self.num_heads = config.num_attention_heads
@@ -41,7 +43,7 @@ class SelfAttention(nn.Module):
         query, key, value = (self.split_heads(project(x)) for project in (self.query, self.key, self.value))
         dropout_prob = self.dropout_prob if self.training else 0.0
         # (B, H, S, D/H) x (B, H, D/H, S) -> (B, H, S, S);  (B, H, S, S) x (B, H, S, D/H) -> (B, H, S, D/H)
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_prob)
+        context = self.attend(query, key, value, attn_mask=mask, dropout_p=dropout_prob)
         return context.transpose(1, 2).flatten(2)  # (B, H, S, D/H) -> (B, S, D)
 
 

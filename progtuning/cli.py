@@ -192,6 +192,7 @@ OPTIONS = {
         ("max-length", "max_length", "tokens a sequence (128, of SQuAD 384, or what the model takes)"),
         ("precision", "precision", "fp32 or bf16"),
         ("compile", "compile", "compile each block with torch.compile"),
+        ("unpadded", "unpadded", "run the blocks without padding, where attention does not drop out; CUDA and bf16"),
         ("hidden-dropout-prob", "hidden_dropout_prob", "dropout (the model's own)"),
         ("attention-probs-dropout-prob", "attention_probs_dropout_prob", "dropout of attention (the model's own)"),
         ("prefix-dropout", "prefix_dropout", "dropout in the frozen blocks (true; false with --cache)"),

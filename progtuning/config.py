@@ -330,6 +330,7 @@ class TrainConfig:
     max_length: int | None = None  # tokens; None: 128 (SQuAD: 384), or what the model takes where that is less
     precision: str = "fp32"  # or "bf16", autocast
     compile: bool = False  # each block, by torch.compile
+    unpadded: bool = False  # blocks see real tokens alone, where they can (see `unpad`); CUDA, bf16
     hidden_dropout_prob: float | None = None  # None: the model's own; so the next
     attention_probs_dropout_prob: float | None = None
     prefix_dropout: bool | None = None  # dropout below the cut. None: True, but False with a cache, which needs it
@@ -349,6 +350,8 @@ class TrainConfig:
         _check_choice("--embeddings", self.embeddings, EMBEDDING_POLICIES)
         _check_choice("--precision", self.precision, PRECISIONS)
         self._check_cache()
+        if self.unpadded and (self.precision != "bf16" or self.compile):
+            raise InputError("--unpadded needs --precision bf16, and does not go with --compile")
         _check_choice("--evaluate", self.evaluate, ("epoch", "end"))
         for name in ("epochs", "stages", "batch_size", "batch_tokens", "accumulation_steps", "max_length"):
             if getattr(self, name) is None and name in ("stages", "batch_tokens", "max_length"):

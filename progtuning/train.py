@@ -29,6 +29,7 @@ from progtuning.measure import Clock, peak_bytes, reset_peak_bytes
 from progtuning.optim import FiniteCheck, build_optimizer, linear_schedule
 from progtuning.resume import random_states, set_random_states
 from progtuning.stages import AdaptiveSchedule, Stage, embeddings_train, make_schedule
+from progtuning.unpad import unpad
 
 LOG_EVERY = 10  # optimizer steps; the loss is read from the device only then
 MAX_SKIPS = 10  # batches in a row that are not finite, after which `skip_nonfinite` gives up
@@ -138,6 +139,8 @@ class Trainer:
         self.engine.cache = self.open_cache()
         if settings.compile:
             compile_blocks(self.model)
+        if settings.unpadded:
+            unpad(self.model, self.device)
         self.finite = FiniteCheck(self.device)
         # A GPU is asked for what was not finite when the loss is read; until then nothing is saved.
         self.check_at_once = self.device.type == "cpu" or settings.skip_nonfinite

@@ -11,7 +11,7 @@ import progtuning
 PACKAGE = Path(progtuning.__file__).parent
 # Each may import from those before it alone.
 ORDER = (
-    "errors files partition stages config accounting bert peft dps checkpoint sources data metrics measure optim cache engine resume train run "
+    "errors files partition stages config accounting bert unpad peft dps checkpoint sources data metrics measure optim cache engine resume train run "
     "report cli __main__"
 ).split()
 RUNTIME = {"torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "tqdm"}
