@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
             evaluate="end",
             **TASK_DEFAULTS[args.task],
         )
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         summary = fine_tune(MODEL, model_folder(MODEL), splits, settings, choose_device(None))
         keys = ("epochs", "batch_size", "lr", "max_length", "precision", "attention_probs_dropout_prob", "seed")
         append(
@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
                 "flops": report.total(summary, "forward_flops") + report.total(summary, "backward_flops"),
                 "seconds": {phase: round(report.seconds(summary, phase), 1) for phase in report.PHASES},
                 "wall_seconds": round(time.perf_counter() - begin, 1),
+                "cpu_seconds": round(time.process_time() - cpu_begin, 1),  # with evaluation; of all threads
                 **{key: summary[key] for key in ("train_rows", "train_windows", "dev_rows")},
                 "stages": len(summary["stages"]),
                 **{key: summary["settings"][key] for key in keys},
@@ -80,7 +81,7 @@ def measure_memory() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "train-v1.1.json"
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # so that what it takes to make is not counted
-            pool.apply(make_file, (file,))
+            pool.apply(make_file, (file, FULL_SIZE))
         size, before, begin = file.stat().st_size, peak_bytes(), time.perf_counter()
         rows = encode_questions(read_squad(file), tokenizer)
     append(
@@ -97,13 +98,13 @@ def measure_memory() -> None:
     )
 
 
-def make_file(path: Path) -> None:
-    """Write FULL_SIZE bytes in SQuAD's layout: 4.6 questions a paragraph of 120 words, as in the official file."""
+def make_file(path: Path, num_bytes: int) -> None:
+    """Write so many bytes in SQuAD's layout: 4.6 questions a paragraph of 120 words, as in the official file."""
     generator = random.Random(0)
     letters = "abcdefghijklmnoprstuvwé"
     vocabulary = ["".join(generator.choices(letters, k=generator.randint(2, 9))) for _ in range(20_000)]
     paragraphs, size = [], 0
-    while size < FULL_SIZE:
+    while size < num_bytes:
         context = " ".join(generator.choices(vocabulary, k=120))
         qas = []
         for _ in range(generator.choice((4, 5, 5))):

@@ -119,6 +119,8 @@ def squad_v2(
         HasAns_f1, HasAns_exact, ...     the same over the questions that have a gold answer, or (NoAns_) have none
         best_f1, best_f1_thresh, ...     the highest f1 (exact) of any threshold, and such a threshold
 
+    The script's search differs in two corners: it may cut between equal odds, and it counts an answer of nothing but
+    articles as wrong where none is right. Here the best is what `threshold` at that value gives.
     Raises ValueError as `squad` does.
     """
     odds = np.asarray(null_odds, dtype=np.float64)

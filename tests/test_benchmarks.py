@@ -17,6 +17,7 @@ from progtuning.config import ARCHITECTURES, PeftConfig
 from progtuning.errors import InputError
 from progtuning.stages import Stage
 from tests.models import TINY
+from tests.squad_files import write_squad
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # the scripts import one another as their folder's
@@ -367,3 +368,25 @@ def test_the_other_scripts_refuse_a_wrong_option(peers, end_to_end):
         peers.main(["--padding", "128"])
     with pytest.raises(InputError, match="^--epochs must be at least 1, got 0$"):
         end_to_end.main(["--epochs", "0"])
+
+
+# squad.py
+
+
+def test_questions_give_a_row_for_each_schedule_and_the_memory_of_a_file(tiny_folder, tmp_path, monkeypatch, capsys):
+    import squad
+
+    monkeypatch.setattr(squad, "MODEL", str(tiny_folder))
+    monkeypatch.setattr(squad, "RESULTS", tmp_path / "squad.jsonl")
+    monkeypatch.setattr(squad, "FULL_SIZE", 20_000)
+    folder = write_squad(tmp_path / "films", "v2.0", train=24, dev=6)
+    for arguments in (["--task", "squad_v2", "--data", str(folder), "--rows", "16"], ["--memory"], ["--table"]):
+        monkeypatch.setattr(sys, "argv", ["squad.py", *arguments])
+        squad.main()
+    *runs, memory = [json.loads(line) for line in (tmp_path / "squad.jsonl").read_text().splitlines()]
+    assert [row["schedule"] for row in runs] == ["full", "shrinking"]
+    assert runs[0]["flops"] > runs[1]["flops"] > 0 and runs[0]["train_rows"] == 16
+    assert all(row["epochs"] == 2 and 0 <= row["metrics"]["exact"] <= row["metrics"]["f1"] <= 1 for row in runs)
+    assert 20_000 <= memory["file_bytes"] < 25_000 and memory["peak_bytes"] >= memory["peak_bytes_before"] > 0
+    assert memory["windows"] >= memory["questions"] > 20
+    assert "| squad_v2 | shrinking | 16 x 2" in capsys.readouterr().out
