@@ -13,11 +13,14 @@ max_seq_length 128); `dynamic padding` pads to the longest of a random batch, an
 package, whose own way is batches of nearly equal length.
 
 Rows are appended to benchmarks/results/end_to_end_<task>_<device>.jsonl as the runs end; a run whose row is there is
-not repeated, so that a series can be stopped and taken up again. `--table` prints the table of such a file.
+not repeated, so that a series can be stopped and taken up again. `--table` prints the table of such a file. Evaluation
+is part of a run: with a sample of the training rows (--max-train-rows) it weighs more than in a whole run, unless the
+held-out rows are sampled too (--max-dev-rows).
 """
 
 import argparse
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -203,6 +206,8 @@ def run_series(args: argparse.Namespace, path: Path, arguments: Sequence[str]) -
     splits = load_splits(args.task, args.data)
     if args.max_train_rows:
         splits = limit_train(splits, args.max_train_rows, seed=0)
+    if args.max_dev_rows:
+        splits = limit_dev(splits, args.max_dev_rows)
     folder, rows = model_folder(args.model), read_rows(path)
     common = {
         "task": splits.task.name,
@@ -238,6 +243,15 @@ def timed(model: str, folder: Path, splits: Splits, run: Run, settings: TrainCon
     else:
         row = train_here(model, folder, splits, settings, device)
     return {"wall_seconds": time.perf_counter() - begin, **row}  # the metrics were read, so the device is done
+
+
+def limit_dev(splits: Splits, max_dev: int) -> Splits:
+    """Return `splits` with at most `max_dev` rows in each held-out split: a sample in the order of the file."""
+    chosen = {}
+    for name, examples in splits.dev.items():
+        sample = random.Random(0).sample(range(len(examples)), min(max_dev, len(examples)))
+        chosen[name] = [examples[index] for index in sorted(sample)]
+    return replace(splits, dev=chosen)
 
 
 def few(splits: Splits, count: int) -> Splits:
@@ -342,6 +356,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help="; ".join(RUNS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--max-train-rows", type=int, help="a sample of the training rows; default: all")
+    parser.add_argument("--max-dev-rows", type=int, help="a sample of the held-out rows; default: all")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--lora-epochs", type=int, default=10)
@@ -351,7 +366,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a file of rows, and run nothing")
     args = parser.parse_args(arguments)
-    harness.check_positive(args, "max_train_rows", "epochs", "lora_epochs", "batch_size")
+    harness.check_positive(args, "max_train_rows", "max_dev_rows", "epochs", "lora_epochs", "batch_size")
     return args
 
 

@@ -305,7 +305,7 @@ def test_whole_runs_give_their_rows_and_a_series_is_taken_up(end_to_end, small_t
     runs = ["Trainer, padded to 128", "Trainer, dynamic padding", "full", "Progtuning cut + cache"]
     runs += ["peft LoRA, Trainer, dynamic padding", "LoRA, Progtuning cut + cache, random batches"]
     arguments = f"--task classification --data {data} --model {folder} --device cpu --seeds 1 --epochs 2".split()
-    arguments += ["--lora-epochs", "2", "--batch-size", "8", "--output", str(tmp_path), "--runs"]
+    arguments += ["--lora-epochs", "2", "--batch-size", "8", "--max-dev-rows", "6", "--output", str(tmp_path), "--runs"]
     path = end_to_end.main([*arguments, runs[0]])
     end_to_end.main([*arguments, *runs])
     rows = {row["run"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
@@ -313,6 +313,7 @@ def test_whole_runs_give_their_rows_and_a_series_is_taken_up(end_to_end, small_t
     for row in rows.values():
         assert row["wall_seconds"] > 0 and row["steps"] == 2 * 3 and set(row["metrics"]) == {"accuracy", "matthews"}
         assert {"device", "versions", "date", "command", "settings"} <= set(row)
+        assert row["train_rows"] == 24 and row["dev_rows"] == 6
 
     config = ARCHITECTURES["tiny"].with_head("classification", ("a", "b"))
     config = replace(config, vocab_size=5 + 21, max_position_embeddings=130)
