@@ -3,8 +3,8 @@
     N  examples, example i of n_i tokens    D  hidden_size    b  the cut: E and blocks 0 .. b-1 are frozen
 
 Frozen blocks without dropout give the same output for the same example. So it is kept, per example and unpadded, in one
-buffer of n_0 + ... + n_{N-1} rows of D elements, whose size is known before the run (`accounting.cache_bytes`). Beside it
-stands the level of each example: how many blocks its entry has passed; 0 says that nothing is kept yet. With cuts 0, 4, 8:
+buffer of n_0 + ... + n_{N-1} rows of D elements, whose size is known before the run (`accounting.cache_bytes`). Beside
+it stands each example's level: how many blocks its entry has passed; 0 says that nothing is kept yet. Cuts 0, 4, 8:
 
     stage 1   nothing is frozen, nothing is kept
     stage 2   an example's first use: E and blocks 0-3 run, and its level becomes 4;     every later use: read
@@ -37,12 +37,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class PrefixCache:
     """Hidden states of N examples, each at a level of its own, in memory or in a memory-mapped file.
 
-    `lengths` are the examples' tokens. The file (`place` "disk") lies in the folder for temporary files (TMPDIR) and has no
-    name, so that it is gone when the process ends, however it ends. What is read is what is stored: under bf16 also the first
-    use of an example gets the rounded values.
+    `lengths` are the examples' tokens. The file (`place` "disk") lies in the folder for temporary files (TMPDIR) and
+    has no name, so that it is gone when the process ends, however it ends. What is read is what is stored: under bf16
+    also the first use of an example gets the rounded values.
 
-    Raises InputError where the size exceeds `limit` bytes (None: half of what is free), RunError where the memory or the disk
-    cannot hold it.
+    Raises InputError where the size exceeds `limit` bytes (None: half of what is free), RunError where the memory or
+    the disk cannot hold it.
     """
 
     def __init__(
@@ -74,9 +74,10 @@ class PrefixCache:
     ) -> Tensor:
         """Return what enters block `cut` for a batch of examples: (B, S, D) float32 on `device`, S = `length`.
 
-        `rows` are the examples' numbers, `run(chosen, level, x)` runs the blocks `level` .. `cut` - 1 on the batch's entries
-        `chosen` (None: all of them) from x (B', S, D), or from E where `level` is 0 and x None, without grad. It is called
-        once for each level below the cut in the batch, and its results are kept. What lies at padding is arbitrary, but finite.
+        `rows` are the examples' numbers, `run(chosen, level, x)` runs the blocks `level` .. `cut` - 1 on the batch's
+        entries `chosen` (None: all of them) from x (B', S, D), or from E where `level` is 0 and x None, without grad.
+        It is called once for each level below the cut in the batch, and its results are kept. What lies at padding is
+        arbitrary, but finite.
 
         Raises ValueError where an entry has passed more blocks than `cut`.
         """
@@ -123,7 +124,7 @@ class PrefixCache:
         return x.to(device, non_blocking=True).float()
 
     def _store(self, examples: np.ndarray, x: Tensor) -> None:
-        """Take the entries from x (B', S, D). From CUDA they are copied while the device goes on, and stored with the next read."""
+        """Take the entries from x (B', S, D). From CUDA they come while the device goes on, and are stored later."""
         self._settle()
         if x.device.type != "cuda":
             self._write(examples, x)
@@ -159,8 +160,8 @@ def _check_limit(size: int, place: str, limit: int | None) -> None:
         limit = free // 2
     if size > limit:
         raise InputError(
-            f"--cache {place} needs {size / 1e9:.3g} GB, expected at most {limit / 1e9:.3g} GB ({whose}): raise --cache-limit, "
-            "or give --cache-dtype bf16, another --cache, a shorter --max-length or fewer rows"
+            f"--cache {place} needs {size / 1e9:.3g} GB, expected at most {limit / 1e9:.3g} GB ({whose}): "
+            "raise --cache-limit, or give --cache-dtype bf16, another --cache, a shorter --max-length or fewer rows"
         )
 
 

@@ -129,7 +129,10 @@ def build_parser() -> Parser:
     plan_command.add_argument("--head", default="classification", choices=("classification", "question-answering"))
     add_train_options(
         plan_command,
-        only=("schedule", "stages", "embeddings", "epochs", "batch-size", "cache-dtype", *(row[0] for row in OPTIONS[PeftConfig])),
+        only=(
+            *("schedule", "stages", "embeddings", "epochs", "batch-size", "cache-dtype"),
+            *(row[0] for row in OPTIONS[PeftConfig]),
+        ),
     )
     plan_command.add_argument("--json", action="store_true", help="print JSON")
 
@@ -198,7 +201,7 @@ OPTIONS = {
         ("prefix-dropout", "prefix_dropout", "dropout in the frozen blocks (true; false with --cache)"),
         ("cache", "cache", "keep the output of the frozen blocks for each example: off, memory or disk"),
         ("cache-dtype", "cache_dtype", "what the cache holds: fp32 or bf16"),
-        ("cache-limit", "cache_limit", "largest cache, in GB or with a unit, as 500MB (half of the free memory or disk)"),
+        ("cache-limit", "cache_limit", "largest cache, in GB or with a unit: 500MB (half of what is free)"),
         ("group-by-length", "group_by_length", "batches of like lengths"),
         ("evaluate", "evaluate", "after every epoch, or at the end"),
         ("skip-nonfinite", "skip_nonfinite", "pass over batches whose loss or gradient is not finite"),
@@ -413,7 +416,14 @@ def run_plan(args: argparse.Namespace) -> None:
     schedule = make_schedule(settings.schedule, config.num_hidden_layers, settings.num_stages, settings.embeddings)
     length = min(128, config.max_length) if args.length is None else args.length
     document = plan(
-        config, schedule, settings.epochs, settings.peft, settings.batch_size, length, args.model, cache_dtype=settings.cache_dtype
+        config,
+        schedule,
+        settings.epochs,
+        settings.peft,
+        settings.batch_size,
+        length,
+        args.model,
+        cache_dtype=settings.cache_dtype,
     )
     print_json(document) if args.json else print(report.plan_table(document))
 

@@ -378,10 +378,13 @@ class TrainConfig:
             _check_number("--cache-limit", self.cache_limit, int, low=1)
         if self.prefix_dropout and self.cache != "off":
             raise InputError(
-                f"--cache {self.cache} needs the same output of the frozen blocks in every epoch: leave out --prefix-dropout"
+                f"--cache {self.cache} needs the same output of the frozen blocks in every epoch: "
+                "leave out --prefix-dropout"
             )
         if self.schedule == "growing" and self.cache != "off":
-            raise InputError(f"--cache {self.cache} keeps the output of blocks that stay frozen, and --schedule growing unfreezes")
+            raise InputError(
+                f"--cache {self.cache} keeps the output of blocks that stay frozen, and --schedule growing unfreezes"
+            )
 
     @property
     def drops_out_prefix(self) -> bool:

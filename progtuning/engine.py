@@ -43,9 +43,9 @@ def unit_of(name: str) -> int | str:
 def compile_blocks(model: Model, backend: str = "inductor") -> None:
     """Compile every block of `model`, in place, by torch.compile; names, parameters and results (to rounding) stay.
 
-    Blocks that are alike share their graphs. One is made for each kind of block that a run meets: with a gradient for its input
-    (above the lowest active block), without (the lowest), frozen, in evaluation; lengths and batch sizes are dynamic. A stage
-    change therefore recompiles by itself: a graph is chosen by what requires a gradient.
+    Blocks that are alike share their graphs. One is made for each kind of block that a run meets: with a gradient for
+    its input (above the lowest active block), without (the lowest), frozen, in evaluation; lengths and batch sizes are
+    dynamic. A stage change therefore recompiles by itself: a graph is chosen by what requires a gradient.
     """
     config = torch._dynamo.config
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the name until PyTorch 2.6
@@ -64,8 +64,9 @@ class StageEngine(nn.Module):
     `optimizer` (any torch optimizer over the candidates, or None) is kept in step: on entering a stage, parameters that leave
     lose their gradient and their optimizer state, those that stay keep their moments, those that join start fresh.
 
-    With `prefix_dropout=False` everything below the cut runs in eval mode: faster, and its output depends on the example alone.
-    Then a `cache` may keep that output, for stages whose cut never falls: pass the examples' numbers as `rows` with each batch.
+    With `prefix_dropout=False` everything below the cut runs in eval mode: faster, and its output depends on the
+    example alone. Then a `cache` may keep that output, for stages whose cut never falls: pass the examples' numbers as
+    `rows` with each batch.
     """
 
     def __init__(

@@ -85,9 +85,10 @@ def describe_device(device: torch.device) -> str:
 def attention_backends(config: BertConfig, device: torch.device, precision: str) -> dict[str, dict[str, str]]:
     """Return which kernel PyTorch's scaled_dot_product_attention takes on `device`: "math", "flash_attention", ...
 
-    "training" is with gradients and the model's dropout of attention, "eval" without both, as in evaluation and in frozen
-    blocks that do not drop out; each for batches with padding ("padded") and without ("unpadded"). PyTorch is asked by the
-    function with which it chooses. On a CPU dropout of attention leaves only math, which keeps the probabilities in memory.
+    "training" is with gradients and the model's dropout of attention, "eval" without both, as in evaluation and in
+    frozen blocks that do not drop out; each for batches with padding ("padded") and without ("unpadded"). PyTorch is
+    asked by the function with which it chooses. On a CPU dropout of attention leaves only math, which keeps the
+    probabilities in memory.
     """
     width = config.hidden_size // config.num_attention_heads
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -104,9 +105,9 @@ def attention_backends(config: BertConfig, device: torch.device, precision: str)
 
 
 def free_memory() -> int | None:
-    """Return the bytes of memory that this process may still take (Linux: what is available, and what its control group leaves).
+    """Return the bytes of memory that this process may still take, None where the system does not tell.
 
-    None where the system does not tell.
+    Linux tells: what is available, or what the control group leaves where that is less.
     """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -319,7 +319,7 @@ class Trainer:
         set_random_states(state["random"], self.device)
 
     def collated(self, batches: Iterable[list[int]]) -> Iterator[tuple[list[int], list[tuple]]]:
-        """Yield each batch with its pieces: their rows and tensors. For CUDA a thread has the next ready in pinned memory."""
+        """Yield each batch with its pieces: rows and tensors. For CUDA a thread has the next ready in pinned memory."""
         on_cuda = self.device.type == "cuda"
 
         def collate(batch: list[int]) -> tuple[list[int], list[tuple]]:
@@ -332,8 +332,8 @@ class Trainer:
         """Return the head's outputs for the batch of `rows`.
 
         No answer begins or ends in padding. google-research/bert and transformers let it take part in the softmax over
-        positions; here it does not, so that a loss depends neither on how far a batch is padded nor on a cache, which keeps
-        no states of padding.
+        positions; here it does not, so that a loss depends neither on how far a batch is padded nor on a cache, which
+        keeps no states of padding.
         """
         outputs, mask = self.engine(**inputs, rows=rows), inputs.get("attention_mask")
         if self.model.config.head == "question-answering" and mask is not None:
@@ -352,7 +352,7 @@ class Trainer:
             self.costs[-1].cache_bytes = self.engine.cache.nbytes
 
     def open_cache(self) -> PrefixCache | None:
-        """Return the cache of `settings`. Raises InputError where it is too large, or where no stage has anything to keep."""
+        """Return the cache of `settings`. Raises InputError where it is too large, or no stage has anything to keep."""
         settings, num_blocks = self.settings, self.model.num_blocks
         if settings.cache == "off":
             return None
@@ -368,10 +368,10 @@ class Trainer:
         return PrefixCache(self.data.lengths, hidden_size, settings.cache, settings.cache_dtype, settings.cache_limit)
 
     def refill_cache(self) -> None:
-        """Make the entries that the steps of `costs` made, bit for bit: run the prefix of their batches, in order, again.
+        """Make the entries that the steps of `costs` made, bit for bit: run the prefix of their batches again, in order.
 
-        For a run that is resumed: the frozen blocks still have the weights that they had then. It costs what making the entries
-        did, at most one forward pass of the frozen blocks for each example.
+        For a run that is resumed: the frozen blocks still have the weights that they had then. It costs what making the
+        entries did, at most one forward pass of the frozen blocks for each example.
         """
         batches = (batch for epoch in range(self.settings.epochs) for batch in self.batches.epoch(epoch))
         for cost in self.costs:
@@ -435,7 +435,7 @@ def _not_finite(step: int, loss: float, norm: float, stage: int, rows: list[str]
 
 
 def make_batches(lengths: Sequence[int], settings: TrainConfig) -> TrainBatches:
-    """Return the training batches of `settings`. Raises InputError where the longest row exceeds the tokens of a batch."""
+    """Return the training batches of `settings`. Raises InputError where a row exceeds the tokens of a batch."""
     if settings.batch_tokens is None:
         return TrainBatches(lengths, settings.batch_size, settings.seed, settings.group_by_length)
     return TokenBatches(lengths, settings.batch_tokens, settings.epochs, settings.seed, settings.group_by_length)
@@ -471,7 +471,7 @@ def autocast(device: torch.device, precision: str):
 
 
 def collate_inputs(data: EncodedRows, rows: list[int], pin: bool = False) -> dict[str, Tensor]:
-    """Return the model's inputs and the labels of `rows`; with `pin` in memory from which a CUDA device copies without a wait."""
+    """Return the model's inputs and the labels of `rows`; with `pin` in memory that CUDA copies from without a wait."""
     batch = {key: value for key, value in data.collate(rows).items() if value is not None and key != "index"}
     return {key: value.pin_memory() for key, value in batch.items()} if pin else batch
 

@@ -4,10 +4,10 @@
 
     (B, S, D), mask (B, S)  ->  (1, T, D)  ->  the blocks  ->  (B, S, D), zeros at padding
 
-Attention goes through `torch.nn.attention.varlen` (PyTorch 2.10 and later), whose kernel takes half precision and has no
-dropout. So the blocks run unpadded where they are under bf16 autocast and drop no attention out: in evaluation, in frozen
-blocks in eval mode, and in training where the model's dropout of attention is 0. Elsewhere they run as they did. It pays
-where padding is much: batches that are not grouped by length. Each pass waits once for the device, to learn T.
+Attention goes through `torch.nn.attention.varlen` (PyTorch 2.10 and later), whose kernel takes half precision and has
+no dropout. So the blocks run unpadded where they are under bf16 autocast and drop no attention out: in evaluation, in
+frozen blocks in eval mode, and in training where the model's dropout of attention is 0. Elsewhere they run as they did.
+It pays where padding is much: batches that are not grouped by length. Each pass waits once for the device, to learn T.
 """
 
 from functools import partial
@@ -62,7 +62,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Packin
 
 
 def forward_unpadded(encoder: Encoder, x: Tensor, mask: Tensor | None, blocks: range | None = None) -> Tensor:
-    """`Encoder.forward`, on real tokens alone where that can be: x and the result (B, S, D), `mask` (B, S) bool or None."""
+    """`Encoder.forward`, on real tokens alone where that can be: x and result (B, S, D), `mask` (B, S) bool or None."""
     blocks = range(len(encoder.layer)) if blocks is None else blocks
     attentions = [encoder.layer[index].attention.self for index in blocks]
     drops_out = any(attention.training and attention.dropout_prob for attention in attentions)

@@ -48,12 +48,16 @@ def rows(count: int = 40, spans: bool = False) -> EncodedRows:
     for row in range(count):
         ids = np.concatenate(([row + 1], generator.integers(1, 60, generator.integers(2, 9)))).astype(np.int32)
         encodings.append(Encoding(ids, np.zeros_like(ids)))
-    labels = [[0, len(encoding.input_ids) - 1] for encoding in encodings] if spans else generator.integers(0, 3, count).tolist()
+    labels = generator.integers(0, 3, count).tolist()
+    if spans:
+        labels = [[0, len(encoding.input_ids) - 1] for encoding in encodings]
     return EncodedRows(encodings, labels, TINY.pad_token_id)
 
 
 def trainer(**changes) -> Trainer:
-    """A trainer of a model that drops out, by a PEFT method of METHODS where `changes` has a "peft", with their "head"."""
+    """A trainer of a model that drops out, by a PEFT method of METHODS where `changes` has a "peft", with their
+    "head".
+    """
     changes = changes | {"peft": METHODS.get(changes.get("peft"), PeftConfig())}
     head = changes.pop("head", "classification")
     model = tiny_model(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.1, head=head)
@@ -96,7 +100,8 @@ def test_losses_with_the_cache_are_those_without_to_rounding(case, place):
     assert losses(cached) == pytest.approx(expected, rel=1e-5)
     stages = cached.account()["stages"]
     assert sum(stage["cache_misses"] for stage in stages) > 0
-    assert [s["stage"] for s in stages if s["cache_bytes"]] == [c.stage.index + 1 for c in cached.costs if cached.engine.cut_of(c.stage)]
+    with_prefix = [cost.stage.index + 1 for cost in cached.costs if cached.engine.cut_of(cost.stage)]
+    assert [stage["stage"] for stage in stages if stage["cache_bytes"]] == with_prefix
     assert len(set(expected)) == len(expected) >= 10
 
 
@@ -133,7 +138,9 @@ def test_hits_and_misses_count_the_examples_of_every_stage():
     assert [(stage["cache_hits"], stage["cache_misses"]) for stage in stages] == [(0, 0), (40, 40), (40, 40)]
 
 
-@pytest.mark.parametrize("case", ["Progtuning", "a stage begins in the middle of an epoch", "LoRA, embeddings always", "SPAFIT, every stage"])
+@pytest.mark.parametrize(
+    "case", ["Progtuning", "a stage begins in the middle of an epoch", "LoRA, embeddings always", "SPAFIT, every stage"]
+)
 def test_the_account_leaves_out_the_flops_that_the_cache_spares(case):
     run = trainer(cache="memory", **CASES[case])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -157,7 +164,8 @@ def test_the_bytes_are_those_of_the_closed_form(place, dtype):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_cache_of_half_precision_rounds_and_gives_every_use_the_same_values(precision):
-    run, plain = trainer(cache="memory", cache_dtype="bf16", precision=precision), trainer(prefix_dropout=False, precision=precision)
+    run = trainer(cache="memory", cache_dtype="bf16", precision=precision)
+    plain = trainer(prefix_dropout=False, precision=precision)
     assert losses(run) == pytest.approx(losses(plain), rel=0.05)
     engine = run.engine.eval()
     batch = run.data.collate([4, 2, 7])
@@ -250,7 +258,7 @@ def test_the_engine_refuses_a_cut_that_falls_and_a_prefix_that_drops_out():
         ({"cache": "ram"}, "--cache must be one of off, memory, disk, got 'ram'"),
         ({"cache_dtype": "fp16"}, "--cache-dtype must be one of fp32, bf16, got 'fp16'"),
         ({"cache_limit": 0}, "--cache-limit must be an integer of at least 1, got 0"),
-        ({"cache": "disk", "prefix_dropout": True}, "--cache disk needs the same output of the frozen blocks in every epoch"),
+        ({"cache": "disk", "prefix_dropout": True}, "--cache disk needs the same output of the frozen blocks in every"),
         ({"cache": "memory", "schedule": "growing"}, "--cache memory keeps the output of blocks that stay frozen"),
     ],
 )
@@ -346,7 +354,15 @@ def test_a_disk_cache_is_a_file_without_a_name_that_is_given_back_when_closed(tm
 
 
 @pytest.mark.parametrize(
-    "text, size", [("8", 8 * 10**9), ("0.5", 5 * 10**8), ("500MB", 5 * 10**8), ("2GiB", 2**31), ("1.5 TB", 15 * 10**11), ("64KiB", 2**16)]
+    "text, size",
+    [
+        ("8", 8 * 10**9),
+        ("0.5", 5 * 10**8),
+        ("500MB", 5 * 10**8),
+        ("2GiB", 2**31),
+        ("1.5 TB", 15 * 10**11),
+        ("64KiB", 2**16),
+    ],
 )
 def test_a_size_is_in_gigabytes_or_has_a_unit(text, size):
     assert parse_size("--cache-limit", text) == size

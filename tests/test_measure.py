@@ -11,7 +11,10 @@ from progtuning.measure import Clock, attention_backends
 from tests.models import TINY, tiny_batch, tiny_model
 
 CPU = torch.device("cpu")
-KERNELS = {"math": "aten::_scaled_dot_product_attention_math", "flash_attention": "aten::_scaled_dot_product_flash_attention_for_cpu"}
+KERNELS = {
+    "math": "aten::_scaled_dot_product_attention_math",
+    "flash_attention": "aten::_scaled_dot_product_flash_attention_for_cpu",
+}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -26,8 +29,9 @@ def test_the_backends_named_are_the_kernels_that_ran(dropout_prob, precision):
         for padding, backend in backends.items():
             inputs = batch if padding == "padded" else batch | {"attention_mask": None}
             autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-            with profile(activities=[ProfilerActivity.CPU]) as profiler, torch.set_grad_enabled(mode == "training"), autocast:
-                model(**inputs)
+            with profile(activities=[ProfilerActivity.CPU]) as profiler, autocast:
+                with torch.set_grad_enabled(mode == "training"):
+                    model(**inputs)
             ran = {event.key for event in profiler.key_averages()} & set(KERNELS.values())
             assert ran == {KERNELS[backend]}, (mode, padding)
     if dropout_prob == 0:

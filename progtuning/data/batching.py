@@ -135,11 +135,11 @@ class TrainBatches:
 
 
 class TokenBatches(TrainBatches):
-    """Batches of at most `budget` tokens, padding included: rows times longest row <= budget. Short rows come many together.
+    """Batches of at most `budget` tokens, padding included: rows times longest row <= budget.
 
-    Every one of `num_epochs` epochs has as many batches, so that stages and epochs change together and the number of steps is
-    known: of an epoch that would have fewer, the batches of most rows are halved. Raises InputError where the longest row
-    exceeds the budget, and what TrainBatches raises.
+    Every one of `num_epochs` epochs has as many batches, so that stages and epochs change together and the number of
+    steps is known: of an epoch that would have fewer, the batches of most rows are halved. Raises InputError where the
+    longest row exceeds the budget, and what TrainBatches raises.
     """
 
     def __init__(self, lengths: Sequence[int], budget: int, num_epochs: int, seed: int, group_by_length: bool = True):
