@@ -119,6 +119,7 @@ class RunFolder:
             self._digest = hashlib.sha256(json.dumps(run["identity"], sort_keys=True).encode()).hexdigest()
             if self.is_resumed:
                 _check_same(read_json(self.path / RUN), run, self.path)
+                self._clear()
             else:
                 self.log.rewind(0)
                 write_json(self.path / RUN, run)
@@ -163,9 +164,16 @@ class RunFolder:
         trainer.load_state_dict(state["trainer"])
         self.log.rewind(state["log_bytes"])
         self._saved_step = trainer.step
-        for leftover in [*found[found.index(checkpoint) + 1 :], *self.path.glob(f"{CHECKPOINTS}/.*.tmp")]:
-            shutil.rmtree(leftover, ignore_errors=True)
+        for damaged in found[found.index(checkpoint) + 1 :]:
+            shutil.rmtree(damaged, ignore_errors=True)
         self.say(f"Resumed from {checkpoint}: step {trainer.step} of {trainer.num_steps}.")
+
+    def _clear(self) -> None:
+        """Remove what a process that was killed had not finished writing."""
+        for checkpoint in self.path.glob(f"{CHECKPOINTS}/.*.tmp"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        for file in self.path.glob(".*.tmp"):  # of `files.replacing`
+            file.unlink(missing_ok=True)
 
     def _checkpoints(self) -> list[Path]:
         """The checkpoints in the order of their steps."""

@@ -199,8 +199,9 @@ def test_what_a_killed_write_leaves_is_no_checkpoint_and_is_cleared_away(tmp_pat
     train(tmp_path / "run", EVERY)
     half = tmp_path / "run" / CHECKPOINTS / ".step-00000010.tmp"
     shutil.copytree(tmp_path / "run" / CHECKPOINTS / "step-00000009", half)
+    (tmp_path / "run" / ".model.safetensors.123.tmp").write_bytes(b"half")
     train(tmp_path / "run", replace(EVERY, resume=True))
-    assert not half.exists()
+    assert not half.exists() and not list((tmp_path / "run").glob(".*"))
 
 
 def test_a_checkpoint_gives_back_every_kind_of_value(tmp_path):
