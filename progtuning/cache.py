@@ -41,6 +41,9 @@ class PrefixCache:
     has no name, so that it is gone when the process ends, however it ends. What is read is what is stored: under bf16
     also the first use of an example gets the rounded values.
 
+    Several processes on a machine can divide the examples: each keeps those where `kept`, (N,) bool, says so (None:
+    all), and runs the whole prefix of any other every time. The limit is for the `num_sharing` processes together.
+
     Raises InputError where the size exceeds `limit` bytes (None: half of what is free), RunError where the memory or
     the disk cannot hold it.
     """
@@ -52,14 +55,18 @@ class PrefixCache:
         place: str = "memory",
         dtype: str = "fp32",
         limit: int | None = None,
+        kept: np.ndarray | None = None,
+        num_sharing: int = 1,
     ):
         self.lengths = np.asarray(lengths, dtype=np.int64)  # (N,)
-        self.ends = np.cumsum(self.lengths)  # (N,)
+        self.kept = np.ones(len(self.lengths), dtype=bool) if kept is None else kept  # (N,)
+        self.ends = np.cumsum(np.where(self.kept, self.lengths, 0))  # (N,)
         self.levels = np.zeros_like(self.lengths)  # (N,) blocks that an entry has passed; 0: nothing is kept
         self.place, self.dtype = place, dtype
         shape = (int(self.ends[-1]), hidden_size)
+        self.num_tokens = shape[0]
         self.nbytes = shape[0] * shape[1] * ITEMSIZE[dtype]
-        _check_limit(self.nbytes, place, limit)
+        _check_limit(num_sharing * self.nbytes, place, limit)
         make = _in_memory if place == "memory" else _on_disk
         self._states: Tensor | None = make(self.nbytes).view(DTYPES[dtype]).view(shape)  # (n_0 + ... + n_{N-1}, D)
         self._arriving: list[tuple[np.ndarray, Tensor, torch.cuda.Event]] = []  # copies on their way from the device
@@ -92,13 +99,17 @@ class PrefixCache:
             x = self._read(examples, length, device) if level else None
             if level < cut:
                 x = run(None if len(groups) == 1 else group, level, x).to(DTYPES[self.dtype])
-                self._store(examples, x)
-                self.levels[examples] = cut
+                self._keep(examples, x, cut)
             parts.append(x.float())
         if len(parts) == 1:
             return parts[0]
         order = torch.from_numpy(np.argsort(np.concatenate(groups))).to(device, non_blocking=True)
         return torch.cat(parts)[order]
+
+    def lacks(self, rows: Sequence[int], cut: int) -> bool:
+        """Say whether a batch has an example that is to be kept and whose entry has not passed `cut` blocks."""
+        rows = np.asarray(rows)
+        return bool((self.levels[rows] < cut)[self.kept[rows]].any())
 
     def close(self) -> None:
         """Give the memory or the disk space back. The cache is of no more use then; a `with` block ends so."""
@@ -122,6 +133,15 @@ class PrefixCache:
         for row, example in zip(x, examples):
             row[: self.lengths[example]] = self._entry(example)
         return x.to(device, non_blocking=True).float()
+
+    def _keep(self, examples: np.ndarray, x: Tensor, cut: int) -> None:
+        """Store those entries of x (B', S, D), which has passed `cut` blocks, that are to be kept."""
+        if not self.kept[examples].all():
+            chosen = np.flatnonzero(self.kept[examples])
+            examples, x = examples[chosen], x[torch.from_numpy(chosen).to(x.device, non_blocking=True)]
+        if len(examples):
+            self._store(examples, x)
+            self.levels[examples] = cut
 
     def _store(self, examples: np.ndarray, x: Tensor) -> None:
         """Take the entries from x (B', S, D). From CUDA they come while the device goes on, and are stored later."""

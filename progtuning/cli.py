@@ -41,6 +41,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**values, allow_abbrev=False)
 
     def error(self, message: str):
+        if several_processes():
+            refuse(message)
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
@@ -49,8 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files and labels may have what the terminal has not
             stream.reconfigure(errors="backslashreplace")
-    args = build_parser().parse_args(argv)
     try:
+        args = build_parser().parse_args(argv)
+        if several_processes() and args.run is not run_train:
+            refuse("torchrun starts several processes, which train alone makes use of: give this command without it")
         args.run(args)
         sys.stdout.flush()
     except InputError as error:
@@ -69,6 +73,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail(130, "interrupted")
     return 0
+
+
+def several_processes() -> bool:
+    """Whether torchrun has started this process as one of several."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def refuse(message: str) -> None:
+    """Raise InputError in the first of several processes, and let the others exit in silence with its status."""
+    from progtuning.distributed import join
+
+    with join() as world, world.agreed():
+        raise InputError(message)
 
 
 def fail(status: int, error: object) -> int:
@@ -331,18 +348,27 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     from progtuning.data.text import limit_train
+    from progtuning.distributed import join
     from progtuning.resume import check_output_folder
     from progtuning.sources import model_folder
     from progtuning.run import choose_device, fine_tune, load_splits
 
-    checkpoints = CheckpointConfig(args.save_every, args.keep_checkpoints, args.resume)
-    check_output_folder(args.output_dir, args.resume)
-    folder, device = model_folder(args.model), choose_device(args.device)
-    splits = load_splits(args.task, args.data)
-    settings = train_config(args, BertConfig.from_json(folder / "config.json").num_hidden_layers, splits.task.name)
-    if args.max_train_rows is not None:
-        splits = limit_train(splits, args.max_train_rows, settings.seed)
-    summary = fine_tune(args.model, folder, splits, settings, device, args.output_dir, args.merge, checkpoints, say)
+    with join() as world:
+        with world.agreed():
+            checkpoints = CheckpointConfig(args.save_every, args.keep_checkpoints, args.resume)
+            check_output_folder(args.output_dir, args.resume)
+            device = choose_device(args.device, world)
+        folder = world.first_alone(lambda: model_folder(args.model))
+        splits = world.first_alone(lambda: load_splits(args.task, args.data))
+        with world.agreed():
+            num_blocks = BertConfig.from_json(folder / "config.json").num_hidden_layers
+            settings = train_config(args, num_blocks, splits.task.name)
+            if args.max_train_rows is not None:
+                splits = limit_train(splits, args.max_train_rows, settings.seed)
+        output, tell = args.output_dir, say if world.is_main else lambda text: None
+        summary = fine_tune(args.model, folder, splits, settings, device, output, args.merge, checkpoints, tell, world)
+    if not world.is_main:
+        return
     write_text(Path(args.output_dir) / "README.md", report.card(summary))
     if args.json:
         print_json(summary)

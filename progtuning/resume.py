@@ -39,6 +39,7 @@ from progtuning.config import CheckpointConfig, TrainConfig
 from progtuning.data.batching import EncodedRows
 from progtuning.data.text import Task
 from progtuning.data.tokenization import Tokenizer
+from progtuning.distributed import World
 from progtuning.errors import InputError, Interrupted, RunError
 from progtuning.files import check_new_folder, new_folder, read_json, write_json
 
@@ -55,6 +56,7 @@ def identify(
     tokenizer: Tokenizer,
     model: Model,
     device: torch.device,
+    processes: int = 1,
 ) -> dict:
     """Return what two runs must share for one to go on from the other's checkpoint. `model` is as it starts."""
     return {
@@ -65,6 +67,7 @@ def identify(
         "tokenizer": tokenizer.digest(),
         "weights": base_digest(model, held=()),
         "device": device.type,
+        "processes": processes,
     }
 
 
@@ -80,7 +83,9 @@ def _digest_rows(rows: EncodedRows) -> str:
 
 
 class RunFolder:
-    """The output folder of a run while it is on, which one process at a time may hold. With `path` None nothing is written.
+    """The output folder of a run while it is on, which one run at a time may hold. With `path` None nothing is written.
+
+    The processes of `world` call all of its methods together; rank 0 alone writes, and its log alone has a file.
 
     A new run makes the folder and `run.json`; one that resumes must find its own. `identity` returns what `identify` does. Raises
     InputError where the folder holds anything else, where another process trains into it, or where its run is another: the
@@ -93,15 +98,24 @@ class RunFolder:
         options: CheckpointConfig,
         identity: Callable[[], Mapping],
         say: Callable[[str], None] = lambda text: None,
+        world: World = World(),
     ):
         self.path = None if path is None else Path(path)
         self.options = options
         self.say = say
+        self.world = world
         self.log = RunLog(None)
         self.is_resumed = False
         self._saved_step = None
         if self.path is None:
             return
+        with world.agreed():
+            if world.is_main:
+                self._open(identity)
+        self.is_resumed = world.first(self.is_resumed)
+
+    def _open(self, identity: Callable[[], Mapping]) -> None:
+        options = self.options
         self.is_resumed = options.resume and is_run(self.path)
         check_output_folder(self.path, options.resume)
         if not self.path.is_dir():
@@ -134,9 +148,15 @@ class RunFolder:
         """
         if self.path is None or trainer.step == self._saved_step:
             return
-        state = {"run": self._digest, "trainer": trainer.state_dict(), "log_bytes": self.log.sync()}
-        write_checkpoint(self.path / CHECKPOINTS / f"step-{trainer.step:08d}", state)
+        state = trainer.state_dict()
+        with self.world.agreed():
+            if self.world.is_main:
+                self._write(trainer.step, state)
         self._saved_step = trainer.step
+
+    def _write(self, step: int, state: Mapping) -> None:
+        state = {"run": self._digest, "trainer": state, "log_bytes": self.log.sync()}
+        write_checkpoint(self.path / CHECKPOINTS / f"step-{step:08d}", state)
         for old in self._checkpoints()[: -self.options.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -148,6 +168,25 @@ class RunFolder:
         """
         if self.path is None or not self.is_resumed:
             return
+        checkpoint, state = None, None
+        with self.world.agreed():
+            if self.world.is_main:
+                checkpoint, state = self._last_good()
+        checkpoint = self.world.first(checkpoint and str(checkpoint))
+        if checkpoint is None:
+            self.say(f"{self.path} has no checkpoint yet: the run starts from the beginning.")
+            return
+        with self.world.agreed():
+            state = state or read_checkpoint(Path(checkpoint))  # the folder is one that all processes can read
+            trainer.load_state_dict(state["trainer"])
+        self._saved_step = trainer.step
+        self.say(f"Resumed from {checkpoint}: step {trainer.step} of {trainer.num_steps}.")
+
+    def _last_good(self) -> tuple[Path | None, dict | None]:
+        """Return the last good checkpoint and what is in it, None where there is none.
+
+        The log is brought to it, and what is damaged removed.
+        """
         found = self._checkpoints()
         for checkpoint in reversed(found):
             try:
@@ -158,15 +197,12 @@ class RunFolder:
         else:
             if found:
                 raise InputError(f"--resume: {self.path / CHECKPOINTS}: none of its {len(found)} checkpoints is good")
-            self.say(f"{self.path} has no checkpoint yet: the run starts from the beginning.")
             self.log.rewind(0)
-            return
-        trainer.load_state_dict(state["trainer"])
+            return None, None
         self.log.rewind(state["log_bytes"])
-        self._saved_step = trainer.step
         for damaged in found[found.index(checkpoint) + 1 :]:
             shutil.rmtree(damaged, ignore_errors=True)
-        self.say(f"Resumed from {checkpoint}: step {trainer.step} of {trainer.num_steps}.")
+        return checkpoint, state
 
     def _clear(self) -> None:
         """Remove what a process that was killed had not finished writing."""
@@ -240,6 +276,8 @@ def _difference(key: str, theirs: object, mine: object) -> str:
         option = name.replace("peft/method", "peft").replace("dps/mode", "dps")
         option = option.removeprefix("peft/").removeprefix("squad/").replace("/", "-")
         return f"--{option.replace('_', '-')} was {theirs}, now {mine}"
+    if kind == "processes":
+        return f"it had {theirs} processes (torchrun), now {mine}"
     if kind in ("task", "device"):
         return f"{key.replace('/', ' ')} was {theirs}, now {mine}"
     return f"the {key.replace('/', ' ')} {'differ' if kind.endswith('s') else 'differs'}"
@@ -377,10 +415,12 @@ class StopSignals:
     """SIGINT and SIGTERM, in a `with` block of the main thread, as the exception Interrupted.
 
     It is raised where the signal hits, except inside `with signals.held()`: there the signal is noted, and `check` raises.
-    Further signals while one is noted change nothing. In another thread than the main one signals do what they did.
+    Further signals while one is noted change nothing. In another thread than the main one signals do what they did. Where
+    `world` has several processes, `check` raises in all of them what one has received.
     """
 
-    def __init__(self):
+    def __init__(self, world: World = World()):
+        self._world = world
         self._received: int | None = None
         self._is_held = False
         self._previous = {}
@@ -397,12 +437,17 @@ class StopSignals:
     def _handle(self, number: int, frame) -> None:
         self._received = number
         if not self._is_held:
-            self.check()
+            self._raise(number)
 
     def check(self) -> None:
         """Raise Interrupted where a signal has come."""
-        if self._received is not None:
-            raise Interrupted(f"stopped by {signal.Signals(self._received).name}", self._received)
+        received = self._world.max(self._received or 0)
+        if received:
+            self._raise(received)
+
+    @staticmethod
+    def _raise(number: int) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
 
     @contextmanager
     def held(self, held: bool = True) -> Iterator[None]:
@@ -417,15 +462,18 @@ class StopSignals:
 
 
 def random_states(device: torch.device) -> dict:
-    """Return the states of the global generators of Python, numpy and torch, and of all CUDA devices where `device` is one."""
+    """Return the states of the global generators of Python, numpy and torch, and of all CUDA devices where `device` is one.
+
+    They are JSON: numbers in lists.
+    """
     version, internal, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
     return {
         "python": [version, list(internal), gauss],
         "numpy": [name, keys.tolist(), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": {str(index): state for index, state in enumerate(cuda)},
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": {str(index): state.tolist() for index, state in enumerate(cuda)},
     }
 
 
@@ -435,9 +483,9 @@ def set_random_states(states: Mapping, device: torch.device) -> None:
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
+    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
     for index, state in states["cuda"].items():
-        torch.cuda.set_rng_state(state, int(index))
+        torch.cuda.set_rng_state(torch.tensor(state, dtype=torch.uint8), int(index))
 
 
 def warn(text: str) -> None:

@@ -22,6 +22,7 @@ from progtuning.data.squad import SquadRows, SquadTask, encode_questions, load_s
 from progtuning.data.submission import write_submission
 from progtuning.data.text import Splits, Task, load_folder, movie_reviews, read_table
 from progtuning.data.tokenization import Tokenizer, load_tokenizer
+from progtuning.distributed import World
 from progtuning.errors import InputError, Interrupted
 from progtuning.files import made_folder, new_folder, read_json, write_json
 from progtuning.measure import attention_backends, describe_device
@@ -36,15 +37,26 @@ OWN_DATA = ("classification", "regression")  # tasks whose files are the user's
 HUB = "hub"  # in place of a folder: the task's data set on the Hugging Face Hub
 
 
-def choose_device(name: str | None) -> torch.device:
-    """Return the device of that name; None takes CUDA where there is one. Raises InputError where it cannot be used."""
+def choose_device(name: str | None, world: World = World()) -> torch.device:
+    """Return the device of that name; None takes CUDA where there is one.
+
+    Of several processes on a machine each gets the GPU of its local rank. Raises InputError where it cannot be used.
+    """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
         raise InputError(f"--device must be cpu or cuda, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no CUDA device here")
-    return torch.device(name)
+    if name == "cpu" or world.size == 1:
+        return torch.device(name)
+    if world.local_size > torch.cuda.device_count():
+        raise InputError(
+            f"torchrun --nproc-per-node must be at most the {torch.cuda.device_count()} CUDA devices here, "
+            f"got {world.local_size}; --device cpu takes any number"
+        )
+    torch.cuda.set_device(world.local_rank)
+    return torch.device("cuda", world.local_rank)
 
 
 def load_splits(task: str, data: str | None) -> Splits:
@@ -111,44 +123,49 @@ def fine_tune(
     merge: bool = False,
     checkpoints: CheckpointConfig = CheckpointConfig(),
     say: Callable[[str], None] = lambda text: None,
+    world: World = World(),
 ) -> dict:
     """Fine-tune the model of `folder` on a task and return the document of `summary.json`.
 
     With `output_dir`, a new or empty folder, the tokenizer, `metrics.jsonl`, `summary.json` and the model are written there; every
     input has been checked before it is made. A model that a PEFT method trained is written as what was trained alone, or with
     `merge` as a whole one in Hugging Face layout. `checkpoints` says when the run is saved there, and whether it goes on from
-    what is saved. `say` is told what a person may want to know meanwhile.
+    what is saved. `say` is told what a person may want to know meanwhile. Where `world` has several processes, all call this;
+    rank 0 writes, says, and returns the document, and the others return an empty one.
 
     Raises InputError for a wrong input, RunError for a run that fails, and Interrupted where SIGINT or SIGTERM stops it; where
     there is a folder, the run has been saved in it then.
     """
-    if merge and settings.peft.method in ("none", "adapter"):
-        raise InputError(f"--merge needs --peft lora, bitfit or spafit, got {settings.peft.method}")
-    config, settings, tokenizer, train_rows, dev_rows = prepare(folder, splits, settings)
     task = splits.task
-    model, loaded = load_model(folder, config, settings.seed)
-    apply_peft(model, settings.peft, settings.seed)
-    trainer = Trainer(model, train_rows, settings, device)
+    with world.agreed():
+        if merge and settings.peft.method in ("none", "adapter"):
+            raise InputError(f"--merge needs --peft lora, bitfit or spafit, got {settings.peft.method}")
+        config, settings, tokenizer, train_rows, dev_rows = prepare(folder, splits, settings)
+        model, loaded = load_model(folder, config, settings.seed)
+        apply_peft(model, settings.peft, settings.seed)
+        trainer = Trainer(model, train_rows, settings, device, world=world)
     if trainer.engine.cache:
-        tokens, size = train_rows.lengths.sum(), trainer.engine.cache.nbytes
-        say(f"The prefix cache takes {size / 1e9:.3g} GB of {settings.cache}: {tokens:,} tokens in {settings.cache_dtype}.")
+        tokens, size = trainer.engine.cache.num_tokens, trainer.engine.cache.nbytes
+        whose = "The prefix cache" if world.size == 1 else f"Each of the {world.size} processes' prefix caches"
+        say(f"{whose} takes {size / 1e9:.3g} GB of {settings.cache}: {tokens:,} tokens in {settings.cache_dtype}.")
 
     def identity() -> dict:
-        return identify(settings, task, train_rows, dev_rows, tokenizer, model, device)
+        return identify(settings, task, train_rows, dev_rows, tokenizer, model, device, world.size)
 
     cache = trainer.engine.cache or nullcontext()
-    with StopSignals() as signals, RunFolder(output_dir, checkpoints, identity, say) as run, cache:
-        if run.is_resumed and (run.path / SUMMARY).is_file():
+    with StopSignals(world) as signals, RunFolder(output_dir, checkpoints, identity, say, world) as run, cache:
+        if run.is_resumed and world.first((run.path / SUMMARY).is_file()):
             say(f"The run in {output_dir} is finished already.")
-            return read_json(run.path / SUMMARY)
+            return read_json(run.path / SUMMARY) if world.is_main else {}
         run.restore(trainer)
         trainer.log = run.log
 
         def measure(epoch: int) -> None:
             if settings.evaluate == "epoch" or epoch == settings.epochs - 1:
-                with signals.held(False):  # to evaluate again changes nothing
+                # To evaluate again changes nothing; but several processes stop between two steps, where they agree to.
+                with signals.held(world.size > 1):
                     values = measure_splits(
-                        model, dev_rows, task, settings.batch_size, device, settings.precision, settings.squad
+                        model, dev_rows, task, settings.batch_size, device, settings.precision, settings.squad, world
                     )
                 run.log({"epoch": epoch + 1, "metrics": values})
 
@@ -163,7 +180,8 @@ def fine_tune(
             except Interrupted as error:
                 run.save(trainer)
                 hint = f"; to go on: the same command with --resume (saved in {output_dir})" if output_dir else ""
-                raise Interrupted(f"{error} at step {trainer.step} of {trainer.num_steps}{hint}", error.signal) from None
+                message = f"{error} at step {trainer.step} of {trainer.num_steps}{hint}"
+                raise world.once(Interrupted(message, error.signal)) from None
             summary = {
                 "model": model_name,
                 "task": task.name,
@@ -180,11 +198,11 @@ def fine_tune(
                 "attention_backends": attention_backends(config, device, settings.precision),
                 "versions": {"progtuning": __version__, "torch": torch.__version__, "python": platform.python_version()},
             }
-            if output_dir is not None:
+            if output_dir is not None and world.is_main:
                 write_model(model, Path(output_dir), settings, model_name, merge)
                 tokenizer.save(output_dir)
                 write_json(Path(output_dir) / SUMMARY, summary)
-    return summary
+    return summary if world.is_main else {}
 
 
 def write_model(model: Model, output_dir: Path, settings: TrainConfig, model_name: str, merge: bool) -> None:

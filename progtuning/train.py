@@ -19,9 +19,10 @@ from progtuning.bert import Model
 from progtuning.cache import PrefixCache
 from progtuning.config import BertConfig, PeftConfig, SquadConfig, TrainConfig
 from progtuning.data.answers import Prediction, decode
-from progtuning.data.batching import EncodedRows, TokenBatches, TrainBatches, evaluation_batches, prefetch, split
+from progtuning.data.batching import EncodedRows, TokenBatches, TrainBatches, evaluation_batches, prefetch
 from progtuning.data.squad import SquadRows, SquadTask
 from progtuning.data.text import Task
+from progtuning.distributed import Replica, World
 from progtuning.dps import DPS
 from progtuning.engine import StageEngine, compile_blocks, unit_of
 from progtuning.errors import InputError, RunError
@@ -31,6 +32,8 @@ from progtuning.resume import random_states, set_random_states
 from progtuning.stages import AdaptiveSchedule, Stage, embeddings_train, make_schedule
 from progtuning.unpad import unpad
 
+# What each process counts for itself, and `summary.json` has for all of them together.
+_OF_ALL_PROCESSES = ("forward_flops", "backward_flops", "cache_bytes", "cache_hits", "cache_misses")
 LOG_EVERY = 10  # optimizer steps; the loss is read from the device only then
 MAX_SKIPS = 10  # batches in a row that are not finite, after which `skip_nonfinite` gives up
 
@@ -56,7 +59,8 @@ class StageCost:
     peak_bytes: int | None = None
     cache_bytes: int = 0
     cache_hits: int = 0  # times that an example's whole prefix was read
-    cache_misses: int = 0  # times that blocks of it ran, and what they gave was kept
+    cache_misses: int = 0  # times that blocks of it ran
+    allreduced_bytes: int = 0  # of gradients that each process gave to be summed over all; 0 where it is alone
 
     def measure_peak(self, device: torch.device) -> None:
         peak = peak_bytes(device)
@@ -91,6 +95,9 @@ class StageCost:
             "cache_bytes": self.cache_bytes,
             "cache_hits": self.cache_hits,
             "cache_misses": self.cache_misses,
+            "allreduced_bytes": self.allreduced_bytes,
+            "allreduced_bytes_per_step": self.allreduced_bytes / (self.steps + self.skipped_steps or 1),
+            "gradient_bytes": 4 * self.trainable_parameters,  # fp32: the closed form of the line above
         }
 
 
@@ -105,6 +112,7 @@ _COUNTS = (
     "cache_bytes",
     "cache_hits",
     "cache_misses",
+    "allreduced_bytes",
 )
 
 
@@ -123,9 +131,13 @@ class Trainer:
     device: torch.device
     log: Callable[[Mapping], None] = lambda row: None
     costs: list[StageCost] = field(default_factory=list)
+    world: World = World()
 
     def __post_init__(self):
         settings = self.settings
+        processes = self.world.size
+        if settings.batch_tokens is None and settings.batch_size < processes:
+            raise InputError(f"--batch-size must be at least the {processes} processes, got {settings.batch_size}")
         self.model.to(self.device)
         self.loss = LOSSES[self.model.config.head]
         make = AdaptiveSchedule if settings.schedule == "adaptive" else partial(make_schedule, settings.schedule)
@@ -141,6 +153,7 @@ class Trainer:
             compile_blocks(self.model)
         if settings.unpadded:
             unpad(self.model, self.device)
+        self.replica = Replica(self.engine, self.world)
         self.finite = FiniteCheck(self.device)
         # A GPU is asked for what was not finite when the loss is read; until then nothing is saved.
         self.check_at_once = self.device.type == "cpu" or settings.skip_nonfinite
@@ -171,11 +184,12 @@ class Trainer:
         norm is not finite.
         """
         if self.step == 0:
-            torch.manual_seed(self.settings.seed)  # of dropout
-        with tqdm(total=self.num_steps, initial=self.step, unit="step", disable=None) as bar:
+            torch.manual_seed(self.world.seed(self.settings.seed))  # of dropout
+        quiet = None if self.world.is_main else True  # None: where standard error is no terminal
+        with tqdm(total=self.num_steps, initial=self.step, unit="step", disable=quiet) as bar:
             for epoch in range(self.epoch, self.settings.epochs):  # (1)
                 self.engine.train()
-                for _, pieces in self.collated(self.batches.epoch(epoch)[self.batch :]):  # (2)
+                for pieces in self.collated(self.batches.epoch(epoch)[self.batch :]):  # (2)
                     stage = self.schedule.at_step(self.step, self.num_steps)
                     if stage != self.engine.stage:  # (3)
                         if self.costs:
@@ -191,20 +205,24 @@ class Trainer:
                 self.epoch, self.batch = epoch + 1, 0
 
     def backward(self, pieces: list[tuple]) -> Tensor:
-        """Run forward and backward over a batch, in the pieces of `collated`; return its mean loss, a tensor of one element."""
-        clock, total = self.costs[-1].clock, torch.zeros((), device=self.device)
-        size = sum(len(rows) for rows, _ in pieces)
+        """Run forward and backward over a batch, in the pieces of `collated`; return its mean loss, (), on the device.
+
+        Loss and gradients are summed over all processes.
+        """
+        cost, total = self.costs[-1], torch.zeros((), device=self.device)
         if self.dps:
             self.dps.before_step()
-        for rows, tensors in pieces:
+        for number, (rows, weight, tensors) in enumerate(pieces, 1):
             inputs, labels = to_device(tensors, self.device)
             self.count(rows, inputs["input_ids"].shape[1])
-            with clock.phase("forward"), autocast(self.device, self.settings.precision):
-                loss = self.loss(self.outputs(inputs, rows), labels) * (len(rows) / size)
-            with clock.phase("backward"):
-                loss.backward()
+            with self.replica.reducing(last=number == len(pieces)):
+                with cost.clock.phase("forward"), autocast(self.device, self.settings.precision):
+                    loss = self.loss(self.outputs(inputs, rows), labels) * weight
+                with cost.clock.phase("backward"):
+                    loss.backward()
             total += loss.detach()
-        return total
+        cost.allreduced_bytes += self.replica.take_bytes()
+        return self.world.sum(total)
 
     def update(self, loss: Tensor) -> None:
         """Take the optimizer's step, or none where the loss or the gradient is not finite and such batches are skipped."""
@@ -246,14 +264,16 @@ class Trainer:
             rows = self.rows_of(self.step)
             self.log({"step": self.step + 1, "epoch": self.epoch + 1, "stage": self.engine.stage.index + 1, "skipped_rows": rows})
         if self.skips > MAX_SKIPS:
-            raise RunError(f"{_not_finite(*found, self.stage_of(self.step), rows)}, as in {MAX_SKIPS} batches before it")
+            message = f"{_not_finite(*found, self.stage_of(self.step), rows)}, as in {MAX_SKIPS} batches before it"
+            raise self.world.once(RunError(message))
         return not found
 
     def check_finite(self) -> None:
         """Raise RunError, with step, stage and rows, where the loss or gradient norm of a step so far was not finite."""
         if found := self.finite.read():
             step = found[0]
-            raise RunError(f"{_not_finite(*found, self.stage_of(step), self.rows_of(step))}: try a lower --lr, or --skip-nonfinite")
+            message = _not_finite(*found, self.stage_of(step), self.rows_of(step))
+            raise self.world.once(RunError(f"{message}: try a lower --lr, or --skip-nonfinite"))
 
     def rows_of(self, step: int) -> list[str]:
         """Return the ids of the rows of 0-based step `step`."""
@@ -271,6 +291,7 @@ class Trainer:
     def state_dict(self) -> dict:
         """Return what a resumed run needs, between two steps: a nested dict of tensors, numbers and names.
 
+        All processes must call it; each gets the random states and costs of all, under "processes".
         Of the weights, those that a stage so far has trained. The tensors are the run's own, which the next step changes.
         Raises RunError where a step so far was not finite.
         """
@@ -278,6 +299,7 @@ class Trainer:
         self.costs[-1].measure_peak(self.device)
         candidates = self.engine.candidates
         changed = set().union(*(self.engine.trainable_names(cost.stage) for cost in self.costs))
+        own = {"costs": [cost.state_dict() for cost in self.costs], "random": random_states(self.device)}
         return {
             "epoch": self.epoch,
             "batch": self.batch,
@@ -288,18 +310,18 @@ class Trainer:
             "lr_schedule": self.lr_schedule.state_dict(),
             "schedule": self.schedule.state_dict() if isinstance(self.schedule, AdaptiveSchedule) else {},
             "dps": self.dps.state_dict() if self.dps else {},
-            "costs": [cost.state_dict() for cost in self.costs],
-            "random": random_states(self.device),
+            "processes": {str(rank): own for rank, own in enumerate(self.world.gather(own))},
         }
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Take up what `state_dict` gave."""
+        """Take up what `state_dict` gave in as many processes."""
+        own = state["processes"][str(self.world.rank)]
         self.epoch, self.batch, self.skips = (state[name] for name in ("epoch", "batch", "skips"))
         self.losses = list(state["losses"].to(self.device))
         with torch.no_grad():
             for name, tensor in state["weights"].items():
                 self.engine.candidates[name].copy_(tensor)
-        self.costs = [StageCost.from_state_dict(cost, self.device) for cost in state["costs"]]
+        self.costs = [StageCost.from_state_dict(cost, self.device) for cost in own["costs"]]
         if self.engine.cache:
             self.refill_cache()
         self.engine.enter(self.costs[-1].stage)
@@ -316,15 +338,18 @@ class Trainer:
         if self.dps:
             self.dps.load_state_dict(state["dps"])
         reset_peak_bytes(self.device)
-        set_random_states(state["random"], self.device)
+        set_random_states(own["random"], self.device)
 
-    def collated(self, batches: Iterable[list[int]]) -> Iterator[tuple[list[int], list[tuple]]]:
-        """Yield each batch with its pieces: rows and tensors. For CUDA a thread has the next ready in pinned memory."""
+    def collated(self, batches: Iterable[list[int]]) -> Iterator[list[tuple[Sequence[int], float, dict[str, Tensor]]]]:
+        """Yield the pieces of this process's share of each batch: rows, weight in the batch's mean loss, and tensors.
+
+        For CUDA a thread has the next batch ready in pinned memory.
+        """
         on_cuda = self.device.type == "cuda"
 
-        def collate(batch: list[int]) -> tuple[list[int], list[tuple]]:
-            pieces = split(batch, self.settings.accumulation_steps)
-            return batch, [(piece, collate_inputs(self.data, piece, pin=on_cuda)) for piece in pieces]
+        def collate(batch: list[int]) -> list[tuple[Sequence[int], float, dict[str, Tensor]]]:
+            pieces = self.world.pieces(batch, self.settings.accumulation_steps)
+            return [(piece, weight, collate_inputs(self.data, piece, pin=on_cuda)) for piece, weight in pieces]
 
         return prefetch(batches, collate) if on_cuda else map(collate, batches)
 
@@ -335,7 +360,7 @@ class Trainer:
         positions; here it does not, so that a loss depends neither on how far a batch is padded nor on a cache, which
         keeps no states of padding.
         """
-        outputs, mask = self.engine(**inputs, rows=rows), inputs.get("attention_mask")
+        outputs, mask = self.replica(**inputs, rows=rows), inputs.get("attention_mask")
         if self.model.config.head == "question-answering" and mask is not None:
             outputs = outputs.masked_fill(~mask[..., None], -math.inf)  # (B, S, 2)
         return outputs
@@ -365,7 +390,15 @@ class Trainer:
                 f"{settings.embeddings} and {settings.num_stages} stages no block is ever frozen below all that trains"
             )
         hidden_size = self.model.config.hidden_size
-        return PrefixCache(self.data.lengths, hidden_size, settings.cache, settings.cache_dtype, settings.cache_limit)
+        return PrefixCache(
+            self.data.lengths,
+            hidden_size,
+            settings.cache,
+            settings.cache_dtype,
+            settings.cache_limit,
+            kept=self.world.owns(len(self.data)),
+            num_sharing=self.world.local_size,
+        )
 
     def refill_cache(self) -> None:
         """Make the entries that the steps of `costs` made, bit for bit: run the prefix of their batches again, in order.
@@ -377,9 +410,9 @@ class Trainer:
         for cost in self.costs:
             self.engine.enter(cost.stage)
             self.engine.train()
-            for _, pieces in self.collated(islice(batches, cost.steps + cost.skipped_steps)):
-                for piece, tensors in pieces:
-                    if self.engine.cut and (self.engine.cache.levels[piece] < self.engine.cut).any():
+            for pieces in self.collated(islice(batches, cost.steps + cost.skipped_steps)):
+                for piece, _, tensors in pieces:
+                    if self.engine.cut and self.engine.cache.lacks(piece, self.engine.cut):
                         inputs, _ = to_device(tensors, self.device)
                         with autocast(self.device, self.settings.precision):
                             self.engine.cached_prefix(**inputs, rows=piece)
@@ -405,10 +438,15 @@ class Trainer:
         return get_total_norm([p.grad for p in self.active_parameters() if p.grad is not None])
 
     def account(self) -> dict:
-        """Return what `summary.json` says of the stages."""
+        """Return what `summary.json` says of the stages: work and cache of all processes together, this one's seconds."""
         settings, stages = self.settings, [cost.to_dict(len(self.batches)) for cost in self.costs]
+        for stage, *of_ranks in zip(stages, *self.world.gather(stages)):
+            for key in _OF_ALL_PROCESSES:
+                stage[key] = sum(of_rank[key] for of_rank in of_ranks)
+            stage["peak_bytes"] = max(of_rank["peak_bytes"] or 0 for of_rank in of_ranks) or None
         full = make_schedule("full", self.model.num_blocks, 1)
         return {
+            "processes": self.world.size,
             "stages": stages,
             **({"decisions": decisions(self.schedule)} if settings.schedule == "adaptive" else {}),
             "updated_parameters": sum(stage["updated_parameters"] for stage in stages),
@@ -489,23 +527,32 @@ def load(data: EncodedRows, rows: list[int], device: torch.device) -> tuple[dict
 
 @torch.no_grad()
 def predict(
-    model: Model, data: EncodedRows, batch_size: int, device: torch.device, precision: str = "fp32"
+    model: Model,
+    data: EncodedRows,
+    batch_size: int,
+    device: torch.device,
+    precision: str = "fp32",
+    world: World = World(),
 ) -> np.ndarray:
     """Return the head's outputs for the N rows of `data` in their order. The model is left in eval mode.
 
     They are (N, C) float32, or for question answering (N, S, 2), S the length of the longest row, 0 beyond a row's batch.
+    The batches are dealt to the processes of `world`, whole; each gets all outputs, and they are those of one process.
     Raises RunError where one is not finite: the weights are not.
     """
     model.to(device).eval()
     per_token = (int(data.lengths.max()),) if model.config.head == "question-answering" else ()
     outputs = np.zeros((len(data), *per_token, model.config.num_outputs), dtype=np.float32)
-    for rows in tqdm(evaluation_batches(data.lengths, batch_size), unit="batch", leave=False, disable=None):
+    batches = evaluation_batches(data.lengths, batch_size)[world.rank :: world.size]
+    for rows in tqdm(batches, unit="batch", leave=False, disable=None if world.is_main else True):
         with autocast(device, precision):
             logits = model(**load(data, rows, device)[0])
         outputs[rows, : logits.shape[1]] = logits.float().cpu().numpy()
+    world.sum(torch.from_numpy(outputs))  # to what one process put in a row the others add 0
     if not np.isfinite(outputs).all():
         row = int(np.flatnonzero(~np.isfinite(outputs.reshape(len(data), -1)).all(axis=1))[0])
-        raise RunError(f"the model's output for row {row + 1} is not finite: its weights are damaged or its training diverged")
+        message = f"the model's output for row {row + 1} is not finite: its weights are damaged or its training diverged"
+        raise world.once(RunError(message))
     return outputs
 
 
@@ -517,9 +564,10 @@ def answer(
     device: torch.device,
     precision: str = "fp32",
     squad: SquadConfig = SquadConfig(),
+    world: World = World(),
 ) -> list[Prediction]:
     """Return what a question-answering model answers to each question of `data`. Raises RunError as `predict` does."""
-    outputs = predict(model, data, batch_size, device, precision)
+    outputs = predict(model, data, batch_size, device, precision, world)
     return decode(data, outputs, null_answers, squad.n_best, squad.max_answer_length)
 
 
@@ -543,15 +591,16 @@ def measure_splits(
     device: torch.device,
     precision: str,
     squad: SquadConfig = SquadConfig(),
+    world: World = World(),
 ) -> dict[str, float]:
     """Return the task's metrics on every held-out split, under "metric", or "split/metric" where there are several splits."""
     values = {}
     for name, data in splits.items():
         if isinstance(task, SquadTask):
-            predictions = answer(model, data, task.null_answers, batch_size, device, precision, squad)
+            predictions = answer(model, data, task.null_answers, batch_size, device, precision, squad, world)
             measured = score_answers(predictions, data, task, squad)
         else:
-            outputs = predict(model, data, batch_size, device, precision)
+            outputs = predict(model, data, batch_size, device, precision, world)
             predictions = outputs[:, 0] if task.is_regression else outputs.argmax(axis=1)
             measured = metrics.compute(task.metrics, predictions, data.labels.numpy())
         values |= measured if len(splits) == 1 else {f"{name}/{metric}": value for metric, value in measured.items()}

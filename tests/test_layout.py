@@ -11,8 +11,8 @@ import progtuning
 PACKAGE = Path(progtuning.__file__).parent
 # Each may import from those before it alone.
 ORDER = (
-    "errors files partition stages config accounting bert unpad peft dps checkpoint sources data metrics measure optim cache engine resume train run "
-    "report cli __main__"
+    "errors files partition stages config accounting bert unpad peft dps checkpoint sources data metrics measure optim cache "
+    "distributed engine resume train run report cli __main__"
 ).split()
 RUNTIME = {"torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "tqdm"}
 
@@ -52,6 +52,12 @@ def test_only_the_runtime_packages_and_the_standard_library_are_imported_and_one
         extra = {"report.py": {"matplotlib"}, "data/hub.py": {"pyarrow"}}.get(path.relative_to(PACKAGE).as_posix(), set())
         allowed = RUNTIME | extra
         assert outside <= allowed, f"{path.name} imports {outside - allowed}"
+
+
+def test_one_module_alone_imports_what_speaks_to_other_processes():
+    for path in PACKAGE.rglob("*.py"):
+        found = {name for name in imports(path) if name.startswith(("torch.distributed", "torch.nn.parallel"))}
+        assert not found or path.name == "distributed.py", f"{path.name} imports {found}"
 
 
 def test_no_module_reads_or_writes_a_pickle():

@@ -69,7 +69,11 @@ def test_the_commands_run_in_order_as_they_stand(minilm, tmp_path, monkeypatch, 
         if program == "progtuning":
             assert main(arguments) == 0, f"{command}\n{capsys.readouterr().err}"
             ran.add(arguments[0])
-    assert ran == {"plan", "paper", "train", "evaluate", "predict", "report", "probe"}
+        elif program == "torchrun":
+            module = [sys.executable, "-m", "torch.distributed.run", *arguments]
+            subprocess.run(module, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+            ran.add(program)
+    assert ran == {"torchrun", "plan", "paper", "train", "evaluate", "predict", "report", "probe"}
     predictions = (tmp_path / "predictions.tsv").read_text().splitlines()
     assert predictions[0] == "label\tprobability" and len(predictions) == 3
     answer = json.loads((tmp_path / "answers.jsonl").read_text())
