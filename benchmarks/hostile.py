@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from progtuning import report
-from tests.hostile import HUB, MUTATED, Mutations, attempt, corpus, in_own_process, make_ground, publish
+from tests.hostile import HUB, MUTATED, Mutations, attempt, corpus, make_ground, result, start_hub_cases
 from tests.hub_server import HubServer
 
 
@@ -50,10 +50,7 @@ def try_cases(kind: str, cases: dict, root: Path, ground: Path) -> list[str]:
 
 def try_hub(root: Path, ground: Path) -> list[str]:
     with HubServer(hang=3) as server:
-        publish(server, ground)
-        variables = {"HF_ENDPOINT": server.url, "HF_HOME": str(root / "hub-cache")}
-        variables |= {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
-        ended = in_own_process(root, ground, {HUB: list(corpus(ground)[HUB])}, **variables)["wrong"]
+        ended = result(start_hub_cases(server, root, ground))["wrong"]
     return [f"{kind}: {name}: {found}" for kind, name, found in ended if found]
 
 

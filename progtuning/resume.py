@@ -237,10 +237,11 @@ def is_run(path: str | Path) -> bool:
 
 def check_output_folder(path: str | Path, resume: bool) -> None:
     """Raise InputError where `path` is neither new nor empty, nor, to resume, the folder of a run."""
-    path = Path(path)
-    if not resume:
+    if not os.fspath(path) or not resume:
         check_new_folder(path)
-    elif path.exists() and not path.is_dir():
+        return
+    path = Path(path)
+    if path.exists() and not path.is_dir():
         raise InputError(f"--resume needs the output folder of a run, got the file {path}")
     elif not is_run(path) and not _is_blank(path):
         raise InputError(f"--resume needs the output folder of a run, got {path} with files in it and no {RUN}")

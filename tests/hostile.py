@@ -232,6 +232,7 @@ class Sandbox:
         """Say whether the program may write at `path`, which is perhaps the temporary name of a file."""
         path = re.sub(r"/\.([^/]+)\.\d+\.tmp$", r"/\1", path)
         inside = [*(self.root / name for name in ("cache", "temporary", "out")), self.root.parent / "hub-cache"]
+        inside.append(self.files / "run" / "metrics.jsonl")  # the log of the run that --resume goes on with
         if path.startswith(("/dev/", "/proc")) or "__pycache__" in path:
             return True
         return any(Path(path).is_relative_to(place) for place in inside)
@@ -1115,6 +1116,23 @@ DAMAGED_SUMMARIES = {
     "100 MB": Sparse(100 << 20, b"{"),
     "a pipe": FIFO,
 }
+DAMAGED_RUNS = {
+    "empty": b"",
+    "a list": b"[]",
+    "cut": lambda content: content[: len(content) // 2],
+    "an empty object": b"{}",
+    "of another format": with_values(format=10**9),
+    "identity null": with_values(identity=None),
+    "identity a list": with_values(identity=[]),
+    "identity of lists": with_values(identity={"settings": [], "task": {"name": [1]}}),
+    "identity empty": with_values(identity={}),
+    "identity nested deeply": with_member('"identity": ' + '{"a":' * 90_000),
+    "identity twice": with_member('"identity": {}'),
+    "versions a list": with_values(identity={}, versions=[]),
+    "100 MB": Sparse(100 << 20, b"{"),
+    "a pipe": FIFO,
+    "missing": MISSING,
+}
 NO_SUMMARIES = {
     "empty": b"",
     "a list": b"[]",
@@ -1156,6 +1174,9 @@ def _checkpoint_cases() -> Iterator[tuple[str, Case]]:
         yield f"summary {name}", Case({"run/summary.json": content}, evaluate, ("summary.json",))
     for name, content in NO_SUMMARIES.items():
         yield f"report on a summary {name}", Case({"run/summary.json": content}, report, ("summary.json",))
+    for name, content in DAMAGED_RUNS.items():
+        again = with_options("--resume", "--model", Path("../files/model"), "--output-dir", Path("../files/run"))
+        yield f"run.json {name}, to resume", Case({"run/run.json": content}, again, ("files/run",))
     odd = with_values(task="\ud800 | a", peak=1)
     yield "report on a task with half a surrogate pair", Case({"run/summary.json": odd}, report, ACCEPTED)
     yield "no summary", Case({"run/summary.json": MISSING}, evaluate, ACCEPTED)
@@ -1336,25 +1357,43 @@ GREEDY = {
 # ---- a process of its own
 
 
-def in_own_process(
+def start_cases(
     root: Path, ground: Path, names: dict[str, Sequence[str]], memory: int | None = None, **environment: str
-) -> dict:
-    """Run cases (kind to names) in one new process, which may take `memory` bytes more than it has when it begins.
+) -> subprocess.Popen:
+    """Start one process that runs cases (kind to names), and may take `memory` bytes more than it has when it begins.
 
-    Returns {"wrong": [kind, name, what is wrong with how it ended] of each case, "grown": by how many bytes the process
-    became larger}. `environment` are variables of the process.
+    `environment` are variables of the process. What it finds is the `result`.
     """
     task = json.dumps({"root": str(root), "ground": str(ground), "names": names, "memory": memory})
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), **environment}
+    top = str(Path(__file__).resolve().parents[1])
+    environment = {**os.environ, "PYTHONPATH": top, **environment}
     command = [sys.executable, "-m", "tests.hostile", task]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        raise RuntimeError(f"status {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=top, env=environment, **streams)
+
+
+def start_hub_cases(server: HubServer, root: Path, ground: Path) -> subprocess.Popen:
+    """Start a process that runs all cases of the Hub against the server."""
+    publish(server, ground)
+    variables = {"HF_ENDPOINT": server.url, "HF_HOME": str(root / "hub-cache")}
+    variables |= {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}  # seconds
+    return start_cases(root, ground, {HUB: list(corpus(ground)[HUB])}, **variables)
+
+
+def result(process: subprocess.Popen) -> dict:
+    """Wait for a process that `start_cases` started and return what it found.
+
+    "wrong" is a list of [kind, name, what is wrong with how it ended], of every case; "grown" is by how many bytes the
+    resident memory of the process grew.
+    """
+    out, err = process.communicate(timeout=600)
+    if process.returncode:
+        raise RuntimeError(f"status {process.returncode}: {err[-2000:]}")
+    return json.loads(out.splitlines()[-1])
 
 
 def own_process(root: str, ground: str, names: dict[str, list[str]], memory: int | None) -> dict:
-    """What `in_own_process` starts."""
+    """What `start_cases` starts."""
     root, ground, cases = Path(root), Path(ground), corpus(Path(ground))
     time.sleep = lambda seconds: None  # huggingface_hub waits between its attempts
     attempt(cases["config.json"]["keys without effect"], root / "first", ground)  # imports all that there is to import
@@ -1459,7 +1498,7 @@ class Mutations:
         with self.box.entered():
             ended = run(*self.command(self.box))
             wrong = judge(ended, self.box, ())
-        if ended.status and str(self.box.files) not in ended.err and "--" not in ended.err:
+        if ended.status == 2 and str(self.box.files) not in ended.err and "--" not in ended.err:
             wrong.append(f"the line names neither file nor option: {ended.err!r}")
         (self.box.root / "temporary" / "page.md").unlink(missing_ok=True)
         self.tried += 1

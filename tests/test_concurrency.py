@@ -63,6 +63,7 @@ def test_of_three_trainings_that_fetch_from_the_hub_at_once_one_is_killed_and_tw
     assert_same_runs(box, "first", "second")
     assert list((box.root / "cache").rglob("model.safetensors")) == [Path(folder, "model.safetensors")]
     blobs = (Path(folder).parents[1] / "blobs").iterdir()
+    blobs = [path for path in blobs if path.suffix != ".incomplete"]  # what the victim had of the weights
     assert sorted(blob.read_bytes() for blob in blobs) == sorted(files.values())
     assert not (box.root / "victim").exists()
 

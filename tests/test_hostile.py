@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests import hostile
-from tests.hostile import GREEDY, HUB, MUTATED, Mutations, Sandbox, corpus, in_own_process, make_ground, publish
+from tests.hostile import GREEDY, HUB, MUTATED, Mutations, Sandbox, corpus, make_ground, result, start_cases
 from tests.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +38,16 @@ def ground(tmp_path_factory) -> Path:
     return make_ground(tmp_path_factory.mktemp("hostile") / "ground")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def answers(ground, tmp_path_factory) -> subprocess.Popen:
+    """A process with the cases of the Hub, which for the most part waits for answers while the other tests run."""
+    with HubServer(hang=3) as server:
+        process = hostile.start_hub_cases(server, tmp_path_factory.mktemp("hub"), ground)
+        yield process
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_case_of_the_corpus_ends_as_specified(kind, ground, tmp_path):
     cases = corpus(ground)[kind]
@@ -53,20 +63,8 @@ def test_the_corpus_has_no_kind_that_is_not_run(ground):
     assert set(corpus(ground)) == {*KINDS, HUB}
 
 
-def test_every_answer_of_the_hub_ends_as_specified(ground, tmp_path):
-    names = list(corpus(ground)[HUB])
-    with HubServer(hang=3) as server:
-        publish(server, ground)
-        limits = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
-        place = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hub-cache")}
-        ended = in_own_process(tmp_path, ground, {HUB: names}, **place, **limits)["wrong"]
-    wrong = {name: found for _, name, found in ended if found}
-    print(f"{HUB}: {len(ended)} tried, {len(ended) - len(wrong)} ended as specified")
-    assert not wrong and len(ended) == len(names)
-
-
 def test_the_greediest_cases_stay_within_600_mb(ground, tmp_path):
-    ended = in_own_process(tmp_path, ground, GREEDY, memory=1 << 30)
+    ended = result(start_cases(tmp_path, ground, GREEDY, memory=1 << 30))
     assert not [row for row in ended["wrong"] if row[2]]
     assert ended["grown"] < 600 << 20, f"{ended['grown'] >> 20} MiB"
 
@@ -127,3 +125,10 @@ def test_memory_that_does_not_suffice_is_a_failed_run_of_one_line(ground, tmp_pa
     with box.entered():
         ended = hostile.run(*hostile.evaluate(box))
     assert ended.status == 1 and not hostile.judge(ended, box, ("out of memory", "--batch-size"))
+
+
+def test_every_answer_of_the_hub_ends_as_specified(ground, answers):
+    ended = result(answers)["wrong"]
+    wrong = {name: found for _, name, found in ended if found}
+    print(f"{HUB}: {len(ended)} tried, {len(ended) - len(wrong)} ended as specified")
+    assert not wrong and len(ended) == len(corpus(ground)[HUB])
