@@ -62,24 +62,13 @@ def identify(
     return {
         "settings": {name: value for name, value in asdict(settings).items() if name != "cache_limit"},  # changes no result
         "task": {"name": task.name, "labels": list(task.labels)},
-        "training rows": _digest_rows(train_rows),
-        "held-out rows": {name: _digest_rows(rows) for name, rows in dev_rows.items()},
+        "training rows": train_rows.digest(),
+        "held-out rows": {name: rows.digest() for name, rows in dev_rows.items()},
         "tokenizer": tokenizer.digest(),
         "weights": base_digest(model, held=()),
         "device": device.type,
         "processes": processes,
     }
-
-
-def _digest_rows(rows: EncodedRows) -> str:
-    digest = hashlib.sha256()
-    for encoding in rows.encodings:
-        digest.update(len(encoding.input_ids).to_bytes(8, "little"))
-        digest.update(encoding.input_ids.tobytes())
-        digest.update(encoding.token_type_ids.tobytes())
-    if rows.labels is not None:
-        digest.update(rows.labels.numpy().tobytes())
-    return digest.hexdigest()
 
 
 class RunFolder:
@@ -116,12 +105,12 @@ class RunFolder:
 
     def _open(self, identity: Callable[[], Mapping]) -> None:
         options = self.options
-        self.is_resumed = options.resume and is_run(self.path)
         check_output_folder(self.path, options.resume)
         if not self.path.is_dir():
             new_folder(self.path)
         self.log = RunLog(self.path)
         try:
+            self.is_resumed = options.resume and is_run(self.path)
             if not self.is_resumed and not _is_blank(self.path):  # another run has been in it since the check
                 check_new_folder(self.path)
             run = {

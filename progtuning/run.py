@@ -169,19 +169,8 @@ def fine_tune(
                     )
                 run.log({"epoch": epoch + 1, "metrics": values})
 
-        def save(stage_ends: bool) -> None:
-            signals.check()
-            if checkpoints.save_every and (stage_ends or trainer.step % checkpoints.save_every == 0):
-                run.save(trainer)
-
         with signals.held():
-            try:
-                trainer.fit(measure, save)
-            except Interrupted as error:
-                run.save(trainer)
-                hint = f"; to go on: the same command with --resume (saved in {output_dir})" if output_dir else ""
-                message = f"{error} at step {trainer.step} of {trainer.num_steps}{hint}"
-                raise world.once(Interrupted(message, error.signal)) from None
+            fit_and_save(trainer, measure, run, signals)
             summary = {
                 "model": model_name,
                 "task": task.name,
@@ -203,6 +192,24 @@ def fine_tune(
                 tokenizer.save(output_dir)
                 write_json(Path(output_dir) / SUMMARY, summary)
     return summary if world.is_main else {}
+
+
+def fit_and_save(trainer: Trainer, measure: Callable[[int], None], run: RunFolder, signals: StopSignals) -> None:
+    """Train, and save the run when it is time and where a signal stops it; Interrupted then says how to go on."""
+    save_every = run.options.save_every
+
+    def after_step(stage_ends: bool) -> None:
+        signals.check()
+        if save_every and (stage_ends or trainer.step % save_every == 0):
+            run.save(trainer)
+
+    try:
+        trainer.fit(measure, after_step)
+    except Interrupted as error:
+        run.save(trainer)
+        hint = f"; to go on: the same command with --resume (saved in {run.path})" if run.path else ""
+        message = f"{error} at step {trainer.step} of {trainer.num_steps}{hint}"
+        raise run.world.once(Interrupted(message, error.signal)) from None
 
 
 def write_model(model: Model, output_dir: Path, settings: TrainConfig, model_name: str, merge: bool) -> None:

@@ -201,6 +201,7 @@ class Trainer:
                     self.report(bar)
                     after_step(self.step == self.num_steps)
                 self.costs[-1].measure_peak(self.device)
+                self.check_finite()
                 after_epoch(epoch)
                 self.epoch, self.batch = epoch + 1, 0
 

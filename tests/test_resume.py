@@ -16,6 +16,8 @@ import torch
 
 import progtuning.train
 from progtuning.config import CheckpointConfig, DPSConfig, PeftConfig
+from progtuning.data.squad import Answer, Question, SquadRows, Window
+from progtuning.data.tokenization import Encoding
 from progtuning.errors import InputError, Interrupted, RunError
 from progtuning.peft import apply_peft
 from progtuning.resume import (
@@ -369,6 +371,17 @@ def test_to_resume_on_other_data_is_an_error_that_names_them(stopped, tiny_folde
     dev.write_text((tiny_task / "dev.jsonl").read_text())
     line = refused(*call("train", *arguments(tiny_folder, tmp_path / tiny_task.name, stopped, "--resume")))
     assert line.endswith("is of another run: the training rows differ")
+
+
+def test_another_gold_answer_makes_other_rows():
+    encoding = Encoding(np.array([1, 2], np.int32), np.zeros(2, np.int32))
+    window = Window(0, encoding, 1, np.array([[0, 1]]), (1, 1))
+    first, *others = (
+        SquadRows([Question("q", "why", "a b", answers)], [window], 0).digest()
+        for answers in ((Answer("a", 0),), (Answer("a", 0), Answer("b", 2)), (Answer("b", 2),), None)
+    )
+    again = SquadRows([Question("q", "why", "a b", (Answer("a", 0),))], [window], 0)
+    assert again.digest() == first and len({first, *others}) == 4
 
 
 def test_to_resume_with_another_model_is_an_error_that_names_what_differs(stopped, tiny_folder, tiny_task, tmp_path):

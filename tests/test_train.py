@@ -278,6 +278,16 @@ def test_what_is_not_finite_is_never_given_out_as_the_state_of_the_run(at_once):
     assert steps == [1, 2, 3, 4, 5, 5, 6]  # 5 twice: there stage 1 ends
 
 
+def test_what_is_not_finite_is_found_before_an_evaluation():
+    run = trainer()
+    run.check_at_once = False
+    poison(run, 3)
+    epochs = []
+    with pytest.raises(RunError, match=r"^step 4 \(stage 1"):
+        run.fit(epochs.append)
+    assert not epochs and run.step == 5
+
+
 def test_a_gradient_that_is_not_finite_under_a_finite_loss_ends_the_run():
     run = trainer()
     run.model.classifier.bias.register_hook(lambda gradient: gradient * math.nan)

@@ -5,6 +5,7 @@ length, cuts the batches and shuffles these: rows of one batch are of nearly equ
 every epoch differs. The order is a pure function of seed and epoch, so that a run can be resumed at any batch.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -52,6 +53,17 @@ class EncodedRows:
     def name(self, index: int) -> str:
         """Return the id of row `index` as a person knows it."""
         return str(index) if self.ids[index] is None else self.ids[index]
+
+    def digest(self) -> str:
+        """Return the SHA-256, in hexadecimal, of what a run learns from the rows or measures with them; names play no part."""
+        digest = hashlib.sha256()
+        for encoding in self.encodings:
+            digest.update(len(encoding.input_ids).to_bytes(8, "little"))
+            digest.update(encoding.input_ids.tobytes())
+            digest.update(encoding.token_type_ids.tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.numpy().tobytes())
+        return digest.hexdigest()
 
     def collate(self, indices: Sequence[int]) -> dict[str, Tensor | None]:
         """Return the rows `indices` as a batch of CPU tensors, padded on the right to the longest of them.

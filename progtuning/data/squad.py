@@ -17,6 +17,7 @@ does not hold the whole answer is labelled as one without an answer: with the po
 N windows, S tokens of one, W of them of the context. Text is measured in characters (code points), as answer_start is.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,6 +188,12 @@ class SquadRows(EncodedRows):
         super().__init__([window.encoding for window in windows], labels, pad_token_id, ids)
         self.questions = questions
         self.windows = windows
+
+    def digest(self) -> str:
+        digest = hashlib.sha256(super().digest().encode())
+        for question in self.questions:  # the gold answers beside the first, which alone is a label
+            digest.update(repr(question).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
 
 
 def encode_questions(
