@@ -4,8 +4,8 @@
 
 Each run is a process of its own with the command's arguments. It is killed with SIGKILL after a random time, which may
 fall into the loading, a step, a checkpoint's writing, an evaluation or the writing of the model, and started again with
---resume; after --kills-a-run kills it is let through to its end. Then its files are compared with those of a run that was
-not killed: the weights bit for bit, the log byte for byte, the summary but for what a clock or the system measured.
+--resume; after --kills-a-run kills it is let through to its end. Then its files are compared with those of a run that
+was not killed: the weights bit for bit, the log byte for byte, the summary but for what a clock or the system measured.
 
 A checkpoint is written every --save-every steps, so a kill costs at most as many, and the steps done while it was
 written. One JSON row goes to benchmarks/results/soak.jsonl: kills, how many hit the writing of a checkpoint, runs, how
@@ -51,7 +51,7 @@ COMMON = (
 ).split()
 VARIANTS = {
     "shrinking": [],
-    "growing, LoRA, accumulation": "--schedule growing --peft lora --lora-r 2 --lora-dropout 0.1 --accumulation-steps 3".split(),
+    "growing, LoRA, pieces": "--schedule growing --peft lora --lora-r 2 --lora-dropout 0.1 --accumulation-steps 3".split(),
     "without-low-blocks, cache": "--schedule without-low-blocks --cache memory".split(),
     "adaptive, DPS mix": "--schedule adaptive --stages 12 --dps mix --dps-update-ratio 0.1".split(),
     "full, BitFit, stages within epochs": "--schedule full --peft bitfit --stages 7".split(),
@@ -100,7 +100,8 @@ class Processes:
 
     def start(self, arguments: Sequence, stderr: Path, file_size: int | None = None) -> int:
         """Start `progtuning` with these arguments; return its process id. `file_size` limits the bytes of a file."""
-        return self._ask({"arguments": [str(argument) for argument in arguments], "stderr": str(stderr), "size": file_size})
+        arguments = [str(argument) for argument in arguments]
+        return self._ask({"arguments": arguments, "stderr": str(stderr), "size": file_size})
 
     def poll(self, pid: int) -> int | None:
         """Return the exit status of a process that was started, negative for a signal; None while it runs."""
@@ -128,7 +129,7 @@ class Processes:
 def serve() -> None:
     """Answer the requests of `Processes`, a line of JSON each, until the input ends."""
     train.LOG_EVERY = 1
-    importlib.import_module("torch._dynamo")  # as PyTorch does, for seconds, when a first model is built on the device "meta"
+    importlib.import_module("torch._dynamo")  # as PyTorch does, for seconds, when a first model has no memory yet
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:
@@ -161,7 +162,8 @@ def _become(request: dict) -> None:
 def steps_done(folder: Path) -> int:
     """Return how many steps the log of a run has."""
     log = folder / LOG
-    return sum(b'"loss"' in line for line in log.read_bytes().splitlines(True) if line.endswith(b"\n")) if log.exists() else 0
+    lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+    return sum(b'"loss"' in line for line in lines if line.endswith(b"\n"))
 
 
 def steps_saved(folder: Path) -> int:
@@ -185,21 +187,19 @@ def _weights(path: Path) -> dict:
         return {name: file.get_tensor(name).tobytes() for name in file.keys()} | {"": file.metadata()}
 
 
-def soak(
-    processes: Processes, folder: Path, kills: int, seed: int, kills_a_run: int, variants: Sequence[str] = tuple(VARIANTS)
-) -> dict:
+def soak(processes: Processes, folder: Path, kills: int, seed: int, kills_a_run: int) -> dict:
     """Kill and resume runs until `kills` have been killed; return the row of figures. Raises RunError where one fails.
 
     The folder of a run that ends otherwise than the one that was not killed is left in `folder`.
     """
     generator, inputs = random.Random(seed), make_inputs(folder)
     expected, seconds, lost, saving, ends = {}, {}, [], 0, []
-    for variant in variants:
+    for variant in VARIANTS:
         begin, reference = time.monotonic(), folder / "whole" / variant
         _check(processes.run(_command(inputs, variant, reference), folder / "log"), folder / "log")
         seconds[variant] = time.monotonic() - begin
         expected[variant] = outcome(reference)
-    for number, variant in enumerate(cycle(variants)):
+    for number, variant in enumerate(cycle(VARIANTS)):
         if len(lost) >= kills:
             break
         output = folder / f"run-{number}"
@@ -219,8 +219,9 @@ def soak(
         if ends[-1]:
             shutil.rmtree(output)
         else:
-            differing = [name for name in {**expected[variant], **found} if found.get(name) != expected[variant].get(name)]
-            print(f"{variant}: {', '.join(sorted(differing))} differ in {output}", file=sys.stderr)
+            names = sorted({**expected[variant], **found})
+            differing = [name for name in names if found.get(name) != expected[variant].get(name)]
+            print(f"{variant}: {', '.join(differing)} differ in {output}", file=sys.stderr)
     return {
         "seed": seed,
         "kills": len(lost),

@@ -1,4 +1,4 @@
-"""Stop and resume: the output folder of a run, its log, and the checkpoints from which the run goes on bit for bit (on a CPU).
+"""Stop and resume: a run's output folder, its log, and the checkpoints from which it goes on, bit for bit on a CPU.
 
     output folder/
       run.json           what makes the run what it is: settings, and digests of data, tokenizer and weights
@@ -8,8 +8,8 @@
           state.safetensors, state.json    the tensors, and the rest
           manifest.json                    bytes and SHA-256 of both
 
-A checkpoint is written under a temporary name, synced to the disk and renamed, so that a folder with its final name is whole
-unless the disk damages it later, which the manifest shows. Nothing here reads or writes a pickle.
+A checkpoint is written under a temporary name, synced to the disk and renamed, so that a folder with its final name is
+whole unless the disk damages it later, which the manifest shows. Nothing here reads or writes a pickle.
 """
 
 import fcntl
@@ -59,8 +59,10 @@ def identify(
     processes: int = 1,
 ) -> dict:
     """Return what two runs must share for one to go on from the other's checkpoint. `model` is as it starts."""
+    values = asdict(settings)
+    del values["cache_limit"]  # changes no result
     return {
-        "settings": {name: value for name, value in asdict(settings).items() if name != "cache_limit"},  # changes no result
+        "settings": values,
         "task": {"name": task.name, "labels": list(task.labels)},
         "training rows": train_rows.digest(),
         "held-out rows": {name: rows.digest() for name, rows in dev_rows.items()},
@@ -72,13 +74,13 @@ def identify(
 
 
 class RunFolder:
-    """The output folder of a run while it is on, which one run at a time may hold. With `path` None nothing is written.
+    """The output folder of a run while it is on, which one run at a time may hold; with `path` None nothing is written.
 
     The processes of `world` call all of its methods together; rank 0 alone writes, and its log alone has a file.
 
-    A new run makes the folder and `run.json`; one that resumes must find its own. `identity` returns what `identify` does. Raises
-    InputError where the folder holds anything else, where another process trains into it, or where its run is another: the
-    message says in what. Raises RunError where the disk refuses.
+    A new run makes the folder and `run.json`; one that resumes must find its own. `identity` returns what `identify` does.
+    Raises InputError where the folder holds anything else, where another process trains into it, or where its run is
+    another: the message says in what. Raises RunError where the disk refuses.
     """
 
     def __init__(
@@ -133,7 +135,7 @@ class RunFolder:
     def save(self, trainer) -> None:
         """Write a checkpoint of `trainer` (a `train.Trainer` between two steps) and remove those that are too many.
 
-        Raises RunError where the disk refuses, and what `Trainer.state_dict` raises; the checkpoints before are left as they were.
+        Raises RunError where the disk refuses, and what `Trainer.state_dict` raises; earlier checkpoints are left alone then.
         """
         if self.path is None or trainer.step == self._saved_step:
             return
@@ -152,8 +154,8 @@ class RunFolder:
     def restore(self, trainer) -> None:
         """Bring a new `trainer` and the log to the last good checkpoint; where there is none they stay at the start.
 
-        Checkpoints that are damaged are passed over, with a warning, and removed once a good one is found. Raises InputError
-        where there are checkpoints and all are damaged.
+        Checkpoints that are damaged are passed over, with a warning, and removed once a good one is found. Raises
+        InputError where there are checkpoints and all are damaged.
         """
         if self.path is None or not self.is_resumed:
             return
@@ -249,15 +251,13 @@ def _check_same(found: object, ours: Mapping, folder: Path) -> None:
     if not isinstance(found, dict) or found.get("format") != _FORMAT or not isinstance(found.get("identity"), dict):
         raise InputError(f"{folder / RUN}: expected a file of format {_FORMAT} with the key 'identity'")
     theirs, mine = dict(_flatten(found["identity"])), dict(_flatten(ours["identity"]))
-    differences = [
-        _difference(key, theirs.get(key), mine.get(key)) for key in {**mine, **theirs} if theirs.get(key) != mine.get(key)
-    ]
-    if differences:
-        raise InputError(f"--resume: {folder} is of another run: {'; '.join(differences)}")
-    for name, version in ours["versions"].items():
-        before = found.get("versions", {}).get(name)
-        if before != version:
-            warn(f"{folder} was begun with {name} {before}, here is {version}: the run goes on, but perhaps not bit for bit")
+    differing = [key for key in {**mine, **theirs} if theirs.get(key) != mine.get(key)]
+    if differing:
+        differences = "; ".join(_difference(key, theirs.get(key), mine.get(key)) for key in differing)
+        raise InputError(f"--resume: {folder} is of another run: {differences}")
+    before = found.get("versions")
+    if before != ours["versions"]:
+        warn(f"{folder} was begun with {before}, here is {ours['versions']}: it goes on, but perhaps not bit for bit")
 
 
 def _difference(key: str, theirs: object, mine: object) -> str:
@@ -367,9 +367,9 @@ class RunLog:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise InputError(f"--output-dir {folder}: another run writes into it, expected a folder of this run's own") from None
+            raise InputError(f"--output-dir {folder}: another run writes into it, expected a folder of its own") from None
         except OSError as error:
-            warn(f"{folder / LOG} cannot be locked ({error.strerror}): see to it that no other run writes into {folder}")
+            warn(f"{folder / LOG} cannot be locked ({error.strerror}): let no other run write into {folder}")
 
     def __call__(self, row: dict) -> None:
         self.rows.append(row)
@@ -387,13 +387,14 @@ class RunLog:
         return self.size()
 
     def rewind(self, size: int) -> None:
-        """Cut the file to its first `size` bytes, and read their rows. Raises InputError where they are no such rows."""
+        """Cut the file to its first `size` bytes, and read their rows. Raises InputError where they are none."""
         self._file.seek(0)
         lines = self._file.read(size).splitlines()
         try:
             self.rows = [json.loads(line) for line in lines]
         except ValueError:
-            raise InputError(f"{self._file.name}: changed since the checkpoint: expected a JSON document a line") from None
+            name = self._file.name
+            raise InputError(f"{name}: changed since the checkpoint: expected a JSON document a line") from None
         self._file.truncate(size)
 
     def close(self) -> None:
@@ -404,9 +405,9 @@ class RunLog:
 class StopSignals:
     """SIGINT and SIGTERM, in a `with` block of the main thread, as the exception Interrupted.
 
-    It is raised where the signal hits, except inside `with signals.held()`: there the signal is noted, and `check` raises.
-    Further signals while one is noted change nothing. In another thread than the main one signals do what they did. Where
-    `world` has several processes, `check` raises in all of them what one has received.
+    It is raised where the signal hits, except inside `with signals.held()`: there it is noted, and `check` raises.
+    Further signals while one is noted change nothing. In another thread than the main one signals do what they did.
+    Where `world` has several processes, `check` raises in all of them what one has received.
     """
 
     def __init__(self, world: World = World()):
@@ -441,7 +442,7 @@ class StopSignals:
 
     @contextmanager
     def held(self, held: bool = True) -> Iterator[None]:
-        """Hold the signals back inside the block; with `held` False, let them through inside one that holds them back."""
+        """Hold the signals back inside the block; with `held` False, let them through inside one that holds them."""
         before, self._is_held = self._is_held, held
         try:
             if not held:
@@ -452,7 +453,7 @@ class StopSignals:
 
 
 def random_states(device: torch.device) -> dict:
-    """Return the states of the global generators of Python, numpy and torch, and of all CUDA devices where `device` is one.
+    """Return the states of the global generators of Python, numpy, torch, and CUDA's where `device` is one.
 
     They are JSON: numbers in lists.
     """

@@ -127,14 +127,14 @@ def fine_tune(
 ) -> dict:
     """Fine-tune the model of `folder` on a task and return the document of `summary.json`.
 
-    With `output_dir`, a new or empty folder, the tokenizer, `metrics.jsonl`, `summary.json` and the model are written there; every
-    input has been checked before it is made. A model that a PEFT method trained is written as what was trained alone, or with
-    `merge` as a whole one in Hugging Face layout. `checkpoints` says when the run is saved there, and whether it goes on from
-    what is saved. `say` is told what a person may want to know meanwhile. Where `world` has several processes, all call this;
-    rank 0 writes, says, and returns the document, and the others return an empty one.
+    With `output_dir`, a new or empty folder, the tokenizer, `metrics.jsonl`, `summary.json` and the model are written
+    there; every input has been checked before it is made. A model that a PEFT method trained is written as what was
+    trained alone, or with `merge` as a whole one in Hugging Face layout. `checkpoints` says when the run is saved there,
+    and whether it goes on from what is saved. `say` is told what a person may want to know meanwhile. Where `world` has
+    several processes, all call this; rank 0 writes, says, and returns the document, and the others return an empty one.
 
-    Raises InputError for a wrong input, RunError for a run that fails, and Interrupted where SIGINT or SIGTERM stops it; where
-    there is a folder, the run has been saved in it then.
+    Raises InputError for a wrong input, RunError for a run that fails, and Interrupted where SIGINT or SIGTERM stops it;
+    where there is a folder, the run has been saved in it then.
     """
     task = splits.task
     with world.agreed():

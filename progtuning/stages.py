@@ -175,7 +175,8 @@ class AdaptiveSchedule:
         if scores:
             middle = median(scores.values())
             changing = (block for block in sorted(scores) if scores[block] >= middle)
-            boundary = min(next(changing, self.stages[-1].boundary), self.num_blocks - 1)  # none: a norm is not a number
+            still = self.stages[-1].boundary  # where a norm is not a number, none is found to change
+            boundary = min(next(changing, still), self.num_blocks - 1)
             self.decisions.append({"step": step, "scores": scores, "median": middle, "frozen_blocks": boundary})
             if boundary > self.stages[-1].boundary:
                 self._enter(boundary)

@@ -121,8 +121,8 @@ class Trainer:
     """A model, its training data and the settings of a run; `fit` trains it.
 
     `model` has its trainable parameters selected already (requires_grad). `log` takes every row of `metrics.jsonl`. After `fit`,
-    `costs` has an entry for each stage. Between two steps `state_dict` gives all that a trainer built from the same arguments
-    needs to go on, after `load_state_dict`, as this one would.
+    `costs` has an entry for each stage. Between two steps `state_dict` gives all that a trainer built from the same
+    arguments needs to go on, after `load_state_dict`, as this one would.
     """
 
     model: Model
@@ -180,8 +180,8 @@ class Trainer:
                     forward; backward through S_t alone                            (4)
                     update S_t                                                     (5)
 
-        `after_step` is called between two steps, and told where a stage ends. Raises RunError where the loss or the gradient's
-        norm is not finite.
+        `after_step` is called between two steps, and told where a stage ends. Raises RunError where the loss or the
+        gradient's norm is not finite.
         """
         if self.step == 0:
             torch.manual_seed(self.world.seed(self.settings.seed))  # of dropout
@@ -226,7 +226,7 @@ class Trainer:
         return self.world.sum(total)
 
     def update(self, loss: Tensor) -> None:
-        """Take the optimizer's step, or none where the loss or the gradient is not finite and such batches are skipped."""
+        """Take the optimizer's step, or none where loss or gradient is not finite and such batches are skipped."""
         cost = self.costs[-1]
         with cost.clock.phase("optimizer"):
             norm = self.gradient_norm()
@@ -262,19 +262,21 @@ class Trainer:
         found = self.finite.read()
         self.skips = self.skips + 1 if found else 0
         if found:
-            rows = self.rows_of(self.step)
-            self.log({"step": self.step + 1, "epoch": self.epoch + 1, "stage": self.engine.stage.index + 1, "skipped_rows": rows})
+            stage, rows = self.engine.stage.index + 1, self.rows_of(self.step)
+            self.log({"step": self.step + 1, "epoch": self.epoch + 1, "stage": stage, "skipped_rows": rows})
         if self.skips > MAX_SKIPS:
-            message = f"{_not_finite(*found, self.stage_of(self.step), rows)}, as in {MAX_SKIPS} batches before it"
-            raise self.world.once(RunError(message))
+            raise self.world.once(RunError(f"{self.describe(*found)}, as in {MAX_SKIPS} batches before it"))
         return not found
 
     def check_finite(self) -> None:
-        """Raise RunError, with step, stage and rows, where the loss or gradient norm of a step so far was not finite."""
+        """Raise RunError, with step, stage and rows, where loss or gradient norm of a step so far was not finite."""
         if found := self.finite.read():
-            step = found[0]
-            message = _not_finite(*found, self.stage_of(step), self.rows_of(step))
-            raise self.world.once(RunError(f"{message}: try a lower --lr, or --skip-nonfinite"))
+            raise self.world.once(RunError(f"{self.describe(*found)}: try a lower --lr, or --skip-nonfinite"))
+
+    def describe(self, step: int, loss: float, norm: float) -> str:
+        """Say of a 0-based step that was not finite which it was, and in what."""
+        where = f"step {step + 1} (stage {self.stage_of(step)}, rows {', '.join(self.rows_of(step))})"
+        return f"{where}: the loss is {loss:g}, the norm of the gradient {norm:g}"
 
     def rows_of(self, step: int) -> list[str]:
         """Return the ids of the rows of 0-based step `step`."""
@@ -293,7 +295,7 @@ class Trainer:
         """Return what a resumed run needs, between two steps: a nested dict of tensors, numbers and names.
 
         All processes must call it; each gets the random states and costs of all, under "processes".
-        Of the weights, those that a stage so far has trained. The tensors are the run's own, which the next step changes.
+        Of the weights, those that a stage so far has trained. The tensors are the run's own: the next step changes them.
         Raises RunError where a step so far was not finite.
         """
         self.check_finite()
@@ -467,10 +469,6 @@ class Trainer:
         self.log({"step": self.step, "epoch": self.epoch + 1, "stage": stage, "loss": loss, "lr": lr})
         bar.set_postfix(stage=stage, loss=f"{loss:.3f}")
         self.losses.clear()
-
-
-def _not_finite(step: int, loss: float, norm: float, stage: int, rows: list[str]) -> str:
-    return f"step {step + 1} (stage {stage}, rows {', '.join(rows)}): the loss is {loss:g}, the norm of the gradient {norm:g}"
 
 
 def make_batches(lengths: Sequence[int], settings: TrainConfig) -> TrainBatches:

@@ -62,23 +62,22 @@ def test_a_signal_saves_the_run_and_says_how_to_go_on(number, status, processes,
     at = arguments.index("--save-every")
     del arguments[at : at + 2]  # a signal saves without it
     environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen(
-        [sys.executable, "-m", "progtuning", *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    run = subprocess.Popen([sys.executable, "-m", "progtuning", *arguments], env=environment, **pipes)
     wait_for_steps(tmp_path / "run", 1)  # of its log, which here has a row for ten steps
     run.send_signal(number)
     run.send_signal(number)  # as a supervisor may: to the process, and to its group
     err = run.communicate(timeout=soak.DEADLINE)[1]
     assert run.returncode == status
-    name = signal.Signals(number).name
-    found = re.fullmatch(
-        rf"progtuning: error: stopped by {name} at step (\d+) of 144; to go on: the same command with --resume \(saved in .*\)\n", err
-    )
+    stopped = rf"progtuning: error: stopped by {signal.Signals(number).name} at step (\d+) of 144; to go on: "
+    found = re.fullmatch(stopped + r"the same command with --resume \(saved in .*\)\n", err)
     assert found, err
     assert soak.steps_saved(tmp_path / "run") == int(found[1])
     assert processes.run(command(inputs, tmp_path / "run"), tmp_path / "log") == 0
-    rows = (tmp_path / "run" / LOG).read_text().splitlines()
-    assert [row for row in rows if "metrics" in row] == [row for row in (whole / LOG).read_text().splitlines() if "metrics" in row]
+    ours, theirs = (
+        [row for row in (folder / LOG).read_text().splitlines() if "metrics" in row] for folder in (tmp_path / "run", whole)
+    )
+    assert ours == theirs
     for name in ("model.safetensors", "summary.json"):
         assert soak.outcome(tmp_path / "run")[name] == soak.outcome(whole)[name]
 
@@ -115,7 +114,7 @@ def test_a_second_run_with_the_same_output_folder_is_refused_and_the_first_goes_
     wait_for_steps(run, 1)
     assert processes.run(command(inputs, run), tmp_path / "second") == 2
     assert (tmp_path / "second").read_text() == (
-        f"progtuning: error: --output-dir {run}: another run writes into it, expected a folder of this run's own\n"
+        f"progtuning: error: --output-dir {run}: another run writes into it, expected a folder of its own\n"
     )
     assert processes.wait(first) == 0
     assert soak.outcome(run) == soak.outcome(whole)
