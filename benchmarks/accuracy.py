@@ -3,12 +3,12 @@
     python benchmarks/accuracy.py --study ablation --glue ../shared/data/glue
     python benchmarks/accuracy.py --table benchmarks/results/ablation.jsonl --glue ../shared/data/glue
 
-A study is a grid (STUDIES below). Its rows are appended to benchmarks/results/<study>.jsonl as the runs end; a run whose row is there
-is not repeated, so that a study can be stopped and taken up again. `--table` prints, as Markdown, mean and standard deviation over the
-seeds and, with `--glue`, the difference to full fine-tuning with a paired bootstrap interval.
+A study is a grid (STUDIES below). Its rows are appended to benchmarks/results/<study>.jsonl as the runs end; a run whose
+row is there is not repeated, so that a study can be stopped and taken up again. `--table` prints, as Markdown, mean and
+standard deviation over the seeds and, with `--glue`, the difference to full fine-tuning with a paired bootstrap interval.
 
-The studies "learning-rate" and "learning-rate-peft" try methods at several learning rates on one task and one seed; the studies "accuracy"
-and "accuracy-peft" use the best of each. No run of another study is chosen by its result.
+The studies "learning-rate" and "learning-rate-peft" try methods at several learning rates on one task and one seed; the
+studies "accuracy" and "accuracy-peft" use the best of each. No run of another study is chosen by its result.
 """
 
 import argparse
@@ -59,7 +59,13 @@ _PEFT = [name for name, changes in METHODS.items() if "peft" in changes or "dps"
 _COMMON = {"epochs": 3, "batch_size": 32, "lr": 1e-4, "precision": "fp32", "evaluate": "end"}
 _SMALL = _COMMON | {"precision": "bf16", "batch_size": 16}  # small batches: more steps out of few rows
 STUDIES = {
-    "ablation": {"tasks": ["movie-reviews"], "methods": [*_FULL_MODEL, "adaptive"], "seeds": [1, 2, 3], "rows": 1500, **_COMMON},
+    "ablation": {
+        "tasks": ["movie-reviews"],
+        "methods": [*_FULL_MODEL, "adaptive"],
+        "seeds": [1, 2, 3],
+        "rows": 1500,
+        **_COMMON,
+    },
     "peft": {"tasks": ["mrpc"], "methods": ["full", "progtuning", *_PEFT], "seeds": [1], "rows": 1000, **_COMMON},
     "learning-rate": {
         "tasks": ["sts-b"],
@@ -94,7 +100,7 @@ STUDIES = {
         "epochs": 8,
     },
 }
-FOLDERS = {"mrpc": "MRPC", "sts-b": "STS-B", "cola": "CoLA", "sst-2": "SST-2", "rte": "RTE", "qnli": "QNLI", "qqp": "QQP", "mnli": "MNLI"}
+FOLDERS = {"cola": "CoLA", "sst-2": "SST-2", "sts-b": "STS-B", "mrpc": "MRPC"}
 MODEL = "minilm-l6"
 RESAMPLES = 2000
 
@@ -161,8 +167,11 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def table(path: Path, glue: Path | None) -> str:
-    """Return a line for each task, method and learning rate: mean and standard deviation over the seeds, the difference of the
-    first metric to full fine-tuning in points with its interval, FLOPs as a share of full fine-tuning's."""
+    """Return a line for each task, method and learning rate.
+
+    Metrics as mean and standard deviation over the seeds; the difference of the first metric to full fine-tuning, in
+    points, with its interval; FLOPs as a share of full fine-tuning's.
+    """
     groups: dict[tuple[str, str, float], list[dict]] = {}
     for row in read_rows(path):
         groups.setdefault((row["task"], row["method"], row["lr"]), []).append(row)
@@ -176,8 +185,8 @@ def table(path: Path, glue: Path | None) -> str:
         updated = report.millions(rows[0]["updated_parameters"])
         to_full = difference(rows, full, labels[task]) if glue and full else None
         lines.append([task, method, f"{lr:g}", len(rows), values, to_full, updated, share, seconds])
-    header = ["task", "method", "lr", "seeds", "metrics", "first metric, to full", "updated, M", "FLOPs, of full", "seconds"]
-    return report.table(header, lines)
+    header = ["task", "method", "lr", "seeds", "metrics", "first metric, to full", "updated, M", "FLOPs, of full"]
+    return report.table([*header, "seconds"], lines)
 
 
 def spread(values: list[float]) -> str:
@@ -192,8 +201,11 @@ def held_out_labels(task: str, glue: Path) -> np.ndarray:
 
 
 def difference(rows: list[dict], full: list[dict], labels: np.ndarray) -> str | None:
-    """Return the difference of a task's first metric to full fine-tuning, over the seeds that both have, and the 95 % interval
-    of a paired bootstrap: held-out rows drawn with replacement, the same ones for both and for every seed."""
+    """Return the difference of a task's first metric to full fine-tuning, over the seeds that both have.
+
+    Beside it the 95 % interval of a paired bootstrap: held-out rows drawn with replacement, the same ones for both and
+    for every seed. None where there is nothing to compare.
+    """
     pairs = [(row, other) for row in rows for other in full if row["seed"] == other["seed"]]
     if not pairs or rows[0]["method"] == "full" or not all("predictions" in row for pair in pairs for row in pair):
         return None
@@ -201,7 +213,8 @@ def difference(rows: list[dict], full: list[dict], labels: np.ndarray) -> str | 
     predictions = [tuple(np.array(row["predictions"]) for row in pair) for pair in pairs]
 
     def mean_difference(chosen: np.ndarray) -> float:
-        return float(np.mean([metric(p[chosen], labels[chosen]) - metric(q[chosen], labels[chosen]) for p, q in predictions]))
+        gold = labels[chosen]
+        return float(np.mean([metric(p[chosen], gold) - metric(q[chosen], gold) for p, q in predictions]))
 
     rng = np.random.default_rng(0)
     draws = [mean_difference(rng.integers(len(labels), size=len(labels))) for _ in range(RESAMPLES)]
