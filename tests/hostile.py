@@ -171,6 +171,9 @@ def judge(ended: Ended, sandbox: "Sandbox", expected: Sequence[str] | None) -> l
 
 # ---- files
 
+# Of matplotlib, which has a cache of its own in HOME: hidden, wherever in the suite it was imported before.
+PICTURES = ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg")
+
 
 class Sandbox:
     """Good files under `files`, to be damaged; an empty cache, home, temporary and working folder; no output yet.
@@ -196,13 +199,15 @@ class Sandbox:
         os.environ.update({name: str(self.root / place) for name, place in names.items()})
         os.chdir(self.root / "work")
         tempfile.tempdir = None
-        pictures, sys.modules["matplotlib"] = sys.modules.get("matplotlib"), None  # it has a cache of its own
+        pictures = {name: sys.modules.get(name) for name in PICTURES}
+        sys.modules.update(dict.fromkeys(PICTURES))
         try:
             yield self
         finally:
-            sys.modules.pop("matplotlib")
-            if pictures is not None:
-                sys.modules["matplotlib"] = pictures
+            for name, module in pictures.items():
+                sys.modules.pop(name)
+                if module is not None:
+                    sys.modules[name] = module
             os.chdir(folder)
             os.environ.clear()
             os.environ.update(environment)
@@ -354,7 +359,7 @@ def _fetching(archive: tuple[str, Callable[[], bytes]] | None) -> Iterator[None]
         return
     suffix, content = archive[0], archive[1]()
 
-    def download(name: str, version: str, sha256: str | None, staging: Path) -> Path:
+    def download(name: str, version: str, sha256: str | None, wheels_only: bool, staging: Path) -> Path:
         (staging / f"pack-1.0{suffix}").write_bytes(content)
         return staging / f"pack-1.0{suffix}"
 
