@@ -156,8 +156,7 @@ def row_of(summary: dict) -> dict:
         "dev_rows": summary["dev_rows"],
         **{key: summary["settings"][key] for key in ("epochs", "batch_size", "lr", "max_length", "precision")},
         "model": summary["model"],
-        "device": summary["device"],
-        "versions": summary["versions"],
+        **{key: summary[key] for key in ("device", "processor", "versions")},
         "date": date.today().isoformat(),
     }
 

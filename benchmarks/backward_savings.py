@@ -28,10 +28,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import harness
-from harness import RESULTS, Timing, Variant, number
+from harness import Timing, Variant, number
 from progtuning import accounting, report
 from progtuning.bert import Model, build_model
-from progtuning.config import ARCHITECTURES, PRECISIONS, BertConfig, PeftConfig
+from progtuning.config import ARCHITECTURES, BertConfig, PeftConfig
 from progtuning.engine import StageEngine, unit_of
 from progtuning.files import write_json, write_text
 from progtuning.optim import build_optimizer
@@ -287,20 +287,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, default=[384, 128], help="tokens")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--stages-of", nargs="+", type=int, default=[3, 12], metavar="T", help="stages a schedule has")
-    parser.add_argument("--batch-size", type=int, help="default: 32 on CUDA, else 8")
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on CUDA, else fp32")
-    parser.add_argument("--device", help="cpu or cuda; default: CUDA where there is one")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of every form")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps a turn")
     parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="begin no round after this")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    args = parser.parse_args(arguments)
-    harness.check_positive(args, "lengths", "stages_of", "batch_size", "rounds", "steps")
-    cuda = choose_device(args.device).type == "cuda"
-    args.device = "cuda" if cuda else "cpu"
-    args.batch_size = args.batch_size or (32 if cuda else 8)
-    args.precision = args.precision or ("bf16" if cuda else "fp32")
-    return args
+    harness.add_step_options(parser, steps=3)
+    return harness.parse_steps(parser, arguments, "lengths", "stages_of")
 
 
 def main(arguments: Sequence[str]) -> Path:

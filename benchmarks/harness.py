@@ -6,12 +6,11 @@ them alike. The figures are medians; a ratio is taken within each round, and its
 """
 
 import gc
-import platform
 import random
 import shlex
 import statistics
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -24,16 +23,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
-from progtuning import __version__
+from progtuning import measure
+from progtuning.config import PRECISIONS
 from progtuning.errors import InputError, RunError
 from progtuning.files import read_json
-from progtuning.measure import Clock, describe_device, peak_bytes, reset_peak_bytes
+from progtuning.measure import Clock, peak_bytes, reset_peak_bytes
 from progtuning.report import PHASES
+from progtuning.run import choose_device
 from progtuning.train import autocast
 
 RESULTS = Path(__file__).parent / "results"
 MAX_GRAD_NORM = 1.0
-_PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy")
+_PACKAGES = ("transformers", "accelerate", "peft", "numpy")
 
 
 @dataclass
@@ -207,12 +208,8 @@ def matmul_peak(device: torch.device, precision: str, size: int | None = None, r
 
 def environment(device: torch.device, settings: Mapping) -> dict:
     """Return what a reader must know of figures, and what figures of one table have in common."""
-    return {
-        "device": describe_device(device),
-        "processor": _processor(),
-        "versions": {"progtuning": __version__, "python": platform.python_version()} | _versions(),
-        "settings": dict(settings),
-    }
+    here = measure.environment(device)
+    return here | {"versions": here["versions"] | _versions(), "settings": dict(settings)}
 
 
 def this_run(script: str, arguments: Sequence[str]) -> dict:
@@ -229,15 +226,6 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             pass
     return found
-
-
-def _processor() -> str:
-    """Name the CPU: by /proc/cpuinfo on Linux, else as Python knows it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def open_document(path: Path, made: Mapping, run: Mapping) -> dict:
@@ -266,6 +254,27 @@ def describe(document: Mapping) -> str:
             *(f"- Run: {run['date']}, `{run['command']}`" for run in document["runs"]),
         ]
     )
+
+
+def add_step_options(parser: ArgumentParser, steps: int) -> None:
+    """Add the options that all scripts which time steps have; `parse_steps` fills in what depends on the device."""
+    parser.add_argument("--batch-size", type=int, help="default: 32 on CUDA, else 8")
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on CUDA, else fp32")
+    parser.add_argument("--device", help="cpu or cuda; default: CUDA where there is one")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of every variant")
+    parser.add_argument("--steps", type=int, default=steps, help="timed steps a turn")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+
+
+def parse_steps(parser: ArgumentParser, arguments: Sequence[str], *positive: str) -> Namespace:
+    """Parse. Raises InputError where an option of `add_step_options`, or one named in `positive`, is less than 1."""
+    args = parser.parse_args(arguments)
+    check_positive(args, "batch_size", "rounds", "steps", *positive)
+    args.device = choose_device(args.device).type
+    cuda = args.device == "cuda"
+    args.batch_size = args.batch_size or (32 if cuda else 8)
+    args.precision = args.precision or ("bf16" if cuda else "fp32")
+    return args
 
 
 def number(value: float | None, form: str) -> str | None:

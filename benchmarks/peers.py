@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import harness
-from harness import RESULTS, Timing, Variant, number
+from harness import Timing, Variant, number
 from progtuning import report
 from progtuning.bert import build_model
-from progtuning.config import ARCHITECTURES, BLOCK_LINEARS, PRECISIONS, BertConfig, PeftConfig
+from progtuning.config import ARCHITECTURES, BLOCK_LINEARS, BertConfig, PeftConfig
 from progtuning.engine import EMBEDDINGS, HEAD, StageEngine, unit_of
 from progtuning.files import write_json, write_text
 from progtuning.optim import build_optimizer
@@ -289,21 +289,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", choices=berts, default="bert-base-uncased")
     parser.add_argument("--length", type=int, default=128, help="tokens of the longest row")
     parser.add_argument("--padding", type=int, default=0, help="tokens that the shortest row lacks")
-    parser.add_argument("--batch-size", type=int, help="default: 32 on CUDA, else 8")
     parser.add_argument("--stages-of", type=int, default=3, metavar="T")
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on CUDA, else fp32")
-    parser.add_argument("--device", help="cpu or cuda; default: CUDA where there is one")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of every variant")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps a turn")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    args = parser.parse_args(arguments)
-    harness.check_positive(args, "length", "batch_size", "stages_of", "rounds", "steps")
+    harness.add_step_options(parser, steps=2)
+    args = harness.parse_steps(parser, arguments, "length", "stages_of")
     if not 0 <= args.padding < args.length:
         raise harness.InputError(f"--padding must be in 0..{args.length - 1}, got {args.padding}")
-    cuda = choose_device(args.device).type == "cuda"
-    args.device = "cuda" if cuda else "cpu"
-    args.batch_size = args.batch_size or (32 if cuda else 8)
-    args.precision = args.precision or ("bf16" if cuda else "fp32")
     return args
 
 

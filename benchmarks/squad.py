@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import random
 import resource
 import shlex
@@ -26,11 +25,12 @@ from pathlib import Path
 
 import torch
 
-from progtuning import __version__, report
+from progtuning import report
 from progtuning.config import TASK_DEFAULTS, BertConfig, TrainConfig
 from progtuning.data.squad import encode_questions, read_squad
 from progtuning.data.text import limit_train
 from progtuning.data.tokenization import load_tokenizer
+from progtuning.measure import environment
 from progtuning.run import choose_device, fine_tune, load_splits
 from progtuning.sources import model_folder
 
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
                 **{key: summary[key] for key in ("train_rows", "train_windows", "dev_rows")},
                 "stages": len(summary["stages"]),
                 **{key: summary["settings"][key] for key in keys},
-                **{key: summary[key] for key in ("model", "device", "versions")},
+                **{key: summary[key] for key in ("model", "device", "processor", "versions")},
             }
         )
 
@@ -93,7 +93,7 @@ def measure_memory() -> None:
             "seconds": round(time.perf_counter() - begin, 1),
             "peak_bytes": peak_bytes(),
             "peak_bytes_before": before,
-            "versions": {"progtuning": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            **environment(torch.device("cpu")),
         }
     )
 
@@ -123,8 +123,8 @@ def peak_bytes() -> int:
 
 
 def append(row: dict) -> None:
-    environment = {key: value for key, value in os.environ.items() if key.startswith(("OMP_", "MALLOC_"))}
-    row |= {"environment": environment, "date": date.today().isoformat(), "command": shlex.join(["python", *sys.argv])}
+    variables = {key: value for key, value in os.environ.items() if key.startswith(("OMP_", "MALLOC_"))}
+    row |= {"environment": variables, "date": date.today().isoformat(), "command": shlex.join(["python", *sys.argv])}
     with open(RESULTS, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row))

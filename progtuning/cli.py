@@ -472,6 +472,7 @@ def run_paper(args: argparse.Namespace) -> None:
 
 def run_probe(args: argparse.Namespace) -> None:
     from progtuning.data.text import limit_train
+    from progtuning.measure import environment
     from progtuning.run import choose_device, load_splits, probe
     from progtuning.sources import model_folder
 
@@ -485,8 +486,14 @@ def run_probe(args: argparse.Namespace) -> None:
     if args.max_train_rows is not None:
         splits = limit_train(splits, args.max_train_rows, settings.seed)
     rows = probe(folder, splits, settings, device)
-    document = {"model": args.model, "task": splits.task.name, "train_rows": len(splits.train), "rows": rows}
-    document["settings"] = asdict(settings)
+    document = {
+        "model": args.model,
+        "task": splits.task.name,
+        "train_rows": len(splits.train),
+        "rows": rows,
+        "settings": asdict(settings),
+        **environment(device),
+    }
     output = new_folder(args.output_dir)
     write_json(output / "probe.json", document)
     report.draw_probe(document, output / "probe.png")

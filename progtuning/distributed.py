@@ -194,8 +194,10 @@ class Replica:
         return taken
 
     def _rebuild(self) -> None:
+        if self.world.size == 1:
+            return
         trained = [parameter.requires_grad for parameter in self.module.parameters()]
-        if self.world.size == 1 or trained == self._trained:
+        if trained == self._trained:
             return
         self._parallel = None
         gc.collect()  # DDP sits in a reference cycle, and its buffers are as large as the gradients

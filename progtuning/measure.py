@@ -1,5 +1,6 @@
 """What a run costs, measured: seconds of each phase on the device, and peak memory."""
 
+import platform
 import shutil
 import time
 from collections import defaultdict
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend
 
+from progtuning import __version__
 from progtuning.config import BertConfig
 
 
@@ -75,11 +77,26 @@ def peak_bytes(device: torch.device) -> int | None:
     return int(line.split()[1]) * 1024 if line else None
 
 
-def describe_device(device: torch.device) -> str:
-    """Name the hardware for a report, for example "NVIDIA H100 80GB HBM3" or "CPU, 2 threads"."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+def environment(device: torch.device) -> dict:
+    """Return what a reader must know of figures that were taken here: device, processor and versions.
+
+    The device is for example "NVIDIA H100 80GB HBM3" or "CPU, 2 threads".
+    """
+    cpu = f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "processor": _processor(),
+        "versions": {"progtuning": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def _processor() -> str:
+    """Name the CPU: by /proc/cpuinfo on Linux, else as Python knows it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def attention_backends(config: BertConfig, device: torch.device, precision: str) -> dict[str, dict[str, str]]:

@@ -1,6 +1,5 @@
 """A whole run: from the names of a model and a task to an output folder, and from there to metrics and predictions."""
 
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -10,7 +9,6 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from progtuning import __version__
 from progtuning.bert import Model
 from progtuning.checkpoint import CONFIG, base_model_name, load_model, load_peft, save_peft, save_pretrained
 from progtuning.config import BertConfig, CheckpointConfig, SquadConfig, TrainConfig
@@ -25,7 +23,7 @@ from progtuning.data.tokenization import Tokenizer, load_tokenizer
 from progtuning.distributed import World
 from progtuning.errors import InputError, Interrupted
 from progtuning.files import made_folder, new_folder, read_json, write_json
-from progtuning.measure import attention_backends, describe_device
+from progtuning.measure import attention_backends, environment
 from progtuning.peft import apply_peft
 from progtuning.peft.lora import unwrap
 from progtuning.resume import RunFolder, StopSignals, identify
@@ -183,9 +181,8 @@ def fine_tune(
                 "fresh_parameters": loaded.fresh,
                 "unused_tensors": loaded.unused,
                 "settings": asdict(settings),
-                "device": describe_device(device),
+                **environment(device),
                 "attention_backends": attention_backends(config, device, settings.precision),
-                "versions": {"progtuning": __version__, "torch": torch.__version__, "python": platform.python_version()},
             }
             if output_dir is not None and world.is_main:
                 write_model(model, Path(output_dir), settings, model_name, merge)

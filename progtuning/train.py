@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
 from itertools import islice
 
@@ -101,19 +101,7 @@ class StageCost:
         }
 
 
-# The fields of StageCost that are numbers.
-_COUNTS = (
-    "trainable_parameters",
-    "steps",
-    "skipped_steps",
-    "forward_flops",
-    "backward_flops",
-    "peak_bytes",
-    "cache_bytes",
-    "cache_hits",
-    "cache_misses",
-    "allreduced_bytes",
-)
+_COUNTS = tuple(one.name for one in fields(StageCost) if one.name not in ("stage", "clock"))  # numbers
 
 
 @dataclass
@@ -481,10 +469,8 @@ def make_batches(lengths: Sequence[int], settings: TrainConfig) -> TrainBatches:
 def decisions(schedule: AdaptiveSchedule) -> list[dict]:
     """Return the decisions as `summary.json` has them: blocks counted from 1, null for a score that is infinite."""
     return [
-        decision
-        | {"scores": {block + 1: score if math.isfinite(score) else None for block, score in decision["scores"].items()}}
-        | {"median": decision["median"] if math.isfinite(decision["median"]) else None}
-        for decision in schedule.decisions
+        decision | {"scores": {int(block) + 1: score for block, score in decision["scores"].items()}}
+        for decision in schedule.state_dict()["decisions"]
     ]
 
 

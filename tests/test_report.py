@@ -69,6 +69,7 @@ def test_probe_trains_one_block_at_a_time_and_draws_the_metric_by_block(policy, 
     assert [row["block"] for row in document["rows"]] == [1, 2, 3, 4]
     assert all(0 <= row["metrics"]["accuracy"] <= 1 for row in document["rows"])
     assert document["settings"]["embeddings"] == ("always" if reached else "never")
+    assert document["device"].startswith(("CPU, ", "NVIDIA")) and {"progtuning", "torch", "python"} == set(document["versions"])
     assert json.loads((tmp_path / "probe" / "probe.json").read_text()) == document
     pytest.importorskip("matplotlib")
     assert (tmp_path / "probe" / "probe.png").read_bytes().startswith(PNG)
