@@ -72,7 +72,7 @@ STUDIES = {
         "methods": _FULL_MODEL,
         "seeds": [1],
         "rows": 1000,
-        "factors": [1, 2, 4],
+        "factors": [1, 1 / 2, 1 / 4, 2],
         **_SMALL,
     },
     "learning-rate-peft": {
@@ -80,7 +80,7 @@ STUDIES = {
         "methods": ["adapter", "bitfit", "lora", "spafit"],
         "seeds": [1],
         "rows": 1000,
-        "factors": [1, 2, 4],
+        "factors": [1, 1 / 2, 1 / 4, 2],
         **_SMALL,
         "epochs": 8,
     },

@@ -41,7 +41,6 @@ FETCH = """
 import json, sys, time
 time.sleep = lambda seconds: None  # huggingface_hub waits between its attempts
 from progtuning import sources
-from progtuning.checkpoint import save_pretrained
 from progtuning.errors import InputError, RunError
 try:
     print(json.dumps(["path", str(getattr(sources, sys.argv[1])(sys.argv[2]))]))
