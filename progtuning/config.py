@@ -161,7 +161,9 @@ class BertConfig:
             raise InputError(f"expected a JSON object, got {type(values).__name__}")
         architecture = _architecture(values)
         values = dict(values)
-        values.setdefault("model_type", "roberta" if architecture.startswith("Roberta") else "bert" if architecture else None)
+        values.setdefault(
+            "model_type", "roberta" if architecture.startswith("Roberta") else "bert" if architecture else None
+        )
         for key in _REQUIRED:
             if key not in values:
                 raise InputError(f"key {key!r} is missing")
@@ -193,8 +195,12 @@ class BertConfig:
 
     def to_dict(self) -> dict:
         """Return the dictionary that transformers' AutoConfig and `from_dict` read."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("head", "labels")}
-        suffix = {None: "Model", "question-answering": "ForQuestionAnswering"}.get(self.head, "ForSequenceClassification")
+        values = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("head", "labels")
+        }
+        suffix = {None: "Model", "question-answering": "ForQuestionAnswering"}.get(
+            self.head, "ForSequenceClassification"
+        )
         values["architectures"] = [("Bert" if self.model_type == "bert" else "Roberta") + suffix]
         if self.head in ("classification", "regression"):
             values["problem_type"] = "regression" if self.head == "regression" else "single_label_classification"
@@ -233,7 +239,9 @@ _BERT_BASE = BertConfig(30522, 768, 12, 12, 3072, 512)
 ARCHITECTURES = {
     "bert-base-uncased": _BERT_BASE,
     "bert-large-uncased": BertConfig(30522, 1024, 24, 16, 4096, 512),
-    "roberta-base": BertConfig(50265, 768, 12, 12, 3072, 514, model_type="roberta", type_vocab_size=1, layer_norm_eps=1e-5),
+    "roberta-base": BertConfig(
+        50265, 768, 12, 12, 3072, 514, model_type="roberta", type_vocab_size=1, layer_norm_eps=1e-5
+    ),
     "minilm-l6": BertConfig(30522, 384, 6, 12, 1536, 512),
 }
 
@@ -254,7 +262,9 @@ class PeftConfig:
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] = ("query", "value")  # keys of BLOCK_LINEARS
     bitfit_biases: str = "all"  # or "query,intermediate", the half-size variant of Zaken et al. (2021)
-    spafit_bounds: tuple[int, int] | None = None  # N1 <= N2: blocks below N1 frozen, below N2 biases only, the rest LoRA
+    spafit_bounds: tuple[int, int] | None = (
+        None  # N1 <= N2: blocks below N1 frozen, below N2 biases only, the rest LoRA
+    )
 
     def __post_init__(self):
         _check_choice("--peft", self.method, PEFT_METHODS)
@@ -423,6 +433,7 @@ class CheckpointConfig:
         if self.save_every is not None:
             _check_number("--save-every", self.save_every, int, low=1)
         _check_number("--keep-checkpoints", self.keep, int, low=1)
+
 
 # Progtuning's own epochs and stages on SQuAD (Table 2), where neither is given.
 TASK_DEFAULTS = {"squad": {"epochs": 3, "stages": 3}, "squad_v2": {"epochs": 2, "stages": 2}}

@@ -48,7 +48,9 @@ def compile_blocks(model: Model, backend: str = "inductor") -> None:
     dynamic. A stage change therefore recompiles by itself: a graph is chosen by what requires a gradient.
     """
     config = torch._dynamo.config
-    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the name until PyTorch 2.6
+    limit = (
+        "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    )  # the name until PyTorch 2.6
     setattr(config, limit, max(32, getattr(config, limit)))  # SPAFIT's three kinds of blocks exceed the default, 8
     for block in model.encoder.layer:
         block.compile(dynamic=True, backend=backend)
@@ -84,7 +86,9 @@ class StageEngine(nn.Module):
         self.candidates = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.groups = [list(group["params"]) for group in optimizer.param_groups] if optimizer else []
         self.stage: Stage | None = None
-        self.cut: int | None = None  # E and the blocks below this index run without grad; None: E runs with grad, no cut
+        self.cut: int | None = (
+            None  # E and the blocks below this index run without grad; None: E runs with grad, no cut
+        )
 
     def trainable_names(self, stage: Stage) -> set[str]:
         """Return the names of the parameters that train in `stage`."""

@@ -52,7 +52,16 @@ def stages_table(summary: dict) -> str:
                 None if stage["peak_bytes"] is None else f"{stage['peak_bytes'] / 2**20:,.0f}",
             ]
         )
-    header = ["stage", "trains", "steps", "updated, M", "forward, TFLOP", "backward, TFLOP", "forward, s", "backward, s"]
+    header = [
+        "stage",
+        "trains",
+        "steps",
+        "updated, M",
+        "forward, TFLOP",
+        "backward, TFLOP",
+        "forward, s",
+        "backward, s",
+    ]
     return table([*header, "optimizer, s", "peak, MiB"], rows)
 
 
@@ -112,7 +121,15 @@ def plan_table(document: dict) -> str:
         ]
         for stage in document["stages"]
     ]
-    header = ["stage", "epochs", "trains", "trainable, M", "updated, M", "forward FLOPs a step", "backward FLOPs a step"]
+    header = [
+        "stage",
+        "epochs",
+        "trains",
+        "trainable, M",
+        "updated, M",
+        "forward FLOPs a step",
+        "backward FLOPs a step",
+    ]
     updated, full = document["updated_parameters"], document["updated_parameters_full"]
     return "\n".join(
         [
@@ -190,7 +207,9 @@ def _wrong_value(summary: dict) -> str | None:
     settings, metrics, stages = summary["settings"], summary["metrics"], summary["stages"]
     if not isinstance(settings, dict) or not isinstance(settings.get("peft"), dict):
         return "settings"
-    if not all(isinstance(text, str) for text in (summary["task"], settings.get("schedule"), settings["peft"].get("method"))):
+    if not all(
+        isinstance(text, str) for text in (summary["task"], settings.get("schedule"), settings["peft"].get("method"))
+    ):
         return "task, settings.schedule or settings.peft.method"
     if not isinstance(metrics, dict) or not metrics or not all(_is_number(value, -1e9) for value in metrics.values()):
         return "metrics"
@@ -300,7 +319,9 @@ def draw_probe(document: dict, path: Path) -> bool:
     blocks = [row["block"] for row in document["rows"]]
     for name in document["rows"][0]["metrics"]:
         axes.plot(blocks, [row["metrics"][name] for row in document["rows"]], "o-", label=name)
-    axes.set(title=f"{document['model']} on {document['task']}", xlabel="block that trains, with the head", xticks=blocks)
+    axes.set(
+        title=f"{document['model']} on {document['task']}", xlabel="block that trains, with the head", xticks=blocks
+    )
     axes.legend()
     save_figure(figure, path)
     return True

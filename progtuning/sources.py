@@ -250,7 +250,7 @@ def _hub_error(error: Exception, revision: str | None, kind: Kind) -> InputError
 # ---- a package index
 
 # What pip finds in the place of setuptools when it asks for a source archive's metadata (PEP 517).
-_STAND_IN = '''\
+_STAND_IN = """\
 import pathlib, sys
 
 def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
@@ -260,7 +260,7 @@ def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
     return folder.name
 
 __legacy__ = sys.modules[__name__]  # the backend of an archive that has no pyproject.toml
-'''
+"""
 
 
 def _from_index(package: re.Match, kind: Kind, wheels_only: bool = False) -> Path:

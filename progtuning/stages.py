@@ -171,7 +171,9 @@ class AdaptiveSchedule:
 
     def _decide(self, step: int) -> None:
         now = {block: float(norm) for block, norm in self._now.items()}
-        scores = {block: _relative_change(self._before[block], norm) for block, norm in now.items() if block in self._before}
+        scores = {
+            block: _relative_change(self._before[block], norm) for block, norm in now.items() if block in self._before
+        }
         if scores:
             middle = median(scores.values())
             changing = (block for block in sorted(scores) if scores[block] >= middle)

@@ -416,7 +416,9 @@ class Trainer:
         cost.backward_flops += backward
         if self.engine.cache and self.engine.cut:
             levels = self.engine.cache.levels[rows].tolist()
-            cost.forward_flops -= sum(_prefix_flops(self.model.config, settings.peft, level, length) for level in levels)
+            cost.forward_flops -= sum(
+                _prefix_flops(self.model.config, settings.peft, level, length) for level in levels
+            )
             hits = levels.count(self.engine.cut)
             cost.cache_hits += hits
             cost.cache_misses += len(rows) - hits
@@ -441,7 +443,9 @@ class Trainer:
             "stages": stages,
             **({"decisions": decisions(self.schedule)} if settings.schedule == "adaptive" else {}),
             "updated_parameters": sum(stage["updated_parameters"] for stage in stages),
-            "updated_parameters_full": accounting.updated_parameters(self.model.config, full, settings.epochs, settings.peft),
+            "updated_parameters_full": accounting.updated_parameters(
+                self.model.config, full, settings.epochs, settings.peft
+            ),
         }
 
     def report(self, bar: tqdm) -> None:
@@ -536,7 +540,9 @@ def predict(
     world.sum(torch.from_numpy(outputs))  # to what one process put in a row the others add 0
     if not np.isfinite(outputs).all():
         row = int(np.flatnonzero(~np.isfinite(outputs.reshape(len(data), -1)).all(axis=1))[0])
-        message = f"the model's output for row {row + 1} is not finite: its weights are damaged or its training diverged"
+        message = (
+            f"the model's output for row {row + 1} is not finite: its weights are damaged or its training diverged"
+        )
         raise world.once(RunError(message))
     return outputs
 

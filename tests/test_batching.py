@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from progtuning.config import BertConfig
-from progtuning.data.batching import EncodedRows, TokenBatches, TrainBatches, encode_examples, evaluation_batches, prefetch, split
+from progtuning.data.batching import (
+    EncodedRows,
+    TokenBatches,
+    TrainBatches,
+    encode_examples,
+    evaluation_batches,
+    prefetch,
+    split,
+)
 from progtuning.data.text import Example
 from progtuning.data.tokenization import Encoding, load_tokenizer
 from progtuning.errors import InputError

@@ -56,7 +56,11 @@ def transformers_twin(config: BertConfig, model: torch.nn.Module):
     hf_config = transformers.AutoConfig.for_model(values.pop("model_type"), **values, attn_implementation="eager")
     twin = getattr(transformers, HF_CLASSES[config.model_type, config.head])(hf_config)
     state = model.state_dict()
-    own = {name: state[name.removeprefix(f"{config.model_type}.")] for name in twin.state_dict() if "position_ids" not in name}
+    own = {
+        name: state[name.removeprefix(f"{config.model_type}.")]
+        for name in twin.state_dict()
+        if "position_ids" not in name
+    }
     twin.load_state_dict(own, strict=False)
     assert len(own) == len(state)  # every tensor has its counterpart
     return twin.train()

@@ -35,7 +35,9 @@ def folder(model, tmp_path):
 def rewrite(folder, change, **metadata):
     """Pass the tensors of a folder's file through `change` and write them again."""
     path = folder / "model.safetensors"
-    save_file({key: t.contiguous() for key, t in change(load_file(path)).items()}, path, metadata={"format": "pt", **metadata})
+    save_file(
+        {key: t.contiguous() for key, t in change(load_file(path)).items()}, path, metadata={"format": "pt", **metadata}
+    )
 
 
 def assert_same_weights(a, b):
@@ -60,7 +62,9 @@ def test_transformers_loads_what_is_saved_with_equal_logits(model_type, head, tm
         ours = model(**batch)
     if head == "question-answering":
         real = batch["attention_mask"]
-        torch.testing.assert_close(ours[real], torch.stack((theirs.start_logits, theirs.end_logits), -1)[real], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            ours[real], torch.stack((theirs.start_logits, theirs.end_logits), -1)[real], atol=1e-5, rtol=0
+        )
     else:
         torch.testing.assert_close(ours, theirs.logits, atol=1e-5, rtol=0)
     if head == "classification":
@@ -78,7 +82,10 @@ def test_what_transformers_saves_is_loaded_with_equal_hidden_states(model_type, 
     twin = getattr(transformers, name + kind)(getattr(transformers, name + "Config")(**values)).eval()
     twin.save_pretrained(tmp_path)
     config = BertConfig.from_json(tmp_path / "config.json")
-    assert config.head == {"ForQuestionAnswering": "question-answering", "ForSequenceClassification": "classification"}.get(kind)
+    assert config.head == {
+        "ForQuestionAnswering": "question-answering",
+        "ForSequenceClassification": "classification",
+    }.get(kind)
     model, report = load_model(tmp_path, config.with_head("question-answering"))
     assert set(report.fresh) == (set() if kind == "ForQuestionAnswering" else {"qa_outputs.weight", "qa_outputs.bias"})
     batch = tiny_batch(config)
@@ -207,7 +214,8 @@ def test_a_foreign_prefix_is_an_error_and_never_a_fresh_encoder(prefix, folder):
 
 
 @pytest.mark.parametrize(
-    "key", ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.output.dense.weight", "bert.pooler.dense.weight"]
+    "key",
+    ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.output.dense.weight", "bert.pooler.dense.weight"],
 )
 def test_a_wrong_shape_is_an_error_that_names_the_tensor_and_both_shapes(key, folder):
     rewrite(folder, lambda tensors: tensors | {key: tensors[key][:, :-1]})

@@ -179,7 +179,9 @@ def saved_bytes(engine: StageEngine) -> int:
 
     def pack(tensor):
         if tensor.untyped_storage().data_ptr() not in parameters:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # kept alive: no address is used twice
+            storages[tensor.untyped_storage().data_ptr()] = (
+                tensor.untyped_storage()
+            )  # kept alive: no address is used twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -49,7 +49,9 @@ def test_imports_go_only_up_the_list_of_modules():
 def test_only_the_runtime_packages_and_the_standard_library_are_imported_and_one_module_imports_each_extra():
     for path in PACKAGE.rglob("*.py"):
         outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"progtuning"}
-        extra = {"report.py": {"matplotlib"}, "data/hub.py": {"pyarrow"}}.get(path.relative_to(PACKAGE).as_posix(), set())
+        extra = {"report.py": {"matplotlib"}, "data/hub.py": {"pyarrow"}}.get(
+            path.relative_to(PACKAGE).as_posix(), set()
+        )
         allowed = RUNTIME | extra
         assert outside <= allowed, f"{path.name} imports {outside - allowed}"
 
@@ -63,8 +65,16 @@ def test_one_module_alone_imports_what_speaks_to_other_processes():
 def test_no_module_reads_or_writes_a_pickle():
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        assert not {name.split(".")[0] for name in imports(path)} & {"pickle", "dill", "cloudpickle", "joblib", "shelve"}
-        assert not re.search(r"torch\.(load|save)\(|allow_pickle|\beval\(|\bexec\(", text.replace(".eval(", "")), path.name
+        assert not {name.split(".")[0] for name in imports(path)} & {
+            "pickle",
+            "dill",
+            "cloudpickle",
+            "joblib",
+            "shelve",
+        }
+        assert not re.search(r"torch\.(load|save)\(|allow_pickle|\beval\(|\bexec\(", text.replace(".eval(", "")), (
+            path.name
+        )
 
 
 def test_the_model_and_the_methods_name_no_stage_and_no_loop():

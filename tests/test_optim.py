@@ -29,7 +29,9 @@ def test_frozen_parameters_are_in_no_group():
 def test_the_step_is_torchs_adamw():
     models = [tiny_model(), tiny_model()]
     ours = build_optimizer(models[0], lr=1e-2, weight_decay=0.1)
-    theirs = torch.optim.AdamW(parameter_groups(models[1], 0.1), lr=1e-2, betas=(0.9, 0.999), eps=1e-8, foreach=False, fused=False)
+    theirs = torch.optim.AdamW(
+        parameter_groups(models[1], 0.1), lr=1e-2, betas=(0.9, 0.999), eps=1e-8, foreach=False, fused=False
+    )
     for seed in range(3):
         for model, optimizer in zip(models, (ours, theirs)):
             generator = torch.Generator().manual_seed(seed)

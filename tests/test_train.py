@@ -71,7 +71,9 @@ def test_a_run_is_a_pure_function_of_its_seed():
 @pytest.mark.parametrize("pieces", [2, 3, 8])
 def test_accumulation_in_pieces_gives_the_update_of_the_whole_batch(pieces, monkeypatch):
     # SGD: where a gradient is zero, as a key's bias's is, AdamW divides rounding errors by their own size.
-    monkeypatch.setattr("progtuning.train.build_optimizer", lambda model, lr, _: torch.optim.SGD(model.parameters(), lr, 0.9))
+    monkeypatch.setattr(
+        "progtuning.train.build_optimizer", lambda model, lr, _: torch.optim.SGD(model.parameters(), lr, 0.9)
+    )
     whole, parts = trainer(lr=0.01), trainer(lr=0.01, accumulation_steps=pieces)
     whole.fit()
     parts.fit()
@@ -106,7 +108,9 @@ def test_one_learning_rate_schedule_spans_all_stages():
     run.fit()
     assert [row["step"] for row in logged] == [10, 20, 30, 40, 50, 60]
     warmup = math.ceil(0.1 * 60)
-    assert [row["lr"] for row in logged] == pytest.approx([1e-3 * (60 - step) / (60 - warmup) for step in range(10, 61, 10)])
+    assert [row["lr"] for row in logged] == pytest.approx(
+        [1e-3 * (60 - step) / (60 - warmup) for step in range(10, 61, 10)]
+    )
     assert [row["stage"] for row in logged] == [1, 1, 2, 2, 3, 3]
 
 
@@ -400,7 +404,10 @@ def test_a_run_with_prefetched_batches_is_the_run_without(monkeypatch):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"schedule": "down"}, "--schedule must be one of full, shrinking, growing, without-low-blocks, adaptive, got 'down'"),
+        (
+            {"schedule": "down"},
+            "--schedule must be one of full, shrinking, growing, without-low-blocks, adaptive, got 'down'",
+        ),
         ({"embeddings": "yes"}, "--embeddings must be one of with-block-1, always, never, got 'yes'"),
         ({"epochs": 0}, "--epochs must be an integer in 1..100000, got 0"),
         ({"stages": 0}, "--stages must be an integer in 1..100000, got 0"),

@@ -137,9 +137,7 @@ def to_jsonl(predictions: Sequence[Prediction], threshold: float = 0.0) -> str:
     return "".join(lines)
 
 
-def _window_spans(
-    window: Window, context: str, logits: np.ndarray, n_best: int, max_answer_length: int
-) -> list[Span]:
+def _window_spans(window: Window, context: str, logits: np.ndarray, n_best: int, max_answer_length: int) -> list[Span]:
     """Return the best spans of one window that are more than white space."""
     spans = []
     of_context = logits[window.context_start :][: len(window.offsets)]  # (W, 2)
