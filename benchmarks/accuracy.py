@@ -1,33 +1,44 @@
 """Accuracy of every method and schedule on real tasks: a grid of task x method x seed, one JSON row a run.
 
-    python benchmarks/accuracy.py --study ablation --glue ../shared/data/glue
-    python benchmarks/accuracy.py --table benchmarks/results/ablation.jsonl --glue ../shared/data/glue
+    python benchmarks/accuracy.py --study ablation
+    python benchmarks/accuracy.py --study accuracy --glue ../shared/data/glue
+    python benchmarks/accuracy.py --study whole --glue ../shared/data/glue --squad ../shared/data/squad --jobs 8
+    python benchmarks/accuracy.py --table benchmarks/results/accuracy.jsonl --glue ../shared/data/glue
 
-A study is a grid (STUDIES below). Its rows are appended to benchmarks/results/<study>.jsonl as the runs end; a run whose
-row is there is not repeated, so that a study can be stopped and taken up again. `--table` prints, as Markdown, mean and
-standard deviation over the seeds and, with `--glue`, the difference to full fine-tuning with a paired bootstrap interval.
+A study is a grid (STUDIES below). Its rows are appended to benchmarks/results/<study>.jsonl as the runs end; a run
+whose row is there is not repeated, so that a study can be stopped and taken up again. `--table` prints, as Markdown,
+mean and standard deviation over the seeds and, for tasks whose folder is given, the difference to full fine-tuning with
+a paired bootstrap interval.
 
 The studies "learning-rate" and "learning-rate-peft" try methods at several learning rates on one task and one seed; the
 studies "accuracy" and "accuracy-peft" use the best of each. No run of another study is chosen by its result.
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import statistics
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from datetime import date
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from harness import check_positive, run_script
 from progtuning import metrics, report
-from progtuning.config import DPSConfig, PeftConfig, TrainConfig
-from progtuning.data.batching import encode_examples
+from progtuning.config import TASK_DEFAULTS, DPSConfig, PeftConfig, TrainConfig
+from progtuning.data.squad import SquadTask
 from progtuning.data.text import Splits, limit_train
-from progtuning.run import choose_device, fine_tune, load_checkpoint, load_splits
+from progtuning.errors import InputError
+from progtuning.run import Checkpoint, choose_device, encode, fine_tune, load_checkpoint, load_splits
 from progtuning.sources import model_folder
-from progtuning.train import predict
+from progtuning.train import answer, predict
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -38,6 +49,7 @@ METHODS = {
     "full": {"schedule": "full"},
     "progtuning": {"schedule": "shrinking"},
     "progtuning, E always": {"schedule": "shrinking", "embeddings": "always"},
+    "progtuning + cache": {"schedule": "shrinking", "prefix_dropout": False, "cache": "memory"},
     "growing": {"schedule": "growing"},
     "without-low-blocks": {"schedule": "without-low-blocks"},
     "adaptive": {"schedule": "adaptive"},
@@ -58,6 +70,22 @@ _FULL_MODEL = ["full", "progtuning", "progtuning, E always", "without-low-blocks
 _PEFT = [name for name, changes in METHODS.items() if "peft" in changes or "dps" in changes]
 _COMMON = {"epochs": 3, "batch_size": 32, "lr": 1e-4, "precision": "fp32", "evaluate": "end"}
 _SMALL = _COMMON | {"precision": "bf16", "batch_size": 16}  # small batches: more steps out of few rows
+# The best of the learning-rate studies; DPS takes that of full fine-tuning.
+_BEST = {
+    "full": 5e-5,
+    "progtuning": 5e-5,
+    "progtuning, E always": 5e-5,
+    "progtuning + cache": 5e-5,
+    "without-low-blocks": 1e-4,
+    "growing": 1e-4,
+    "adaptive": 5e-5,
+    "adapter": 1e-3,
+    "bitfit": 1.5e-3,
+    "lora": 2e-3,
+    "spafit": 2e-3,
+    "dps dense": 5e-5,
+    "dps mix": 5e-5,
+}
 STUDIES = {
     "ablation": {
         "tasks": ["movie-reviews"],
@@ -86,9 +114,10 @@ STUDIES = {
     },
     "accuracy": {
         "tasks": ["cola", "sst-2", "sts-b", "mrpc", "movie-reviews"],
-        "methods": _FULL_MODEL,
+        "methods": [*_FULL_MODEL, "progtuning + cache"],
         "seeds": [1, 2, 3],
         "rows": 1500,
+        "rates": _BEST,
         **_SMALL,
     },
     "accuracy-peft": {
@@ -96,52 +125,123 @@ STUDIES = {
         "methods": ["full", "progtuning", *_PEFT],
         "seeds": [1, 2],
         "rows": 1000,
+        "rates": _BEST,
         **_SMALL,
         "epochs": 8,
     },
+    "whole": {  # for a GPU: all training rows
+        "tasks": ["rte", "mrpc", "sts-b", "cola", "movie-reviews", "sst-2", "squad"],
+        "methods": list(METHODS),
+        "seeds": [1, 2, 3, 4, 5],
+        "rows": None,
+        "rates": _BEST,
+        **_SMALL,
+    },
 }
-FOLDERS = {"cola": "CoLA", "sst-2": "SST-2", "sts-b": "STS-B", "mrpc": "MRPC"}
+FOLDERS = {"cola": "CoLA", "sst-2": "SST-2", "sts-b": "STS-B", "mrpc": "MRPC", "rte": "RTE"}
 MODEL = "minilm-l6"
 RESAMPLES = 2000
 
 
-def run_study(name: str, glue: Path | None, device: torch.device) -> None:
-    """Run what is missing of a study and append its rows."""
-    study = STUDIES[name]
+@dataclass(frozen=True)
+class Data:
+    """Where the tasks' files are: the parent of GLUE's official folders, and the folder of SQuAD."""
+
+    glue: Path | None
+    squad: Path | None
+
+    def read(self, task: str) -> Splits:
+        """Return a task's rows. Raises InputError where its folder was not given."""
+        if task == "movie-reviews":
+            return load_splits(task, None)
+        if not self.has(task):
+            option = "squad" if task == "squad" else "glue"
+            raise InputError(f"the task {task} needs --{option}, the folder of its files")
+        return load_splits(task, str(self.squad if task == "squad" else self.glue / FOLDERS[task]))
+
+    def has(self, task: str) -> bool:
+        return task == "movie-reviews" or (self.squad if task == "squad" else self.glue) is not None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study: a row of its file."""
+
+    model: str
+    task: str
+    method: str
+    rows: int | None  # a sample of the training rows; None: all
+    settings: TrainConfig
+
+    @property
+    def key(self) -> tuple[str, str, int, float]:
+        return self.task, self.method, self.settings.seed, self.settings.lr
+
+    def row(self, data: Data, device: torch.device) -> dict:
+        """Fine-tune, read back what was saved, and return the row: the summary's figures and the predictions."""
+        splits = _sample(self.task, self.rows, data)
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "run"
+            summary = fine_tune(self.model, model_folder(self.model), splits, self.settings, device, output)
+            predictions = predict_held_out(load_checkpoint(output), splits, self.settings, device)
+        return row_of(summary) | {"predictions": predictions, "method": self.method, "seed": self.settings.seed}
+
+
+@lru_cache(maxsize=1)
+def _sample(task: str, rows: int | None, data: Data) -> Splits:
+    splits = data.read(task)
+    return splits if rows is None else limit_train(splits, rows, seed=0)
+
+
+def runs_of(study: dict) -> Iterator[Run]:
+    """Yield the runs of a study, seed by seed."""
+    for seed, task, method in itertools.product(study["seeds"], study["tasks"], study["methods"]):
+        settings = {key: study[key] for key in _COMMON} | METHODS[method] | TASK_DEFAULTS.get(task, {})
+        best = study.get("rates", {})
+        settings["lr"] = best.get(method, best.get(method.removesuffix(" + progtuning"), settings["lr"]))
+        for factor in study.get("factors", [1]):
+            changes = {"lr": factor * settings["lr"], "seed": seed}
+            yield Run(study.get("model", MODEL), task, method, study["rows"], TrainConfig(**settings | changes))
+
+
+def run_study(name: str, data: Data, device: torch.device, jobs: int = 1) -> None:
+    """Run what is missing of a study, `jobs` runs at a time, and append a row as each run ends."""
     path = RESULTS / f"{name}.jsonl"
     done = {(row["task"], row["method"], row["seed"], row["lr"]) for row in read_rows(path)}
-    for seed in study["seeds"]:
-        for task in study["tasks"]:
-            splits = limit_train(read_task(task, glue), study["rows"], seed=0)
-            for method in study["methods"]:
-                settings = {key: study[key] for key in _COMMON} | METHODS[method]
-                for factor in study.get("factors", [1]):
-                    config = TrainConfig(**settings | {"lr": factor * settings["lr"], "seed": seed})
-                    if (task, method, seed, config.lr) in done:
-                        continue
-                    row = run(splits, config, device) | {"method": method, "seed": seed}
-                    with open(path, "a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+    missing = [run for run in runs_of(STUDIES[name]) if run.key not in done]
+    for task in dict.fromkeys(run.task for run in missing):
+        data.read(task)  # what is not there is said before the first run
+    for row in in_turn(missing, data, device) if jobs == 1 else at_once(missing, data, device, jobs):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
-def read_task(task: str, glue: Path | None) -> Splits:
-    return load_splits(task, None if task == "movie-reviews" else str(glue / FOLDERS[task]))
+def in_turn(runs: Sequence[Run], data: Data, device: torch.device) -> Iterator[dict]:
+    for run in runs:
+        yield run.row(data, device)
 
 
-def run(splits: Splits, config: TrainConfig, device: torch.device) -> dict:
-    """Fine-tune, read back what was saved, and return the row of its summary and its predictions on the held-out rows."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "run"
-        summary = fine_tune(MODEL, model_folder(MODEL), splits, config, device, output)
-        saved = load_checkpoint(output)
-        (dev,) = splits.dev.values()
-        rows = encode_examples(dev, saved.tokenizer, saved.max_length)
-        outputs = predict(saved.model, rows, config.batch_size, device, config.precision)
-    if splits.task.is_regression:
-        predictions = [round(float(score), 4) for score in outputs[:, 0]]
-    else:
-        predictions = outputs.argmax(axis=1).tolist()
-    return row_of(summary) | {"predictions": predictions}
+def at_once(runs: Sequence[Run], data: Data, device: torch.device, jobs: int) -> Iterator[dict]:
+    """Yield the rows as they come from `jobs` processes, which share the device and divide the CPU's threads."""
+    threads = max(1, torch.get_num_threads() // jobs)
+    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(jobs, spawn, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        for future in as_completed([pool.submit(run.row, data, device) for run in runs]):
+            yield future.result()
+
+
+def predict_held_out(saved: Checkpoint, splits: Splits, settings: TrainConfig, device: torch.device) -> list:
+    """Return what a model predicts for the held-out rows: classes, numbers, or the texts of answers."""
+    task, batch = splits.task, (settings.batch_size, device, settings.precision)
+    (examples,) = splits.dev.values()
+    rows = encode(examples, task, saved.tokenizer, saved.max_length, saved.squad)
+    if isinstance(task, SquadTask):
+        answers = answer(saved.model, rows, task.null_answers, *batch, saved.squad)
+        return [prediction.spans[0].text for prediction in answers]
+    outputs = predict(saved.model, rows, *batch)
+    if task.is_regression:
+        return [round(float(score), 4) for score in outputs[:, 0]]
+    return outputs.argmax(axis=1).tolist()
 
 
 def row_of(summary: dict) -> dict:
@@ -165,8 +265,37 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def table(path: Path, glue: Path | None) -> str:
-    """Return a line for each task, method and learning rate.
+# The table
+
+
+class HeldOut:
+    """The held-out rows of a task and its first metric, to draw samples of them."""
+
+    def __init__(self, task: str, data: Data, metric: str):
+        (self.examples,) = data.read(task).dev.values()
+        self.of_answers = task == "squad"
+        self.metric = metric
+
+    def values(self, predictions: Sequence) -> np.ndarray:
+        """Return a number for each row: the prediction, or the metric of an answer."""
+        if not self.of_answers:
+            return np.array(predictions)
+        golds = ([gold.text for gold in question.answers] for question in self.examples)
+        return np.array([metrics.squad([text], [texts])[self.metric] for text, texts in zip(predictions, golds)])
+
+    def score(self, values: np.ndarray, rows: np.ndarray) -> float:
+        """Return the metric over `rows`, indices that may repeat; that of answers is the mean of each one's."""
+        if self.of_answers:
+            return float(values[rows].mean())
+        return metrics.METRICS[self.metric](values[rows], self.labels[rows])
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        return np.array([example.label for example in self.examples])
+
+
+def table(path: Path, data: Data) -> str:
+    """Return a line for each task, method and learning rate, and one for each method's average over the tasks.
 
     Metrics as mean and standard deviation over the seeds; the difference of the first metric to full fine-tuning, in
     points, with its interval; FLOPs as a share of full fine-tuning's.
@@ -174,18 +303,54 @@ def table(path: Path, glue: Path | None) -> str:
     groups: dict[tuple[str, str, float], list[dict]] = {}
     for row in read_rows(path):
         groups.setdefault((row["task"], row["method"], row["lr"]), []).append(row)
-    labels = {task: held_out_labels(task, glue) for task, _, _ in groups} if glue else {}
-    lines = []
+    lines, draws, held_out = [], {}, {}
     for (task, method, lr), rows in groups.items():
         full = next((of_full for (other, name, _), of_full in groups.items() if (other, name) == (task, "full")), None)
         share = None if full is None else f"{rows[0]['flops'] / full[0]['flops']:.2f}"
         values = "; ".join(f"{name} {spread([row['metrics'][name] for row in rows])}" for name in rows[0]["metrics"])
         seconds = f"{statistics.mean(row['seconds'] for row in rows):.0f}"
         updated = report.millions(rows[0]["updated_parameters"])
-        to_full = difference(rows, full, labels[task]) if glue and full else None
+        if full and method != "full" and "predictions" in rows[0] and data.has(task):
+            if task not in held_out:
+                held_out[task] = HeldOut(task, data, next(iter(rows[0]["metrics"])))
+            draws[task, method, lr] = differences(rows, full, held_out[task])
+        to_full = interval(draws[task, method, lr]) if (task, method, lr) in draws else None
         lines.append([task, method, f"{lr:g}", len(rows), values, to_full, updated, share, seconds])
     header = ["task", "method", "lr", "seeds", "metrics", "first metric, to full", "updated, M", "FLOPs, of full"]
-    return report.table([*header, "seconds"], lines)
+    return "\n\n".join([report.table([*header, "seconds"], lines), averages(draws)])
+
+
+def averages(draws: Mapping[tuple[str, str, float], np.ndarray]) -> str:
+    """Return each method's difference to full fine-tuning, averaged over the tasks that it has."""
+    lines = []
+    for method, lr in dict.fromkeys((method, lr) for _, method, lr in draws):
+        of_tasks = [of_task for (_, *other), of_task in draws.items() if other == [method, lr]]
+        lines.append([method, f"{lr:g}", len(of_tasks), interval(np.mean(of_tasks, axis=0))])
+    return report.table(["method", "lr", "tasks", "first metric, to full, on average"], lines)
+
+
+def differences(rows: Sequence[dict], full: Sequence[dict], held_out: HeldOut) -> np.ndarray:
+    """Return a method's score less full fine-tuning's, averaged over the seeds that both have: (1 + RESAMPLES,).
+
+    First on all held-out rows, then on rows drawn with replacement, the same for both and for every seed: the paired
+    bootstrap. NaN where they have no seed in common.
+    """
+    pairs = [(row, other) for row in rows for other in full if row["seed"] == other["seed"]]
+    pairs = [tuple(held_out.values(row["predictions"]) for row in pair) for pair in pairs]
+    count, rng = len(held_out.examples), np.random.default_rng(0)
+    samples = [np.arange(count), *(rng.integers(count, size=count) for _ in range(RESAMPLES))]
+    if not pairs:
+        return np.full(len(samples), np.nan)
+    scores = [[held_out.score(p, rows) - held_out.score(q, rows) for p, q in pairs] for rows in samples]
+    return np.mean(scores, axis=1)
+
+
+def interval(draws: np.ndarray) -> str | None:
+    """Return the difference in points and the 95 % interval of its resamples."""
+    if np.isnan(draws[0]):
+        return None
+    low, high = np.percentile(draws[1:], [2.5, 97.5])
+    return f"{100 * draws[0]:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def spread(values: list[float]) -> str:
@@ -193,46 +358,22 @@ def spread(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}{deviation}"
 
 
-def held_out_labels(task: str, glue: Path) -> np.ndarray:
-    """Return the labels of a task's held-out rows: class indices, or numbers for regression."""
-    (dev,) = read_task(task, glue).dev.values()
-    return np.array([example.label for example in dev])
-
-
-def difference(rows: list[dict], full: list[dict], labels: np.ndarray) -> str | None:
-    """Return the difference of a task's first metric to full fine-tuning, over the seeds that both have.
-
-    Beside it the 95 % interval of a paired bootstrap: held-out rows drawn with replacement, the same ones for both and
-    for every seed. None where there is nothing to compare.
-    """
-    pairs = [(row, other) for row in rows for other in full if row["seed"] == other["seed"]]
-    if not pairs or rows[0]["method"] == "full" or not all("predictions" in row for pair in pairs for row in pair):
-        return None
-    metric = metrics.METRICS[next(iter(rows[0]["metrics"]))]
-    predictions = [tuple(np.array(row["predictions"]) for row in pair) for pair in pairs]
-
-    def mean_difference(chosen: np.ndarray) -> float:
-        gold = labels[chosen]
-        return float(np.mean([metric(p[chosen], gold) - metric(q[chosen], gold) for p, q in predictions]))
-
-    rng = np.random.default_rng(0)
-    draws = [mean_difference(rng.integers(len(labels), size=len(labels))) for _ in range(RESAMPLES)]
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return f"{100 * mean_difference(np.arange(len(labels))):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-
-
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", choices=STUDIES)
     parser.add_argument("--glue", type=Path, help="folder of the GLUE tasks' official folders")
+    parser.add_argument("--squad", type=Path, help="folder of SQuAD's files")
     parser.add_argument("--device")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, in processes that share the device")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a study's rows")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    check_positive(args, "jobs")
+    data = Data(args.glue, args.squad)
     if args.study:
-        run_study(args.study, args.glue, choose_device(args.device))
+        run_study(args.study, data, choose_device(args.device), args.jobs)
     if args.table:
-        print(table(args.table, args.glue))
+        print(table(args.table, data))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import subprocess
 import sys
 import weakref
@@ -391,3 +392,76 @@ def test_questions_give_a_row_for_each_schedule_and_the_memory_of_a_file(tiny_fo
     assert 20_000 <= memory["file_bytes"] < 25_000 and memory["peak_bytes"] >= memory["peak_bytes_before"] > 0
     assert memory["windows"] >= memory["questions"] > 20
     assert "| squad_v2 | shrinking | 16 x 2" in capsys.readouterr().out
+
+
+# accuracy.py
+
+
+@pytest.fixture
+def small_study(tiny_folder, tmp_path, monkeypatch):
+    """accuracy.py with a study of two tasks, a sentence's opinion and a question's answer, and where their files are."""
+    import accuracy
+
+    text, rows = "sentence\tlabel\n", ("a good film\t1\n", "a bad film\t0\n")
+    (tmp_path / "SST-2").mkdir()
+    (tmp_path / "SST-2" / "train.tsv").write_text(text + "".join(rows * 10))
+    (tmp_path / "SST-2" / "dev.tsv").write_text(text + "".join(rows * 3))
+    data = accuracy.Data(tmp_path, write_squad(tmp_path / "films", "v1.1", train=16, dev=5))
+    study = {"model": str(tiny_folder), "tasks": ["sst-2", "squad"], "methods": ["full", "progtuning + cache"]}
+    study |= {"seeds": [1], "rows": 12, **accuracy._COMMON, "batch_size": 4}
+    monkeypatch.setitem(accuracy.STUDIES, "small", study)
+    monkeypatch.setattr(accuracy, "RESULTS", tmp_path)
+    return accuracy, data
+
+
+def test_a_study_gives_a_row_a_run_two_at_once_and_is_taken_up_where_it_stopped(small_study, monkeypatch):
+    accuracy, data = small_study
+    path = accuracy.RESULTS / "small.jsonl"
+    study = accuracy.STUDIES["small"]
+    monkeypatch.setitem(accuracy.STUDIES, "small", study | {"methods": ["full"]})
+    accuracy.run_study("small", data, CPU)
+    begun = path.read_text(encoding="utf-8")
+    monkeypatch.setitem(accuracy.STUDIES, "small", study)
+    accuracy.run_study("small", data, CPU, jobs=2)
+    assert path.read_text(encoding="utf-8").startswith(begun)
+    rows = accuracy.read_rows(path)
+    keys = [(row["task"], row["method"], row["seed"], row["lr"]) for row in rows]
+    assert sorted(keys) == sorted(run.key for run in accuracy.runs_of(study))
+    for row in rows:
+        assert row["train_rows"] == 12 and len(row["predictions"]) == row["dev_rows"]["dev"]
+        held_out = accuracy.HeldOut(row["task"], data, next(iter(row["metrics"])))
+        everything = range(len(row["predictions"]))
+        metric = held_out.score(held_out.values(row["predictions"]), list(everything))
+        assert metric == pytest.approx(row["metrics"][held_out.metric], abs=1e-9)  # what was saved gives the same
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in accuracy.table(path, data).splitlines()]
+    compared = {(cells[0], cells[1]): cells[5] for cells in lines if len(cells) == 9}
+    assert re.fullmatch(r"[+-]\d+\.\d \([+-]\d+\.\d to [+-]\d+\.\d\)", compared["squad", "progtuning + cache"])
+    assert not compared["squad", "full"]
+    assert ["progtuning + cache", "0.0001", "2"] in [cells[:3] for cells in lines if len(cells) == 4]
+
+
+def test_a_study_without_the_files_of_a_task_ends_before_the_first_run(small_study):
+    accuracy, data = small_study
+    with pytest.raises(InputError, match="^the task squad needs --squad, the folder of its files$"):
+        accuracy.run_study("small", replace(data, squad=None), CPU)
+    assert not (accuracy.RESULTS / "small.jsonl").exists()
+
+
+def test_differences_are_those_of_scipys_paired_bootstrap(small_study):
+    stats = pytest.importorskip("scipy.stats")
+    accuracy, data = small_study
+    held_out = accuracy.HeldOut("sst-2", data, "accuracy")
+    generator = torch.Generator().manual_seed(0)
+    held_out.examples = held_out.examples * 50
+    labels = torch.tensor([example.label for example in held_out.examples])
+    own, full = (labels ^ (torch.rand(len(labels), generator=generator) < wrong).long() for wrong in (0.2, 0.1))
+    rows, other = ({"seed": 1, "predictions": predictions.tolist()} for predictions in (own, full))
+    draws = accuracy.differences([rows], [other], held_out)
+    gains = ((own == labels).double() - (full == labels).double()).numpy()
+    expected = stats.bootstrap((gains,), lambda x, axis: x.mean(axis), n_resamples=5000, method="percentile", rng=0)
+    assert draws[0] == pytest.approx(gains.mean())
+    low, high = expected.confidence_interval
+    assert sorted(draws[1:])[50] == pytest.approx(low, abs=0.01)
+    assert sorted(draws[1:])[-50] == pytest.approx(high, abs=0.01)
+    assert accuracy.interval(accuracy.differences([other], [other], held_out)) == "+0.0 (+0.0 to +0.0)"
+    assert accuracy.interval(accuracy.differences([rows], [other | {"seed": 2}], held_out)) is None
