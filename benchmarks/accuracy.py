@@ -77,7 +77,7 @@ _BEST = {
     "progtuning, E always": 5e-5,
     "progtuning + cache": 5e-5,
     "without-low-blocks": 1e-4,
-    "growing": 1e-4,
+    "growing": 2e-4,
     "adaptive": 5e-5,
     "adapter": 1e-3,
     "bitfit": 1.5e-3,
