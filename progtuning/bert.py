@@ -1,13 +1,13 @@
-"""BERT (Devlin et al. 2019, arXiv 1810.04805) and RoBERTa (Liu et al. 2019, arXiv 1907.11692) encoders in plain PyTorch.
+"""Encoders in plain PyTorch: BERT (Devlin et al. 2019, arXiv 1810.04805), RoBERTa (Liu et al. 2019, arXiv 1907.11692).
 
     M = E . B1 ... BL . H      Model = embeddings, encoder (L blocks), head
 
     B  batch    S  sequence    D  hidden_size    H  heads    F  intermediate_size    C  num_outputs
 
-The modules carry the names that Hugging Face checkpoints give their tensors, so `state_dict` needs no table of names: the keys of a
-file are these, under a prefix `bert.` or `roberta.` for embeddings, encoder and pooler. The file reads from the inside outwards:
-attention, block, encoder, embeddings, heads, model. Nothing here knows of stages, cuts or fine-tuning methods: the encoder offers a
-run over a range of its blocks, and modules can be wrapped from outside.
+The modules carry the names that Hugging Face checkpoints give their tensors, so `state_dict` needs no table of names:
+the keys of a file are these, under a prefix `bert.` or `roberta.` for embeddings, encoder and pooler. The file reads
+from the inside outwards: attention, block, encoder, embeddings, heads, model. Nothing here knows of stages, cuts or
+fine-tuning methods: the encoder offers a run over a range of its blocks, and modules can be wrapped from outside.
 """
 
 import torch
@@ -48,7 +48,7 @@ class SelfAttention(nn.Module):
 
 
 class Output(nn.Module):
-    """The end of both halves of a block: a projection to D, dropout, residual sum, LayerNorm (after the sum, as in BERT)."""
+    """How both halves of a block end: projection to D, dropout, residual sum, LayerNorm (after the sum, as in BERT)."""
 
     def __init__(self, config: BertConfig, in_features: int):
         super().__init__()
@@ -174,7 +174,7 @@ class RobertaClassifier(nn.Module):
 
 
 class Model(nn.Module):
-    """M: embeddings, encoder and the head that `config.head` names; without a head it returns the last hidden states."""
+    """M: embeddings, encoder and the head that `config.head` names; without one it returns the last hidden states."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -196,7 +196,10 @@ class Model(nn.Module):
         return len(self.encoder.layer)
 
     def head(self, x: Tensor) -> Tensor:
-        """H: (B, S, D) -> (B, C) for classification and regression, (B, S, 2) start and end logits for question answering."""
+        """H: (B, S, D) -> (B, C) for classification and regression, (B, S, 2) for question answering.
+
+        The two outputs of a token are its start and end logits.
+        """
         if self.config.head is None:
             return x
         if self.config.head == "question-answering":
@@ -208,16 +211,20 @@ class Model(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """Return the head's output for input_ids (B, S) int64, token_type_ids (B, S) int64 (None: zeros) and attention_mask
-        (B, S) bool, True at real tokens (None: no padding)."""
+        """Return the head's output.
+
+        It takes input_ids (B, S) int64, token_type_ids (B, S) int64 (None: zeros) and attention_mask (B, S) bool, True
+        at real tokens (None: no padding).
+        """
         x = self.embeddings(input_ids, token_type_ids)
         return self.head(self.encoder(x, attention_mask))
 
 
 def build_model(config: BertConfig, seed: int = 0) -> Model:
-    """Build a model with BERT's initial weights: normal(0, initializer_range), zero biases, LayerNorm 1 and 0, zero padding row.
+    """Build a model with BERT's initial weights.
 
-    The weights depend on `seed` alone; the global random state is left as it was.
+    They are normal(0, initializer_range), with zero biases, LayerNorm 1 and 0, and a zero padding row. They depend on
+    `seed` alone; the global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,7 +1,8 @@
 """Weights on disk: Hugging Face and PEFT safetensors in and out. Nothing here reads or writes a pickle.
 
-A model folder is `config.json` and `model.safetensors`, or shards listed by `model.safetensors.index.json`. The tensors of embeddings,
-encoder and pooler stand under the prefix `bert.` or `roberta.`, or under none (a bare encoder); the head's stand under none.
+A model folder is `config.json` and `model.safetensors`, or shards listed by `model.safetensors.index.json`. The tensors
+of embeddings, encoder and pooler stand under the prefix `bert.` or `roberta.`, or under none (a bare encoder); the
+head's stand under none.
 
 The folder of a model that a PEFT method trained has `config.json` and only what was trained: LoRA in the format of the
 library peft (`adapter_config.json`, `adapter_model.safetensors`), any other method in `trained.json` and
@@ -39,7 +40,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did that is not one to one: parameters that were drawn afresh, and tensors of the file that were not used."""
+    """What a load did that is not one to one: parameters drawn afresh, and tensors of the file that were not used."""
 
     fresh: tuple[str, ...]
     unused: tuple[str, ...]
@@ -50,9 +51,10 @@ def load_model(
 ) -> tuple[Model, LoadReport]:
     """Load the model of a Hugging Face folder, in fp32 and eval mode.
 
-    `config` (None: the folder's own) may give the architecture another head. Head tensors that the file lacks, or whose last layer
-    is for another number of outputs, are drawn afresh from `seed` and reported; with `fresh_head=False` they are an error too.
-    Raises InputError where a file is missing or damaged, or where an encoder tensor is missing or of the wrong shape or type.
+    `config` (None: the folder's own) may give the architecture another head. Head tensors that the file lacks, or whose
+    last layer is for another number of outputs, are drawn afresh from `seed` and reported; with `fresh_head=False` they
+    are an error too. Raises InputError where a file is missing or damaged, or where an encoder tensor is missing or of
+    the wrong shape or type.
     """
     folder = Path(folder)
     config = config or BertConfig.from_json(folder / CONFIG)
@@ -82,7 +84,7 @@ def load_model(
 
 
 def save_pretrained(model: Model, folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors` (fp32) into an existing folder, as transformers' AutoModels read them.
+    """Write `config.json` and `model.safetensors` (fp32) into an existing folder as transformers' AutoModels read them.
 
     Raises RunError where the disk refuses; a file is written whole or not at all.
     """
@@ -317,7 +319,10 @@ def _read_object(path: Path) -> dict:
 
 
 def _internal_name(key: str, config: BertConfig) -> str:
-    """Map a file's key to our parameter's name: without prefix, and with the LayerNorm names that BERT's first release had other."""
+    """Map a file's key to our parameter's name, which has no prefix.
+
+    BERT's first release had other names for LayerNorm's parameters; they are mapped too.
+    """
     name = key.removeprefix(f"{config.model_type}.")
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 

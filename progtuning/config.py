@@ -1,9 +1,9 @@
-"""Settings: the model's (`BertConfig`, a Hugging Face config.json), the method's (`PeftConfig`), the run's (`TrainConfig`).
+"""Settings of the model (`BertConfig`, a Hugging Face config.json), the method (`PeftConfig`), the run (`TrainConfig`).
 
-Small frozen dataclasses that check themselves; what they do not know, they refuse. The reader of config.json sorts its keys in
-three: those that are the architecture, those that cannot change what the encoder computes (tokens, generation, book-keeping),
-and those that would change it unless they have one value. Any other key is an error: a key that is passed over in silence may be
-a different model.
+Small frozen dataclasses that check themselves; what they do not know, they refuse. The reader of config.json sorts its
+keys in three: those that are the architecture, those that cannot change what the encoder computes (tokens, generation,
+book-keeping), and those that would change it unless they have one value. Any other key is an error: a key that is
+passed over in silence may be a different model.
 """
 
 import re
@@ -39,15 +39,15 @@ _WITHOUT_EFFECT = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _name_or_path architectures attn_implementation bos_token_id
     chunk_size_feed_forward cls_token_id decoder_start_token_id directionality dtype eos_token_id finetuning_task
-    gradient_checkpointing language license mask_token_id model_max_length name output_attentions output_hidden_states output_past
-    pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type prefix return_dict sep_token_id
-    task_specific_params tf_legacy_loss tie_word_embeddings tokenizer_class torch_dtype torchscript transformers_version unk_token_id
-    use_bfloat16 use_cache
+    gradient_checkpointing language license mask_token_id model_max_length name output_attentions output_hidden_states
+    output_past pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type prefix
+    return_dict sep_token_id task_specific_params tf_legacy_loss tie_word_embeddings tokenizer_class torch_dtype
+    torchscript transformers_version unk_token_id use_bfloat16 use_cache
 
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty
-    return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
+    repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
     """.split()
 )
 # Keys that would change what the encoder computes, with the one value that is supported.
@@ -87,8 +87,8 @@ def _check_number(name: str, value, kind: type, low: float, high: float = _INFIN
 class BertConfig:
     """The architecture of a BERT or RoBERTa encoder and its head, in the names of Hugging Face's config.json.
 
-    `head` is one of HEADS, or None for an encoder whose file names no head. `labels` are the class names in order; a regression
-    head has one, and a question-answering head none. Raises InputError where a value is out of range.
+    `head` is one of HEADS, or None for an encoder whose file names no head. `labels` are the class names in order; a
+    regression head has one, and a question-answering head none. Raises InputError where a value is out of range.
     """
 
     vocab_size: int

@@ -49,8 +49,9 @@ class DPS:
         after_backward()    after the last backward pass, before gradients are clipped
         after_step()        after the optimizer's step
 
-    (or, for a step that is not taken, `skip_step()` in place of the last two), so that gradients accumulated over several passes count once. In between, the model's weights are not for reading:
-    mix keeps the mixture in them until `after_backward`, and the optimizer may move what does not train.
+    (or, for a step that is not taken, `skip_step()` in place of the last two), so that gradients accumulated over
+    several passes count once. In between, the model's weights are not for reading: mix keeps the mixture in them until
+    `after_backward`, and the optimizer may move what does not train.
 
     Build it when the model is on its device, and before the stage engine enters a stage: it takes the matrices that the
     model has, and as W0 what they are then. Of every matrix it keeps the score or the mask and, during the optimizer's

@@ -13,7 +13,7 @@ Progtuning (arXiv 2506.21119), Section 3. With block b the lowest active one:
     block 0            under torch.no_grad     no                   None       none
     E                  under torch.no_grad     no                   None       none
 
-Where E trains while low blocks are frozen (embeddings "always"), its gradient must cross every block, so there is no cut.
+Where E trains while low blocks are frozen (embeddings "always"), its gradient crosses every block, so there is no cut.
 """
 
 import re
@@ -33,7 +33,7 @@ EMBEDDINGS, HEAD = "embeddings", "head"
 
 
 def unit_of(name: str) -> int | str:
-    """Say which unit of M = E . B1 ... BL . H the parameter `name` sits in: EMBEDDINGS, a 0-based block index, or HEAD."""
+    """Say in which unit of M = E . B1 ... BL . H parameter `name` sits: EMBEDDINGS, a 0-based block index, or HEAD."""
     if name.startswith("embeddings."):
         return EMBEDDINGS
     block = re.match(r"encoder\.layer\.(\d+)\.", name)
@@ -48,9 +48,8 @@ def compile_blocks(model: Model, backend: str = "inductor") -> None:
     dynamic. A stage change therefore recompiles by itself: a graph is chosen by what requires a gradient.
     """
     config = torch._dynamo.config
-    limit = (
-        "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    )  # the name until PyTorch 2.6
+    # cache_size_limit is the name until PyTorch 2.6.
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     setattr(config, limit, max(32, getattr(config, limit)))  # SPAFIT's three kinds of blocks exceed the default, 8
     for block in model.encoder.layer:
         block.compile(dynamic=True, backend=backend)
@@ -59,12 +58,12 @@ def compile_blocks(model: Model, backend: str = "inductor") -> None:
 class StageEngine(nn.Module):
     """A model under stages: `enter(stage)`, then call it as one would call the model.
 
-    The candidates for training are the parameters of `model` that require a gradient when the engine is built: all of them in
-    full fine-tuning, those that a PEFT method selected or added otherwise (Algorithm 1). A stage trains the candidates that sit in
-    its blocks, in E if it trains E, and in H.
+    The candidates for training are the parameters of `model` that require a gradient when the engine is built: all of
+    them in full fine-tuning, those that a PEFT method selected or added otherwise (Algorithm 1). A stage trains the
+    candidates that sit in its blocks, in E if it trains E, and in H.
 
-    `optimizer` (any torch optimizer over the candidates, or None) is kept in step: on entering a stage, parameters that leave
-    lose their gradient and their optimizer state, those that stay keep their moments, those that join start fresh.
+    `optimizer` (any torch optimizer over the candidates, or None) is kept in step: on entering a stage, parameters that
+    leave lose their gradient and optimizer state, those that stay keep their moments, those that join start fresh.
 
     With `prefix_dropout=False` everything below the cut runs in eval mode: faster, and its output depends on the
     example alone. Then a `cache` may keep that output, for stages whose cut never falls: pass the examples' numbers as

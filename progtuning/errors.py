@@ -9,7 +9,7 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """What was asked for is right, but the run failed: the network, the disk, a loss that is not finite. Exit status 1."""
+    """What was asked for is right, but the run failed: network, disk, a loss that is not finite. Exit status 1."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -20,9 +20,10 @@ class RepeatedKey(ValueError):
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success it is synced to disk and takes `path`'s place, on failure it is removed.
+    """Give a temporary path beside `path`, for what is to be written to `path`.
 
-    Raises RunError where the disk refuses (full, read-only).
+    On success it is synced to disk and takes `path`'s place, on failure it is removed. Raises RunError where the disk
+    refuses (full, read-only).
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -40,7 +41,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 file with LF line ends, whole or not at all. Raises RunError.
 
-    The bytes of a path that are not UTF-8, which Python holds as half surrogate pairs, are written as JSON escapes them.
+    The bytes of a path that are not UTF-8, which Python holds as half surrogate pairs,
+    are written as JSON escapes them.
     """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
@@ -110,7 +112,10 @@ def check_new_folder(path: str | Path, option: str = "--output-dir") -> None:
 
 
 def new_folder(path: str | Path, option: str = "--output-dir") -> Path:
-    """Create an empty folder, its parents too; one that exists and is empty will do. Raises InputError that names the option."""
+    """Create an empty folder, its parents too; one that exists and is empty will do.
+
+    Raises InputError that names the option.
+    """
     check_new_folder(path, option)
     return made_folder(path, option)
 

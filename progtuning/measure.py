@@ -18,8 +18,8 @@ from progtuning.config import BertConfig
 class Clock:
     """Adds up the seconds that a device spends in named phases, from `seconds` on.
 
-    On CUDA the phases are marked by events on the current stream, which cost no synchronisation while the work is queued; `seconds`
-    waits for them. On a CPU they are read from the process's clock.
+    On CUDA the phases are marked by events on the current stream, which cost no synchronisation while the work is
+    queued; `seconds` waits for them. On a CPU they are read from the process's clock.
     """
 
     def __init__(self, device: torch.device, seconds: Mapping[str, float] | None = None):
@@ -63,9 +63,9 @@ def reset_peak_bytes(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Return the peak since `reset_peak_bytes`: memory that PyTorch allocated on CUDA, else the process's resident set (Linux).
+    """Return the peak since `reset_peak_bytes`: on CUDA PyTorch's allocations, else the process's resident set (Linux).
 
-    None where the system does not tell. On a CPU memory that was freed may still be resident, so this is an upper bound.
+    None where the system does not tell. On a CPU memory that was freed may still be resident: this is an upper bound.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -6,7 +6,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Divide the parameters that require a gradient in two groups: with weight decay, and biases and LayerNorms without."""
+    """Divide the parameters that require a gradient in two: with weight decay, and biases and LayerNorms without."""
     decayed, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -55,8 +55,8 @@ class FiniteCheck:
 def keep_only(optimizer: torch.optim.Optimizer, groups: list[list[nn.Parameter]], kept: set[nn.Parameter]) -> None:
     """Make `optimizer` hold exactly the parameters of `groups` (one list a group) that are in `kept`.
 
-    What leaves loses its state, so that its memory returns and no moment or weight decay moves it any more. What stays keeps its
-    state. What joins has none, and starts fresh.
+    What leaves loses its state, so that its memory returns and no moment or weight decay moves it any more. What stays
+    keeps its state. What joins has none, and starts fresh.
     """
     for group, candidates in zip(optimizer.param_groups, groups, strict=True):
         group["params"] = [parameter for parameter in candidates if parameter in kept]

@@ -7,9 +7,9 @@ The paper gives every part floor(L / T) blocks and does not say where a remainde
 
     b_t = floor(t * L / T),  t = 0 .. T,        part t (1-based) = blocks b_{t-1} .. b_t - 1,
 
-which is floor(L / T) a part where T divides L, lets parts differ by at most one block where it does not, and leaves some parts
-empty where T > L. The LoRA and BitFit cells of the paper's Table 3 (L = 12; T = 8, 10, 25, 30, 40, 60, 80) follow from this
-rule, and none of them from the literal floor(L / T).
+which is floor(L / T) a part where T divides L, lets parts differ by at most one block where it does not, and leaves
+some parts empty where T > L. The LoRA and BitFit cells of the paper's Table 3 (L = 12; T = 8, 10, 25, 30, 40, 60, 80)
+follow from this rule, and none of them from the literal floor(L / T).
 
 Worked example, L = 12 and T = 3. The shrinking stages of Eq. 3 train the parts t .. T:
 

@@ -79,7 +79,7 @@ def comparison_table(full: dict, other: dict) -> str:
 
 
 def savings_table(full: dict, other: dict) -> str:
-    """Return stage by stage the measured backward seconds over those of full fine-tuning, beside the ratio of the FLOPs."""
+    """Return by stage the measured backward seconds over those of full fine-tuning, beside the ratio of the FLOPs."""
     rows = []
     for base, stage in zip(full["stages"], other["stages"], strict=True):
         measured = stage["seconds"]["backward"] / base["seconds"]["backward"]
@@ -168,9 +168,10 @@ def card(summary: dict) -> str:
         [
             f"# {summary['model']} fine-tuned on {summary['task']}",
             "",
-            f"Schedule {settings['schedule']} in {len(summary['stages'])} stages over {settings['epochs']} epochs, embeddings "
-            f"{settings['embeddings']}, {summary['train_rows']:,} training rows, batch {batch}, learning rate "
-            f"{settings['lr']:g}, seed {settings['seed']}, {settings['precision']}, on {summary['device']}.",
+            f"Schedule {settings['schedule']} in {len(summary['stages'])} stages over {settings['epochs']} epochs, "
+            f"embeddings {settings['embeddings']}, {summary['train_rows']:,} training rows, batch {batch}, "
+            f"learning rate {settings['lr']:g}, seed {settings['seed']}, {settings['precision']}, "
+            f"on {summary['device']}.",
             "",
             table(["metric", "value"], metrics),
             "",
@@ -247,8 +248,8 @@ def _is_count(value, low: int = 0, high: int = 10**12) -> bool:
 def compare(runs: Sequence[dict], path: Path) -> str:
     """Return a Markdown page on several runs and, where matplotlib is installed, draw its pictures beside `path`.
 
-    Pictures: the staircase of each run; its measured backward seconds a step beside its FLOPs a step, as shares of those of the
-    first stage; the main metric against all FLOPs.
+    Pictures: the staircase of each run; its measured backward seconds a step beside its FLOPs a step, as shares of
+    those of the first stage; the main metric against all FLOPs.
     """
     names = list(dict.fromkeys(name for run in runs for name in run["metrics"]))
     rows = [

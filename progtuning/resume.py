@@ -78,9 +78,9 @@ class RunFolder:
 
     The processes of `world` call all of its methods together; rank 0 alone writes, and its log alone has a file.
 
-    A new run makes the folder and `run.json`; one that resumes must find its own. `identity` returns what `identify` does.
-    Raises InputError where the folder holds anything else, where another process trains into it, or where its run is
-    another: the message says in what. Raises RunError where the disk refuses.
+    A new run makes the folder and `run.json`; one that resumes must find its own. `identity` returns what `identify`
+    does. Raises InputError where the folder holds anything else, where another process trains into it, or where its run
+    is another: the message says in what. Raises RunError where the disk refuses.
     """
 
     def __init__(
@@ -135,7 +135,8 @@ class RunFolder:
     def save(self, trainer) -> None:
         """Write a checkpoint of `trainer` (a `train.Trainer` between two steps) and remove those that are too many.
 
-        Raises RunError where the disk refuses, and what `Trainer.state_dict` raises; earlier checkpoints are left alone then.
+        Raises RunError where the disk refuses, and what `Trainer.state_dict` raises;
+        earlier checkpoints are left alone then.
         """
         if self.path is None or trainer.step == self._saved_step:
             return

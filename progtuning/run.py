@@ -92,8 +92,11 @@ def encode(rows: Sequence, task: Task, tokenizer: Tokenizer, max_length: int, se
 def prepare(
     folder: Path, splits: Splits, settings: TrainConfig
 ) -> tuple[BertConfig, TrainConfig, Tokenizer, EncodedRows, dict[str, EncodedRows]]:
-    """Return what a run on `splits` needs beside the weights: the architecture under the task's head, the settings with what they
-    leave to the model filled in, the tokenizer, and the encoded training and held-out rows. Raises InputError."""
+    """Return what a run on `splits` needs beside the weights.
+
+    That is the architecture under the task's head, the settings with what they leave to the model filled in, the
+    tokenizer, and the encoded training and held-out rows. Raises InputError.
+    """
     task = splits.task
     config = BertConfig.from_json(folder / CONFIG)
     config = config.with_head(task.head, task.labels)
@@ -127,12 +130,13 @@ def fine_tune(
 
     With `output_dir`, a new or empty folder, the tokenizer, `metrics.jsonl`, `summary.json` and the model are written
     there; every input has been checked before it is made. A model that a PEFT method trained is written as what was
-    trained alone, or with `merge` as a whole one in Hugging Face layout. `checkpoints` says when the run is saved there,
-    and whether it goes on from what is saved. `say` is told what a person may want to know meanwhile. Where `world` has
-    several processes, all call this; rank 0 writes, says, and returns the document, and the others return an empty one.
+    trained alone, or with `merge` as a whole one in Hugging Face layout. `checkpoints` says when the run is saved
+    there, and whether it goes on from what is saved. `say` is told what a person may want to know meanwhile. Where
+    `world` has several processes, all call this; rank 0 writes, says, and returns the document, and the others return
+    an empty one.
 
-    Raises InputError for a wrong input, RunError for a run that fails, and Interrupted where SIGINT or SIGTERM stops it;
-    where there is a folder, the run has been saved in it then.
+    Raises InputError for a wrong input, RunError for a run that fails, and Interrupted where SIGINT or SIGTERM stops
+    it; where there is a folder, the run has been saved in it then.
     """
     task = splits.task
     with world.agreed():
@@ -224,8 +228,9 @@ def probe(
 ) -> list[dict]:
     """Figure 1 of the paper: for each block, train E, that block and the head alone, from the same start.
 
-    `settings` must have the schedule "full"; with embeddings "never" E is frozen too. Returns a row for each block (0-based
-    `blocks`; all where None): {"block" (counted from 1), "metrics"}. Raises InputError and RunError as `fine_tune` does.
+    `settings` must have the schedule "full"; with embeddings "never" E is frozen too. Returns a row for each block
+    (0-based `blocks`; all where None): {"block" (counted from 1), "metrics"}. Raises InputError and RunError as
+    `fine_tune` does.
     """
     config, settings, tokenizer, train_rows, dev_rows = prepare(folder, splits, settings)
     rows = []

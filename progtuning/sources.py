@@ -212,7 +212,7 @@ def _snapshot(repository: str, revision: str | None, kind: Kind) -> Path:
 
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Keep from standard error what huggingface_hub says of attempts that it repeats, and its bars but for a terminal."""
+    """Keep from standard error what huggingface_hub says of attempts it repeats, and its bars but for a terminal."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
     verbosity, hide = logging.get_verbosity(), not sys.stderr.isatty() and not are_progress_bars_disabled()
@@ -301,7 +301,10 @@ def _sweep(folder: Path) -> None:
 
 
 def _download(name: str, version: str, sha256: str | None, wheels_only: bool, staging: Path) -> Path:
-    """Let pip fetch a wheel into `staging`, or with a digest and not `wheels_only` also a source archive; return its path."""
+    """Let pip fetch a wheel into `staging` and return its path.
+
+    With a digest, and without `wheels_only`, a source archive will do too.
+    """
     if importlib.util.find_spec("pip") is None:
         raise RunError("pip, which does the fetching, is not installed in this Python; try: python -m ensurepip")
     requirements, log, downloaded = staging / "requirements.txt", staging / "pip.log", staging / "downloaded"

@@ -27,9 +27,9 @@ EMBEDDING_POLICIES = ("with-block-1", "always", "never")
 def embeddings_train(policy: str, boundary: int) -> bool:
     """Say whether E trains in a stage whose lowest active block is `boundary`.
 
-    The paper trains E in every epoch ("always"), and its tables count it so. But a gradient for E crosses every frozen block, so
-    then no backward pass can be cut. "with-block-1", the default, trains E exactly while the lowest block trains.
-    Raises ValueError for any other policy.
+    The paper trains E in every epoch ("always"), and its tables count it so. But a gradient for E crosses every frozen
+    block, so then no backward pass can be cut. "with-block-1", the default, trains E exactly while the lowest block
+    trains. Raises ValueError for any other policy.
     """
     if policy not in EMBEDDING_POLICIES:
         raise ValueError(f"embeddings must be one of {', '.join(EMBEDDING_POLICIES)}, got {policy!r}")
@@ -38,7 +38,7 @@ def embeddings_train(policy: str, boundary: int) -> bool:
 
 @dataclass(frozen=True)
 class Stage:
-    """What trains during one stage: `blocks` (0-based, a run that ends with the last block, or empty), E or not, and H."""
+    """What trains in one stage: `blocks` (0-based, a run that ends with the last block, or empty), E or not, and H."""
 
     index: int  # 0-based
     num_blocks: int  # L
@@ -98,13 +98,13 @@ def make_schedule(name: str, num_blocks: int, num_stages: int, embeddings: str =
 
 
 class AdaptiveSchedule:
-    """Freeze from below when the blocks stop changing, in place of a fixed calendar: the gradient-norm test of AutoFreeze
-    (arXiv 2102.01386).
+    """Freeze from below when the blocks stop changing, in place of a fixed calendar.
 
-    The steps are divided in intervals of equal length. Over an interval the norm of each active block's gradient is added up, step
-    by step, to G_i. Between two intervals a block's score is |G_i(before) - G_i(now)| / G_i(before), and the lowest active blocks
-    up to the first whose score is not below the median of all active ones are frozen. The boundary never falls and never passes
-    the last block. Every decision is kept, with its scores, in `decisions`.
+    This is the gradient-norm test of AutoFreeze (arXiv 2102.01386). The steps are divided in intervals of equal length.
+    Over an interval the norm of each active block's gradient is added up, step by step, to G_i. Between two intervals a
+    block's score is |G_i(before) - G_i(now)| / G_i(before), and the lowest active blocks up to the first whose score is
+    not below the median of all active ones are frozen. The boundary never falls and never passes the last block. Every
+    decision is kept, with its scores, in `decisions`.
     """
 
     name = "adaptive"
@@ -122,7 +122,7 @@ class AdaptiveSchedule:
         self._enter(0)
 
     def observe(self, norms: Mapping[int, float]) -> None:
-        """Add a step's gradient norms, by active block: numbers, or tensors of one element, which are read when it is decided."""
+        """Add a step's gradient norms by active block: numbers, or tensors of one element, read when it is decided."""
         for block, norm in norms.items():
             self._now[block] = self._now[block] + norm if block in self._now else norm
 

@@ -108,9 +108,9 @@ _COUNTS = tuple(one.name for one in fields(StageCost) if one.name not in ("stage
 class Trainer:
     """A model, its training data and the settings of a run; `fit` trains it.
 
-    `model` has its trainable parameters selected already (requires_grad). `log` takes every row of `metrics.jsonl`. After `fit`,
-    `costs` has an entry for each stage. Between two steps `state_dict` gives all that a trainer built from the same
-    arguments needs to go on, after `load_state_dict`, as this one would.
+    `model` has its trainable parameters selected already (requires_grad). `log` takes every row of `metrics.jsonl`.
+    After `fit`, `costs` has an entry for each stage. Between two steps `state_dict` gives all that a trainer built from
+    the same arguments needs to go on, after `load_state_dict`, as this one would.
     """
 
     model: Model
@@ -159,8 +159,8 @@ class Trainer:
         after_epoch: Callable[[int], None] = lambda epoch: None,
         after_step: Callable[[bool], None] = lambda stage_ends: None,
     ) -> None:
-        """Algorithm 1. Its first lines stand outside: PEFT selects or adds parameters before the engine is built, and Eq. 2
-        and 3 divide the blocks into the stages of `self.schedule`. Then
+        """Algorithm 1. Its first lines stand outside: PEFT selects or adds parameters before the engine is built, and
+        Eq. 2 and 3 divide the blocks into the stages of `self.schedule`. Then
 
             for each epoch e = 1 .. T                                              (1)
                 for each batch                                                     (2)
@@ -282,9 +282,9 @@ class Trainer:
     def state_dict(self) -> dict:
         """Return what a resumed run needs, between two steps: a nested dict of tensors, numbers and names.
 
-        All processes must call it; each gets the random states and costs of all, under "processes".
-        Of the weights, those that a stage so far has trained. The tensors are the run's own: the next step changes them.
-        Raises RunError where a step so far was not finite.
+        All processes must call it; each gets the random states and costs of all, under "processes". Of the weights,
+        those that a stage so far has trained. The tensors are the run's own: the next step changes them. Raises
+        RunError where a step so far was not finite.
         """
         self.check_finite()
         self.costs[-1].measure_peak(self.device)
@@ -392,7 +392,7 @@ class Trainer:
         )
 
     def refill_cache(self) -> None:
-        """Make the entries that the steps of `costs` made, bit for bit: run the prefix of their batches again, in order.
+        """Make the entries that the steps of `costs` made, bit for bit: run their batches' prefix again, in order.
 
         For a run that is resumed: the frozen blocks still have the weights that they had then. It costs what making the
         entries did, at most one forward pass of the frozen blocks for each example.
@@ -431,7 +431,7 @@ class Trainer:
         return get_total_norm([p.grad for p in self.active_parameters() if p.grad is not None])
 
     def account(self) -> dict:
-        """Return what `summary.json` says of the stages: work and cache of all processes together, this one's seconds."""
+        """Return what `summary.json` says of the stages: all processes' work and cache together, this one's seconds."""
         settings, stages = self.settings, [cost.to_dict(len(self.batches)) for cost in self.costs]
         for stage, *of_ranks in zip(stages, *self.world.gather(stages)):
             for key in _OF_ALL_PROCESSES:
@@ -525,9 +525,9 @@ def predict(
 ) -> np.ndarray:
     """Return the head's outputs for the N rows of `data` in their order. The model is left in eval mode.
 
-    They are (N, C) float32, or for question answering (N, S, 2), S the length of the longest row, 0 beyond a row's batch.
-    The batches are dealt to the processes of `world`, whole; each gets all outputs, and they are those of one process.
-    Raises RunError where one is not finite: the weights are not.
+    They are (N, C) float32, or for question answering (N, S, 2), S the length of the longest row, 0 beyond a row's
+    batch. The batches are dealt to the processes of `world`, whole; each gets all outputs, and they are those of one
+    process. Raises RunError where one is not finite: the weights are not.
     """
     model.to(device).eval()
     per_token = (int(data.lengths.max()),) if model.config.head == "question-answering" else ()
@@ -584,7 +584,7 @@ def measure_splits(
     squad: SquadConfig = SquadConfig(),
     world: World = World(),
 ) -> dict[str, float]:
-    """Return the task's metrics on every held-out split, under "metric", or "split/metric" where there are several splits."""
+    """Return the task's metrics on every held-out split, under "metric", or "split/metric" where splits are several."""
     values = {}
     for name, data in splits.items():
         if isinstance(task, SquadTask):

@@ -1,6 +1,8 @@
 """What each process of tests/test_distributed.py's launch runs: every case of CASES, one after the other.
 
     python -m torch.distributed.run --nproc-per-node 2 -m tests.distributed_worker FOLDER MODEL DATA
+
+What the cases give is written into FOLDER, where the test reads it.
 """
 
 import gc

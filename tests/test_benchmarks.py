@@ -399,7 +399,7 @@ def test_questions_give_a_row_for_each_schedule_and_the_memory_of_a_file(tiny_fo
 
 @pytest.fixture
 def small_study(tiny_folder, tmp_path, monkeypatch):
-    """accuracy.py with a study of two tasks, a sentence's opinion and a question's answer, and where their files are."""
+    """accuracy.py with a study of two tasks (a sentence's opinion, a question's answer), and where their files are."""
     import accuracy
 
     text, rows = "sentence\tlabel\n", ("a good film\t1\n", "a bad film\t0\n")

@@ -55,7 +55,7 @@ class EncodedRows:
         return str(index) if self.ids[index] is None else self.ids[index]
 
     def digest(self) -> str:
-        """Return the SHA-256, in hexadecimal, of what a run learns from the rows or measures with them, names left out."""
+        """Return the hexadecimal SHA-256 of what a run learns from the rows or measures with them, names left out."""
         digest = hashlib.sha256()
         for encoding in self.encodings:
             digest.update(len(encoding.input_ids).to_bytes(8, "little"))

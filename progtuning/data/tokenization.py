@@ -437,7 +437,7 @@ def _library_errors(source: Path) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Send what is written to descriptor 2 nowhere: a panic of the library prints its stack there before it is raised."""
+    """Discard what is written to descriptor 2: a panic of the library prints its stack there before it is raised."""
     try:
         saved = os.dup(2)
     except OSError:  # there is no standard error
