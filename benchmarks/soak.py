@@ -49,9 +49,10 @@ COMMON = (
     f"--task classification --epochs {EPOCHS} --batch-size {BATCH_SIZE} --lr 5e-3 --max-length 16 --device cpu "
     f"--save-every {SAVE_EVERY} --resume"
 ).split()
+LORA = "--peft lora --lora-r 2 --lora-dropout 0.1"
 VARIANTS = {
     "shrinking": [],
-    "growing, LoRA, pieces": "--schedule growing --peft lora --lora-r 2 --lora-dropout 0.1 --accumulation-steps 3".split(),
+    "growing, LoRA, pieces": f"--schedule growing {LORA} --accumulation-steps 3".split(),
     "without-low-blocks, cache": "--schedule without-low-blocks --cache memory".split(),
     "adaptive, DPS mix": "--schedule adaptive --stages 12 --dps mix --dps-update-ratio 0.1".split(),
     "full, BitFit, stages within epochs": "--schedule full --peft bitfit --stages 7".split(),

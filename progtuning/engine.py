@@ -85,9 +85,8 @@ class StageEngine(nn.Module):
         self.candidates = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.groups = [list(group["params"]) for group in optimizer.param_groups] if optimizer else []
         self.stage: Stage | None = None
-        self.cut: int | None = (
-            None  # E and the blocks below this index run without grad; None: E runs with grad, no cut
-        )
+        # E and the blocks below this index run without grad; None: E runs with grad, no cut.
+        self.cut: int | None = None
 
     def trainable_names(self, stage: Stage) -> set[str]:
         """Return the names of the parameters that train in `stage`."""

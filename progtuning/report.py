@@ -52,17 +52,8 @@ def stages_table(summary: dict) -> str:
                 None if stage["peak_bytes"] is None else f"{stage['peak_bytes'] / 2**20:,.0f}",
             ]
         )
-    header = [
-        "stage",
-        "trains",
-        "steps",
-        "updated, M",
-        "forward, TFLOP",
-        "backward, TFLOP",
-        "forward, s",
-        "backward, s",
-    ]
-    return table([*header, "optimizer, s", "peak, MiB"], rows)
+    header = ["stage", "trains", "steps", "updated, M", "forward, TFLOP", "backward, TFLOP"]
+    return table([*header, "forward, s", "backward, s", "optimizer, s", "peak, MiB"], rows)
 
 
 def comparison_table(full: dict, other: dict) -> str:
@@ -121,24 +112,13 @@ def plan_table(document: dict) -> str:
         ]
         for stage in document["stages"]
     ]
-    header = [
-        "stage",
-        "epochs",
-        "trains",
-        "trainable, M",
-        "updated, M",
-        "forward FLOPs a step",
-        "backward FLOPs a step",
-    ]
+    header = ["stage", "epochs", "trains", "trainable, M", "updated, M", "forward FLOPs a step"]
+    header += ["backward FLOPs a step", "of full", "optimizer, MiB", "cache a batch, MiB"]
     updated, full = document["updated_parameters"], document["updated_parameters_full"]
-    return "\n".join(
-        [
-            table([*header, "of full", "optimizer, MiB", "cache a batch, MiB"], rows),
-            "",
-            f"Updated parameters: {millions(updated)} M, {updated / full:.2f} of full fine-tuning ({millions(full)} M).",
-            f"Backward FLOPs: {document['backward_share_of_full']:.2f} of full fine-tuning, on average over the stages.",
-        ]
-    )
+    parameters = f"{millions(updated)} M, {updated / full:.2f} of full fine-tuning ({millions(full)} M)"
+    backward = f"{document['backward_share_of_full']:.2f} of full fine-tuning, on average over the stages"
+    lines = [f"Updated parameters: {parameters}.", f"Backward FLOPs: {backward}."]
+    return "\n".join([table(header, rows), "", *lines])
 
 
 def paper_table(rows: Iterable[dict]) -> str:
@@ -208,9 +188,8 @@ def _wrong_value(summary: dict) -> str | None:
     settings, metrics, stages = summary["settings"], summary["metrics"], summary["stages"]
     if not isinstance(settings, dict) or not isinstance(settings.get("peft"), dict):
         return "settings"
-    if not all(
-        isinstance(text, str) for text in (summary["task"], settings.get("schedule"), settings["peft"].get("method"))
-    ):
+    names = (summary["task"], settings.get("schedule"), settings["peft"].get("method"))
+    if not all(isinstance(name, str) for name in names):
         return "task, settings.schedule or settings.peft.method"
     if not isinstance(metrics, dict) or not metrics or not all(_is_number(value, -1e9) for value in metrics.values()):
         return "metrics"
@@ -320,9 +299,8 @@ def draw_probe(document: dict, path: Path) -> bool:
     blocks = [row["block"] for row in document["rows"]]
     for name in document["rows"][0]["metrics"]:
         axes.plot(blocks, [row["metrics"][name] for row in document["rows"]], "o-", label=name)
-    axes.set(
-        title=f"{document['model']} on {document['task']}", xlabel="block that trains, with the head", xticks=blocks
-    )
+    title = f"{document['model']} on {document['task']}"
+    axes.set(title=title, xlabel="block that trains, with the head", xticks=blocks)
     axes.legend()
     save_figure(figure, path)
     return True

@@ -368,9 +368,8 @@ class RunLog:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise InputError(
-                f"--output-dir {folder}: another run writes into it, expected a folder of its own"
-            ) from None
+            message = f"--output-dir {folder}: another run writes into it, expected a folder of its own"
+            raise InputError(message) from None
         except OSError as error:
             warn(f"{folder / LOG} cannot be locked ({error.strerror}): let no other run write into {folder}")
 

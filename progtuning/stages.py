@@ -170,10 +170,8 @@ class AdaptiveSchedule:
         self._now = {int(block): norm for block, norm in state["now"].items()}
 
     def _decide(self, step: int) -> None:
-        now = {block: float(norm) for block, norm in self._now.items()}
-        scores = {
-            block: _relative_change(self._before[block], norm) for block, norm in now.items() if block in self._before
-        }
+        before, now = self._before, {block: float(norm) for block, norm in self._now.items()}
+        scores = {block: _relative_change(before[block], norm) for block, norm in now.items() if block in before}
         if scores:
             middle = median(scores.values())
             changing = (block for block in sorted(scores) if scores[block] >= middle)

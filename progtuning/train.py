@@ -410,15 +410,13 @@ class Trainer:
 
     def count(self, rows: list[int], length: int) -> None:
         """Add the work of one forward and backward pass over `rows`, padded to `length` tokens, before it is done."""
-        cost, settings = self.costs[-1], self.settings
-        forward, backward = _flops(self.model.config, settings.peft, cost.stage, len(rows), length)
+        cost, config, peft = self.costs[-1], self.model.config, self.settings.peft
+        forward, backward = _flops(config, peft, cost.stage, len(rows), length)
         cost.forward_flops += forward
         cost.backward_flops += backward
         if self.engine.cache and self.engine.cut:
             levels = self.engine.cache.levels[rows].tolist()
-            cost.forward_flops -= sum(
-                _prefix_flops(self.model.config, settings.peft, level, length) for level in levels
-            )
+            cost.forward_flops -= sum(_prefix_flops(config, peft, level, length) for level in levels)
             hits = levels.count(self.engine.cut)
             cost.cache_hits += hits
             cost.cache_misses += len(rows) - hits
@@ -437,15 +435,13 @@ class Trainer:
             for key in _OF_ALL_PROCESSES:
                 stage[key] = sum(of_rank[key] for of_rank in of_ranks)
             stage["peak_bytes"] = max(of_rank["peak_bytes"] or 0 for of_rank in of_ranks) or None
-        full = make_schedule("full", self.model.num_blocks, 1)
+        config, full = self.model.config, make_schedule("full", self.model.num_blocks, 1)
         return {
             "processes": self.world.size,
             "stages": stages,
             **({"decisions": decisions(self.schedule)} if settings.schedule == "adaptive" else {}),
             "updated_parameters": sum(stage["updated_parameters"] for stage in stages),
-            "updated_parameters_full": accounting.updated_parameters(
-                self.model.config, full, settings.epochs, settings.peft
-            ),
+            "updated_parameters_full": accounting.updated_parameters(config, full, settings.epochs, settings.peft),
         }
 
     def report(self, bar: tqdm) -> None:
@@ -540,10 +536,8 @@ def predict(
     world.sum(torch.from_numpy(outputs))  # to what one process put in a row the others add 0
     if not np.isfinite(outputs).all():
         row = int(np.flatnonzero(~np.isfinite(outputs.reshape(len(data), -1)).all(axis=1))[0])
-        message = (
-            f"the model's output for row {row + 1} is not finite: its weights are damaged or its training diverged"
-        )
-        raise world.once(RunError(message))
+        found = f"the model's output for row {row + 1} is not finite"
+        raise world.once(RunError(f"{found}: its weights are damaged or its training diverged"))
     return outputs
 
 

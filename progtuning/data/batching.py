@@ -156,10 +156,9 @@ class TokenBatches(TrainBatches):
 
     def __init__(self, lengths: Sequence[int], budget: int, num_epochs: int, seed: int, group_by_length: bool = True):
         super().__init__(lengths, max(1, budget * len(lengths) // max(1, sum(lengths))), seed, group_by_length)
-        if self.lengths.max() > budget:
-            raise InputError(
-                f"--batch-tokens must be at least {self.lengths.max()}, the longest row's tokens, got {budget}"
-            )
+        longest = self.lengths.max()
+        if longest > budget:
+            raise InputError(f"--batch-tokens must be at least {longest}, the longest row's tokens, got {budget}")
         self.budget = budget
         self.num_epochs = num_epochs
         self._count = 0

@@ -46,13 +46,8 @@ _BATCH_ROWS = 1000
 _BATCH_CHARACTERS = 1 << 18
 _MAX_GROWTH = 16  # times that a normalizer may make a text longer
 _SETTINGS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars", "add_prefix_space")
-_TOKEN_FLAGS = (
-    "content",
-    "single_word",
-    "lstrip",
-    "rstrip",
-    "normalized",
-)  # the library prints others on standard output
+# The library prints other flags on standard output.
+_TOKEN_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized")
 _BERT_SPECIAL = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
 _ROBERTA_SPECIAL = {
     "bos": "<s>",
