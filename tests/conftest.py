@@ -60,7 +60,6 @@ def tiny_task(tmp_path_factory) -> Path:
     rows = [row() for _ in range(320)]
     (folder / "train.tsv").write_text("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows))
     rows = [row() for _ in range(40)]
-    (folder / "dev.jsonl").write_text(
-        "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
-    )
+    lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in rows]
+    (folder / "dev.jsonl").write_text("".join(lines))
     return folder

@@ -35,9 +35,8 @@ def folder(model, tmp_path):
 def rewrite(folder, change, **metadata):
     """Pass the tensors of a folder's file through `change` and write them again."""
     path = folder / "model.safetensors"
-    save_file(
-        {key: t.contiguous() for key, t in change(load_file(path)).items()}, path, metadata={"format": "pt", **metadata}
-    )
+    tensors = {key: t.contiguous() for key, t in change(load_file(path)).items()}
+    save_file(tensors, path, metadata={"format": "pt", **metadata})
 
 
 def assert_same_weights(a, b):
@@ -62,9 +61,8 @@ def test_transformers_loads_what_is_saved_with_equal_logits(model_type, head, tm
         ours = model(**batch)
     if head == "question-answering":
         real = batch["attention_mask"]
-        torch.testing.assert_close(
-            ours[real], torch.stack((theirs.start_logits, theirs.end_logits), -1)[real], atol=1e-5, rtol=0
-        )
+        logits = torch.stack((theirs.start_logits, theirs.end_logits), -1)
+        torch.testing.assert_close(ours[real], logits[real], atol=1e-5, rtol=0)
     else:
         torch.testing.assert_close(ours, theirs.logits, atol=1e-5, rtol=0)
     if head == "classification":
@@ -82,10 +80,8 @@ def test_what_transformers_saves_is_loaded_with_equal_hidden_states(model_type, 
     twin = getattr(transformers, name + kind)(getattr(transformers, name + "Config")(**values)).eval()
     twin.save_pretrained(tmp_path)
     config = BertConfig.from_json(tmp_path / "config.json")
-    assert config.head == {
-        "ForQuestionAnswering": "question-answering",
-        "ForSequenceClassification": "classification",
-    }.get(kind)
+    heads = {"ForQuestionAnswering": "question-answering", "ForSequenceClassification": "classification"}
+    assert config.head == heads.get(kind)
     model, report = load_model(tmp_path, config.with_head("question-answering"))
     assert set(report.fresh) == (set() if kind == "ForQuestionAnswering" else {"qa_outputs.weight", "qa_outputs.bias"})
     batch = tiny_batch(config)

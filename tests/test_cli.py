@@ -53,31 +53,20 @@ def trained(tiny_folder, tiny_task, tmp_path_factory) -> Path:
 
 def test_train_writes_the_model_in_hugging_face_layout_with_tokenizer_summary_log_and_card(trained):
     names = {path.name for path in trained.iterdir()}
-    assert names == {
-        "config.json",
-        "model.safetensors",
-        "vocab.txt",
-        "summary.json",
-        "metrics.jsonl",
-        "run.json",
-        "README.md",
-        *({"tokenizer_config.json"} & names),
-    }
+    model_files = {"config.json", "model.safetensors", "vocab.txt"}
+    assert names - {"tokenizer_config.json"} == model_files | {"summary.json", "metrics.jsonl", "run.json", "README.md"}
     config = json.loads((trained / "config.json").read_text())
-    assert config["id2label"] == {"0": "dislike", "1": "like"} and config["architectures"] == [
-        "BertForSequenceClassification"
-    ]
+    assert config["id2label"] == {"0": "dislike", "1": "like"}
+    assert config["architectures"] == ["BertForSequenceClassification"]
 
 
 def test_transformers_loads_the_output_folder_and_gives_the_same_predictions(trained, tmp_path):
     transformers = pytest.importorskip("transformers")
     texts = ["the film was good", "the plot is very awful", "great"]
-    (tmp_path / "in.tsv").write_text("text\n" + "\n".join(texts) + "\n")
-    assert (
-        call("predict", "--checkpoint", trained, "--input", tmp_path / "in.tsv", "--output", tmp_path / "out.tsv")[0]
-        == 0
-    )
-    ours = [line.split("\t") for line in (tmp_path / "out.tsv").read_text().splitlines()]
+    source, target = tmp_path / "in.tsv", tmp_path / "out.tsv"
+    source.write_text("text\n" + "\n".join(texts) + "\n")
+    assert call("predict", "--checkpoint", trained, "--input", source, "--output", target)[0] == 0
+    ours = [line.split("\t") for line in target.read_text().splitlines()]
     assert ours[0] == ["label", "probability"] and len(ours) == 4
     tokenizer = transformers.AutoTokenizer.from_pretrained(trained)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(trained).eval()
@@ -101,9 +90,8 @@ def test_summary_has_the_metrics_and_the_account_of_every_stage(trained):
     assert summary["settings"]["schedule"] == "shrinking" and summary["settings"]["lr"] == 5e-3
     assert summary["versions"]["torch"] == torch.__version__
     assert {*summary["attention_backends"]} == {"training", "eval"}
-    assert (
-        summary["attention_backends"]["training"]["padded"] == "flash_attention"
-    )  # no dropout of attention in this model
+    # No dropout of attention in this model.
+    assert summary["attention_backends"]["training"]["padded"] == "flash_attention"
 
 
 def test_the_log_has_losses_and_the_metrics_of_every_epoch(trained):
@@ -127,16 +115,8 @@ def test_evaluate_gives_the_metrics_of_training(trained, tiny_task):
 
 
 def test_train_prints_its_summary_as_json_on_standard_output_alone(tiny_folder, tiny_task, tmp_path):
-    arguments = [
-        "--model",
-        tiny_folder,
-        "--task",
-        "classification",
-        "--data",
-        tiny_task,
-        "--output-dir",
-        tmp_path / "run",
-    ]
+    task = ["--task", "classification", "--data", tiny_task]
+    arguments = ["--model", tiny_folder, *task, "--output-dir", tmp_path / "run"]
     status, out, _ = call("train", *arguments, *FAST, "--max-train-rows", 32, "--json")
     assert status == 0
     assert json.loads(out) == json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -147,16 +127,14 @@ def test_predict_reads_tsv_and_jsonl_from_file_and_standard_input_row_for_row(tr
     texts = [" ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]) for i in range(50)] + ["", "unknown zebra", 'a "quoted" word']
     tsv = ("text\n" + "".join(f"{text}\n" for text in texts)).encode()
     jsonl = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    outputs = set()
+    source, target, outputs = tmp_path / "in", tmp_path / "out", set()
     for data in (tsv, jsonl):
         status, out, err = call("predict", "--checkpoint", trained, "--input", "-", "--output", "-", stdin=data)
         assert status == 0, err
         outputs.add(out)
-        (tmp_path / "in").write_bytes(data)
-        assert (
-            call("predict", "--checkpoint", trained, "--input", tmp_path / "in", "--output", tmp_path / "out")[0] == 0
-        )
-        outputs.add((tmp_path / "out").read_text())
+        source.write_bytes(data)
+        assert call("predict", "--checkpoint", trained, "--input", source, "--output", target)[0] == 0
+        outputs.add(target.read_text())
     assert len(outputs) == 1
     assert outputs.pop().count("\n") == 1 + len(texts)
 
@@ -165,13 +143,12 @@ def test_regression_trains_and_predicts_scores(tiny_folder, tmp_path):
     rows = "".join(f"{word} film\t{score}\n" for word, score in zip(WORDS[:8] * 4, [1.5] * 4 + [-1.5] * 4 * 7))
     for name in ("train", "dev"):
         (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + rows)
-    arguments = ["--model", tiny_folder, "--task", "regression", "--data", tmp_path, "--output-dir", tmp_path / "run"]
+    run = tmp_path / "run"
+    arguments = ["--model", tiny_folder, "--task", "regression", "--data", tmp_path, "--output-dir", run]
     status, out, err = call("train", *arguments, *FAST, "--json")
     assert status == 0, err
     assert set(json.loads(out)["metrics"]) == {"pearson", "spearman"}
-    status, out, _ = call(
-        "predict", "--checkpoint", tmp_path / "run", "--input", "-", "--output", "-", stdin=b"text\ngood\n"
-    )
+    status, out, _ = call("predict", "--checkpoint", run, "--input", "-", "--output", "-", stdin=b"text\ngood\n")
     assert status == 0 and out.startswith("score\n") and float(out.split()[1]) == pytest.approx(0, abs=5)
 
 
@@ -203,18 +180,8 @@ def test_a_peft_method_writes_what_it_trained_and_evaluates_as_it_did(
 ):
     options, files = METHODS[method]
     task = ["--task", "classification", "--data", tiny_task]
-    arguments = [
-        "--model",
-        tiny_folder,
-        *task,
-        "--output-dir",
-        tmp_path / "run",
-        "--schedule",
-        schedule,
-        "--peft",
-        method,
-    ]
-    status, out, err = call("train", *arguments, *FAST, *options, "--json")
+    arguments = ["--model", tiny_folder, *task, "--output-dir", tmp_path / "run", "--schedule", schedule]
+    status, out, err = call("train", *arguments, "--peft", method, *FAST, *options, "--json")
     assert status == 0, err
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names >= files | {"config.json", "vocab.txt", "summary.json"} and "model.safetensors" not in names
@@ -242,16 +209,8 @@ def test_merge_writes_a_whole_model_that_evaluates_as_it_did(method, tiny_folder
 def test_a_cache_says_its_size_before_the_run_and_its_use_in_the_summary(
     place, trained, tiny_folder, tiny_task, tmp_path
 ):
-    arguments = [
-        "--model",
-        tiny_folder,
-        "--task",
-        "classification",
-        "--data",
-        tiny_task,
-        "--output-dir",
-        tmp_path / "run",
-    ]
+    task = ["--task", "classification", "--data", tiny_task]
+    arguments = ["--model", tiny_folder, *task, "--output-dir", tmp_path / "run"]
     status, out, err = call("train", *arguments, *FAST, "--cache", place, "--cache-limit", "1MB", "--json")
     assert status == 0, err
     rows = (tiny_task / "train.tsv").read_text().splitlines()[1:]
@@ -310,16 +269,8 @@ def test_bad_data_is_refused_with_file_and_line_and_no_output_folder(kind, tiny_
     data, message = BAD_DATA[kind]
     (tmp_path / "train.tsv").write_bytes((tiny_task / "train.tsv").read_bytes())
     (tmp_path / "dev.tsv").write_bytes(data)
-    arguments = [
-        "--model",
-        tiny_folder,
-        "--task",
-        "classification",
-        "--data",
-        tmp_path,
-        "--output-dir",
-        tmp_path / "run",
-    ]
+    task = ["--task", "classification", "--data", tmp_path]
+    arguments = ["--model", tiny_folder, *task, "--output-dir", tmp_path / "run"]
     line = refused(*call("train", *arguments, *FAST))
     assert str(tmp_path / "dev.tsv") in line and message in line
     assert not (tmp_path / "run").exists()
@@ -372,16 +323,8 @@ BAD_OPTIONS = {
 @pytest.mark.parametrize("kind", BAD_OPTIONS)
 def test_a_wrong_option_is_refused_in_one_line_that_names_it(kind, tiny_folder, tiny_task, tmp_path):
     options, message = BAD_OPTIONS[kind]
-    arguments = [
-        "--model",
-        tiny_folder,
-        "--task",
-        "classification",
-        "--data",
-        tiny_task,
-        "--output-dir",
-        tmp_path / "run",
-    ]
+    task = ["--task", "classification", "--data", tiny_task]
+    arguments = ["--model", tiny_folder, *task, "--output-dir", tmp_path / "run"]
     assert message in refused(*call("train", *arguments, *FAST, *options))
     assert not (tmp_path / "run").exists()
 
@@ -427,19 +370,17 @@ def test_a_checkpoint_for_another_task_is_refused(trained, tiny_folder, tmp_path
     assert "has the classes dislike, like, expected those of --task" in line
     (tmp_path / "train.tsv").write_text("text\tlabel\na\t1.5\nb\t2\n")
     (tmp_path / "dev.tsv").write_text("text\tlabel\na\t1.5\nb\t2\n")
-    assert "has a classification head, which does not fit" in refused(
-        *call("evaluate", "--task", "regression", *arguments)
-    )
+    line = refused(*call("evaluate", "--task", "regression", *arguments))
+    assert "has a classification head, which does not fit" in line
 
 
 def test_predict_leaves_an_old_output_file_where_the_input_is_bad(trained, tmp_path):
-    (tmp_path / "out.tsv").write_text("old")
-    (tmp_path / "in.tsv").write_bytes(b"text\ngood\tbad\n")
-    line = refused(
-        *call("predict", "--checkpoint", trained, "--input", tmp_path / "in.tsv", "--output", tmp_path / "out.tsv")
-    )
+    source, target = tmp_path / "in.tsv", tmp_path / "out.tsv"
+    target.write_text("old")
+    source.write_bytes(b"text\ngood\tbad\n")
+    line = refused(*call("predict", "--checkpoint", trained, "--input", source, "--output", target))
     assert "in.tsv: line 2: got 2 tab-separated columns, expected 1" in line
-    assert (tmp_path / "out.tsv").read_text() == "old"
+    assert target.read_text() == "old"
 
 
 def test_plan_prints_the_integers_of_bert_base_as_json():
@@ -447,11 +388,8 @@ def test_plan_prints_the_integers_of_bert_base_as_json():
     document = json.loads(out)
     assert status == 0 and (document["model"], document["num_blocks"]) == ("bert-base-uncased", 12)
     assert [stage["active_blocks"] for stage in document["stages"]] == [[1, 12], [5, 12], [9, 12]]
-    assert [stage["backward_flops"] for stage in document["stages"]] == [
-        357_574_950_912,
-        234_765_729_792,
-        115_580_387_328,
-    ]
+    backward = [stage["backward_flops"] for stage in document["stages"]]
+    assert backward == [357_574_950_912, 234_765_729_792, 115_580_387_328]
     assert {stage["forward_flops"] for stage in document["stages"]} == {178_787_475_456}
     assert document["updated_parameters"] < document["updated_parameters_full"]
 
@@ -474,9 +412,8 @@ def test_plan_answers_in_under_three_seconds_without_torch_and_without_network()
 def test_paper_prints_every_row_and_says_which_disagree():
     status, out, _ = call("paper", "--json")
     rows = json.loads(out)["rows"]
-    assert status == 0 and all(
-        set(row) >= {"table", "row", "task", "epochs", "ours", "paper", "agrees"} for row in rows
-    )
+    keys = {"table", "row", "task", "epochs", "ours", "paper", "agrees"}
+    assert status == 0 and all(set(row) >= keys for row in rows)
     assert {row["row"] for row in rows if row["agrees"] is False} == {"Adapter + Progtuning"}
     status, out, _ = call("paper")
     assert status == 0 and "Adapter + Progtuning: " in out
@@ -484,11 +421,10 @@ def test_paper_prints_every_row_and_says_which_disagree():
 
 def test_the_installed_command_and_python_m_are_the_same_program():
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-m", "progtuning", "--version"], capture_output=True, text=True, env=environment
-    )
+    program, options = [sys.executable, "-m", "progtuning"], {"capture_output": True, "text": True, "env": environment}
+    done = subprocess.run([*program, "--version"], **options)
     assert done.returncode == 0 and done.stdout.startswith("progtuning 0.")
-    done = subprocess.run([sys.executable, "-m", "progtuning"], capture_output=True, text=True, env=environment)
+    done = subprocess.run(program, **options)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 

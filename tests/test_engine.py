@@ -16,8 +16,8 @@ LABELS = torch.tensor([0, 1, 2, 1, 0])
 BLOCK_NAMES = {
     f"{layer}.{kind}"
     for layer in (
-        "attention.self.query attention.self.key attention.self.value attention.output.dense attention.output.LayerNorm "
-        "intermediate.dense output.dense output.LayerNorm"
+        "attention.self.query attention.self.key attention.self.value attention.output.dense "
+        "attention.output.LayerNorm intermediate.dense output.dense output.LayerNorm"
     ).split()
     for kind in ("weight", "bias")
 }
@@ -178,10 +178,9 @@ def saved_bytes(engine: StageEngine) -> int:
     parameters = {p.untyped_storage().data_ptr() for p in engine.parameters()}
 
     def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in parameters:
-            storages[tensor.untyped_storage().data_ptr()] = (
-                tensor.untyped_storage()
-            )  # kept alive: no address is used twice
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage  # kept alive: no address is used twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -22,9 +22,8 @@ def test_the_worked_example_of_the_docstring_holds():
 
 def test_the_picture_of_the_docstring_is_the_shrinking_schedule_of_12_blocks_and_3_parts():
     lines = [line.split() for line in partition.__doc__.splitlines()]
-    rows = [
-        [mark == "x" for mark in line[2:] if mark in "x."] for line in lines if line[:1] == ["stage"] and len(line) > 10
-    ]
+    pictured = [line for line in lines if line[:1] == ["stage"] and len(line) > 10]
+    rows = [[mark == "x" for mark in line[2:] if mark in "x."] for line in pictured]
     assert rows == [[block >= low for block in range(12)] for low in boundaries(12, 3)[:-1]]
 
 

@@ -51,9 +51,8 @@ def write_mrpc(folder: Path) -> None:
         lines = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"]
         for i in range(count):
             first, second = names[i % 8], names[(i + i % 2) % 8]
-            lines.append(
-                f"{1 - i % 2}\t{i}\t{i + 100}\t{first} left the house early .\tIt was early when {second} left ."
-            )
+            pair = f"{first} left the house early .\tIt was early when {second} left ."
+            lines.append(f"{1 - i % 2}\t{i}\t{i + 100}\t{pair}")
         (folder / f"{split}.tsv").write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
     rows = [f"{i}\t{i}\t{i}\t{names[i]} left .\t{names[i]} went ." for i in range(3)]
     (folder / "test.tsv").write_text("index\t#1 ID\t#2 ID\t#1 String\t#2 String\n" + "\n".join(rows) + "\n")
@@ -80,10 +79,8 @@ def test_the_commands_run_in_order_as_they_stand(minilm, tmp_path, monkeypatch, 
     assert predictions[0] == "label\tprobability" and len(predictions) == 3
     answer = json.loads((tmp_path / "answers.jsonl").read_text())
     assert "Ann left the house early."[answer["start"] : answer["end"]] == answer["answer"] != ""
-    assert {path.name for path in (tmp_path / "runs" / "squad-dev").iterdir()} == {
-        "predictions.json",
-        "nbest_predictions.json",
-    }
+    written = {path.name for path in (tmp_path / "runs" / "squad-dev").iterdir()}
+    assert written == {"predictions.json", "nbest_predictions.json"}
     submission = (tmp_path / "submission" / "MRPC.tsv").read_text().splitlines()
     assert submission[0] == "index\tprediction" and [row.split("\t")[0] for row in submission[1:]] == ["0", "1", "2"]
 

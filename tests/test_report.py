@@ -16,18 +16,9 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def runs(tiny_folder, tiny_task, tmp_path_factory):
     """Output folders of full fine-tuning, Progtuning and adaptive freezing."""
     folder = tmp_path_factory.mktemp("runs")
+    task = ["--model", tiny_folder, "--task", "classification", "--data", tiny_task]
     for schedule in ("full", "shrinking", "adaptive"):
-        task = [
-            "--model",
-            tiny_folder,
-            "--task",
-            "classification",
-            "--data",
-            tiny_task,
-            "--output-dir",
-            folder / schedule,
-        ]
-        status, _, err = call("train", *task, *FAST, "--schedule", schedule)
+        status, _, err = call("train", *task, "--output-dir", folder / schedule, *FAST, "--schedule", schedule)
         assert status == 0, err
     return folder
 
@@ -58,9 +49,8 @@ def test_without_matplotlib_the_report_is_the_tables_alone(runs, tmp_path, monke
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     assert "summary.json: cannot be read" in refused(*call("report", tmp_path, "-o", tmp_path / "page.md"))
     (tmp_path / "summary.json").write_text("{}")
-    assert "summary.json: expected the summary of a run" in refused(
-        *call("report", tmp_path, "-o", tmp_path / "page.md")
-    )
+    line = refused(*call("report", tmp_path, "-o", tmp_path / "page.md"))
+    assert "summary.json: expected the summary of a run" in line
 
 
 def test_adaptive_decisions_stand_in_the_summary_with_their_scores(runs):
@@ -74,16 +64,8 @@ def test_adaptive_decisions_stand_in_the_summary_with_their_scores(runs):
 def test_probe_trains_one_block_at_a_time_and_draws_the_metric_by_block(
     policy, reached, tiny_folder, tiny_task, tmp_path
 ):
-    arguments = [
-        "--model",
-        tiny_folder,
-        "--task",
-        "classification",
-        "--data",
-        tiny_task,
-        "--output-dir",
-        tmp_path / "probe",
-    ]
+    task = ["--task", "classification", "--data", tiny_task]
+    arguments = ["--model", tiny_folder, *task, "--output-dir", tmp_path / "probe"]
     options = [option for option in FAST] + policy
     status, out, err = call("probe", *arguments, *options, "--max-train-rows", 64, "--json")
     assert status == 0, err
@@ -91,9 +73,8 @@ def test_probe_trains_one_block_at_a_time_and_draws_the_metric_by_block(
     assert [row["block"] for row in document["rows"]] == [1, 2, 3, 4]
     assert all(0 <= row["metrics"]["accuracy"] <= 1 for row in document["rows"])
     assert document["settings"]["embeddings"] == ("always" if reached else "never")
-    assert document["device"].startswith(("CPU, ", "NVIDIA")) and {"progtuning", "torch", "python"} == set(
-        document["versions"]
-    )
+    assert document["device"].startswith(("CPU, ", "NVIDIA"))
+    assert set(document["versions"]) == {"progtuning", "torch", "python"}
     assert json.loads((tmp_path / "probe" / "probe.json").read_text()) == document
     pytest.importorskip("matplotlib")
     assert (tmp_path / "probe" / "probe.png").read_bytes().startswith(PNG)

@@ -371,10 +371,8 @@ def test_to_resume_on_other_data_is_an_error_that_names_them(stopped, tiny_folde
     line = refused(*call("train", *arguments(tiny_folder, tmp_path / tiny_task.name, stopped, "--resume")))
     assert line.endswith("is of another run: the held-out rows dev differ")
     train_file = tmp_path / tiny_task.name / "train.tsv"
-    swapped = (
-        train_file.read_text().replace("\tlike", "\tLIKE").replace("\tdislike", "\tlike").replace("LIKE", "dislike")
-    )
-    train_file.write_text(swapped)
+    text = train_file.read_text().replace("\tlike", "\tLIKE")
+    train_file.write_text(text.replace("\tdislike", "\tlike").replace("LIKE", "dislike"))
     dev.write_text((tiny_task / "dev.jsonl").read_text())
     line = refused(*call("train", *arguments(tiny_folder, tmp_path / tiny_task.name, stopped, "--resume")))
     assert line.endswith("is of another run: the training rows differ")

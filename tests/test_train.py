@@ -108,9 +108,8 @@ def test_one_learning_rate_schedule_spans_all_stages():
     run.fit()
     assert [row["step"] for row in logged] == [10, 20, 30, 40, 50, 60]
     warmup = math.ceil(0.1 * 60)
-    assert [row["lr"] for row in logged] == pytest.approx(
-        [1e-3 * (60 - step) / (60 - warmup) for step in range(10, 61, 10)]
-    )
+    expected = [1e-3 * (60 - step) / (60 - warmup) for step in range(10, 61, 10)]
+    assert [row["lr"] for row in logged] == pytest.approx(expected)
     assert [row["stage"] for row in logged] == [1, 1, 2, 2, 3, 3]
 
 
