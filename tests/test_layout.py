@@ -1,4 +1,7 @@
-"""The structure of the package: imports go one way, nothing reads a pickle, nothing but the five runtime packages is needed."""
+"""The structure of the package.
+
+Imports go one way, nothing reads a pickle, nothing but the five runtime packages is needed, and no line is too wide.
+"""
 
 import ast
 import re
@@ -11,8 +14,8 @@ import progtuning
 PACKAGE = Path(progtuning.__file__).parent
 # Each may import from those before it alone.
 ORDER = (
-    "errors files partition stages config accounting bert unpad peft dps checkpoint sources data metrics measure optim cache "
-    "distributed engine resume train run report cli __main__"
+    "errors files partition stages config accounting bert unpad peft dps checkpoint sources data metrics measure optim "
+    "cache distributed engine resume train run report cli __main__"
 ).split()
 RUNTIME = {"torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "tqdm"}
 
@@ -49,10 +52,8 @@ def test_imports_go_only_up_the_list_of_modules():
 def test_only_the_runtime_packages_and_the_standard_library_are_imported_and_one_module_imports_each_extra():
     for path in PACKAGE.rglob("*.py"):
         outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"progtuning"}
-        extra = {"report.py": {"matplotlib"}, "data/hub.py": {"pyarrow"}}.get(
-            path.relative_to(PACKAGE).as_posix(), set()
-        )
-        allowed = RUNTIME | extra
+        extras = {"report.py": {"matplotlib"}, "data/hub.py": {"pyarrow"}}
+        allowed = RUNTIME | extras.get(path.relative_to(PACKAGE).as_posix(), set())
         assert outside <= allowed, f"{path.name} imports {outside - allowed}"
 
 
@@ -63,18 +64,11 @@ def test_one_module_alone_imports_what_speaks_to_other_processes():
 
 
 def test_no_module_reads_or_writes_a_pickle():
+    pickling = {"pickle", "dill", "cloudpickle", "joblib", "shelve"}
     for path in PACKAGE.rglob("*.py"):
-        text = path.read_text(encoding="utf-8")
-        assert not {name.split(".")[0] for name in imports(path)} & {
-            "pickle",
-            "dill",
-            "cloudpickle",
-            "joblib",
-            "shelve",
-        }
-        assert not re.search(r"torch\.(load|save)\(|allow_pickle|\beval\(|\bexec\(", text.replace(".eval(", "")), (
-            path.name
-        )
+        text = path.read_text(encoding="utf-8").replace(".eval(", "")
+        assert not {name.split(".")[0] for name in imports(path)} & pickling
+        assert not re.search(r"torch\.(load|save)\(|allow_pickle|\beval\(|\bexec\(", text), path.name
 
 
 def test_the_model_and_the_methods_name_no_stage_and_no_loop():
@@ -94,3 +88,15 @@ def test_importing_every_module_touches_no_network_and_plans_without_torch():
         "    if not module.name.endswith('__main__'): importlib.import_module(module.name)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_no_line_of_the_code_is_wider_than_120_columns():
+    root = Path(__file__).resolve().parents[1]
+    wide = [
+        f"{path.relative_to(root)}:{number}"
+        for pattern in ("progtuning/**/*.py", "benchmarks/*.py", "tests/*.py")
+        for path in sorted(root.glob(pattern))
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1)
+        if len(line) > 120
+    ]
+    assert not wide, f"wider than 120 columns: {', '.join(wide)}"
