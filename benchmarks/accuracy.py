@@ -16,7 +16,6 @@ studies "accuracy" and "accuracy-peft" use the best of each. No run of another s
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import statistics
 import tempfile
@@ -30,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from harness import check_positive, run_script
+from harness import append_row, check_positive, read_rows, run_script, spread
 from progtuning import metrics, report
 from progtuning.config import TASK_DEFAULTS, DPSConfig, PeftConfig, TrainConfig
 from progtuning.data.squad import SquadTask
@@ -212,8 +211,7 @@ def run_study(name: str, data: Data, device: torch.device, jobs: int = 1) -> Non
     for task in dict.fromkeys(run.task for run in missing):
         data.read(task)  # what is not there is said before the first run
     for row in in_turn(missing, data, device) if jobs == 1 else at_once(missing, data, device, jobs):
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(path, row)
 
 
 def in_turn(runs: Sequence[Run], data: Data, device: torch.device) -> Iterator[dict]:
@@ -261,10 +259,6 @@ def row_of(summary: dict) -> dict:
     }
 
 
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
 # The table
 
 
@@ -307,7 +301,9 @@ def table(path: Path, data: Data) -> str:
     for (task, method, lr), rows in groups.items():
         full = next((of_full for (other, name, _), of_full in groups.items() if (other, name) == (task, "full")), None)
         share = None if full is None else f"{rows[0]['flops'] / full[0]['flops']:.2f}"
-        values = "; ".join(f"{name} {spread([row['metrics'][name] for row in rows])}" for name in rows[0]["metrics"])
+        values = "; ".join(
+            f"{name} {spread([100 * row['metrics'][name] for row in rows])}" for name in rows[0]["metrics"]
+        )
         seconds = f"{statistics.mean(row['seconds'] for row in rows):.0f}"
         updated = report.millions(rows[0]["updated_parameters"])
         if full and method != "full" and "predictions" in rows[0] and data.has(task):
@@ -351,11 +347,6 @@ def interval(draws: np.ndarray) -> str | None:
         return None
     low, high = np.percentile(draws[1:], [2.5, 97.5])
     return f"{100 * draws[0]:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-
-
-def spread(values: list[float]) -> str:
-    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{deviation}"
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -35,7 +35,7 @@ import torch
 import transformers
 
 import harness
-from harness import RESULTS, number
+from harness import RESULTS, append_row, number, read_rows, spread
 from progtuning import accounting, metrics, report
 from progtuning.config import BLOCK_LINEARS, BertConfig, PeftConfig, TrainConfig
 from progtuning.data.text import Example, Splits, limit_train
@@ -230,8 +230,7 @@ def run_series(args: argparse.Namespace, path: Path, arguments: Sequence[str]) -
             row |= timed(args.model, folder, splits, RUNS[name], settings, device)
             row |= harness.this_run(__file__, arguments)
             rows.append(row)
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+            append_row(path, row)
             print(f"seed {seed}, {name}: {row['wall_seconds']:.1f} s, {row['metrics']}", flush=True)
 
 
@@ -266,10 +265,6 @@ def settings_text(settings: TrainConfig) -> dict:
     return {name: getattr(settings, name) for name in names}
 
 
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
 # The table
 
 
@@ -285,8 +280,8 @@ def table(rows: Sequence[dict]) -> str:
                 name,
                 first["settings"]["epochs"],
                 len(group),
-                spread([row["wall_seconds"] for row in group], ".1f"),
-                *(spread([100 * row["metrics"][metric] for row in group], ".1f") for metric in first["metrics"]),
+                spread([row["wall_seconds"] for row in group]),
+                *(spread([100 * row["metrics"][metric] for row in group]) for metric in first["metrics"]),
                 report.millions(first["updated_parameters"]),
                 report.tera(round(statistics.mean(row["flops"] for row in group))),
             ]
@@ -318,12 +313,6 @@ def targets_table(groups: Mapping[str, list[dict]]) -> str:
 def _by_seed(own: Sequence[dict], others: Sequence[dict]) -> list[tuple[dict, dict]]:
     of_others = {row["seed"]: row for row in others}
     return [(row, of_others[row["seed"]]) for row in own if row["seed"] in of_others]
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """Return mean and standard deviation over the seeds."""
-    deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{deviation}"
 
 
 def markdown(path: Path) -> str:

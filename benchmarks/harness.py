@@ -6,6 +6,7 @@ them alike. The figures are medians; a ratio is taken within each round, and its
 """
 
 import gc
+import json
 import random
 import shlex
 import statistics
@@ -275,6 +276,22 @@ def parse_steps(parser: ArgumentParser, arguments: Sequence[str], *positive: str
     args.batch_size = args.batch_size or (32 if cuda else 8)
     args.precision = args.precision or ("bf16" if cuda else "fp32")
     return args
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Return the rows of a file of JSON lines, none where it is not there yet."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def append_row(path: Path, row: Mapping) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def spread(values: Sequence[float], form: str = ".1f") -> str:
+    """Return mean and standard deviation over the seeds."""
+    deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{deviation}"
 
 
 def number(value: float | None, form: str) -> str | None:
