@@ -345,6 +345,7 @@ def test_speed_and_metric_are_compared_over_the_seeds_that_both_runs_have(end_to
 
     groups = {
         "Progtuning cut + cache": rows([10, 10], [0.80, 0.82]),
+        "Progtuning cut + cache, bf16": rows([5, 7.5], [0.80, 0.82]),
         "Trainer, padded to 128": rows([50, 50, 1], [0.81, 0.83, 0.5]),
         "Trainer, dynamic padding": rows([16, 16], [0.90, 0.92]),
     }
@@ -352,7 +353,8 @@ def test_speed_and_metric_are_compared_over_the_seeds_that_both_runs_have(end_to
         [cell.strip() for cell in line.split("|")[1:-1]] for line in end_to_end.targets_table(groups).splitlines()[2:]
     ]
     assert [line[1:] for line in cells] == [
-        ["Trainer, padded to 128", "5.00", "4.0", "yes", "-1.0", "yes"],
+        ["Trainer, padded to 128", "8.00", "4.0", "yes", "-1.0", "yes"],
+        ["Trainer, padded to 128", "5.00", "", "", "-1.0", "yes"],
         ["Trainer, dynamic padding", "1.60", "1.7", "no", "-10.0", "no"],
     ]
 
