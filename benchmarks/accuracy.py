@@ -288,41 +288,75 @@ class HeldOut:
         return np.array([example.label for example in self.examples])
 
 
-def table(path: Path, data: Data) -> str:
-    """Return a line for each task, method and learning rate, and one for each method's average over the tasks.
+Groups = dict[tuple[str, str, float], list[dict]]  # the rows of each task, method and learning rate: its seeds
 
-    Metrics as mean and standard deviation over the seeds; the difference of the first metric to full fine-tuning, in
-    points, with its interval; FLOPs as a share of full fine-tuning's.
+
+def table(path: Path, data: Data) -> str:
+    """Return a line for each method and learning rate with all its tasks, then one for each of its tasks.
+
+    Metrics are means and standard deviations over the seeds, times 100; differences to full fine-tuning are in points
+    of the first metric, with their intervals; parameters and FLOPs are shares of full fine-tuning's.
     """
-    groups: dict[tuple[str, str, float], list[dict]] = {}
+    groups: Groups = {}
     for row in read_rows(path):
         groups.setdefault((row["task"], row["method"], row["lr"]), []).append(row)
-    lines, draws, held_out = [], {}, {}
+    held_out, draws = {}, {}
     for (task, method, lr), rows in groups.items():
-        full = next((of_full for (other, name, _), of_full in groups.items() if (other, name) == (task, "full")), None)
-        share = None if full is None else f"{rows[0]['flops'] / full[0]['flops']:.2f}"
+        full = full_rows(groups, task)
+        if full and method != "full" and "predictions" in rows[0] and data.has(task):
+            if task not in held_out:
+                held_out[task] = HeldOut(task, data, first_metric(rows))
+            draws[task, method, lr] = differences(rows, full, held_out[task])
+    return "\n\n".join([by_method(groups, draws), by_task(groups, draws)])
+
+
+def by_method(groups: Groups, draws: Mapping[tuple[str, str, float], np.ndarray]) -> str:
+    tasks = {task: first_metric(rows) for (task, _, _), rows in groups.items()}
+    lines = []
+    for method, lr in dict.fromkeys((method, lr) for _, method, lr in groups):
+        rows = {task: groups[task, method, lr] for task in tasks if (task, method, lr) in groups}
+        scores = [
+            spread([100 * row["metrics"][metric] for row in rows[task]]) if task in rows else None
+            for task, metric in tasks.items()
+        ]
+        of_tasks = [draws[task, method, lr] for task in rows if (task, method, lr) in draws]
+        to_full = interval(np.mean(of_tasks, axis=0)) if len(of_tasks) == len(tasks) else None
+        shares = [share(rows, groups, key) for key in ("updated_parameters", "flops")]
+        lines.append([method, f"{lr:g}", *scores, to_full, *shares])
+    names = [f"{task}, {metric}" for task, metric in tasks.items()]
+    return report.table(["method", "lr", *names, "average, to full", "updated, of full", "FLOPs, of full"], lines)
+
+
+def by_task(groups: Groups, draws: Mapping[tuple[str, str, float], np.ndarray]) -> str:
+    lines = []
+    for (task, method, lr), rows in groups.items():
         values = "; ".join(
             f"{name} {spread([100 * row['metrics'][name] for row in rows])}" for name in rows[0]["metrics"]
         )
-        seconds = f"{statistics.mean(row['seconds'] for row in rows):.0f}"
-        updated = report.millions(rows[0]["updated_parameters"])
-        if full and method != "full" and "predictions" in rows[0] and data.has(task):
-            if task not in held_out:
-                held_out[task] = HeldOut(task, data, next(iter(rows[0]["metrics"])))
-            draws[task, method, lr] = differences(rows, full, held_out[task])
         to_full = interval(draws[task, method, lr]) if (task, method, lr) in draws else None
-        lines.append([task, method, f"{lr:g}", len(rows), values, to_full, updated, share, seconds])
+        updated = report.millions(rows[0]["updated_parameters"])
+        seconds = f"{statistics.mean(row['seconds'] for row in rows):.0f}"
+        of_full = share({task: rows}, groups, "flops")
+        lines.append([task, method, f"{lr:g}", len(rows), values, to_full, updated, of_full, seconds])
     header = ["task", "method", "lr", "seeds", "metrics", "first metric, to full", "updated, M", "FLOPs, of full"]
-    return "\n\n".join([report.table([*header, "seconds"], lines), averages(draws)])
+    return report.table([*header, "seconds"], lines)
 
 
-def averages(draws: Mapping[tuple[str, str, float], np.ndarray]) -> str:
-    """Return each method's difference to full fine-tuning, averaged over the tasks that it has."""
-    lines = []
-    for method, lr in dict.fromkeys((method, lr) for _, method, lr in draws):
-        of_tasks = [of_task for (_, *other), of_task in draws.items() if other == [method, lr]]
-        lines.append([method, f"{lr:g}", len(of_tasks), interval(np.mean(of_tasks, axis=0))])
-    return report.table(["method", "lr", "tasks", "first metric, to full, on average"], lines)
+def first_metric(rows: Sequence[dict]) -> str:
+    return next(iter(rows[0]["metrics"]))
+
+
+def full_rows(groups: Groups, task: str) -> list[dict] | None:
+    """Return the rows of full fine-tuning on a task, at the first of its learning rates."""
+    return next((rows for (other, method, _), rows in groups.items() if (other, method) == (task, "full")), None)
+
+
+def share(rows: Mapping[str, Sequence[dict]], groups: Groups, key: str) -> str | None:
+    """Return a cost over that of full fine-tuning, summed over tasks; None where a task lacks full fine-tuning."""
+    pairs = [(of_task[0], full_rows(groups, task)) for task, of_task in rows.items()]
+    if not all(full for _, full in pairs):
+        return None
+    return f"{sum(row[key] for row, _ in pairs) / sum(full[0][key] for _, full in pairs):.2f}"
 
 
 def differences(rows: Sequence[dict], full: Sequence[dict], held_out: HeldOut) -> np.ndarray:

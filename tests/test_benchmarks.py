@@ -436,10 +436,13 @@ def test_a_study_gives_a_row_a_run_two_at_once_and_is_taken_up_where_it_stopped(
         metric = held_out.score(held_out.values(row["predictions"]), list(everything))
         assert metric == pytest.approx(row["metrics"][held_out.metric], abs=1e-9)  # what was saved gives the same
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in accuracy.table(path, data).splitlines()]
-    compared = {(cells[0], cells[1]): cells[5] for cells in lines if len(cells) == 9}
-    assert re.fullmatch(r"[+-]\d+\.\d \([+-]\d+\.\d to [+-]\d+\.\d\)", compared["squad", "progtuning + cache"])
-    assert not compared["squad", "full"]
-    assert ["progtuning + cache", "0.0001", "2"] in [cells[:3] for cells in lines if len(cells) == 4]
+    by_method = {cells[0]: cells for cells in lines if len(cells) == 7}
+    by_task = {(cells[0], cells[1]): cells for cells in lines if len(cells) == 9}
+    difference = re.compile(r"[+-]\d+\.\d \([+-]\d+\.\d to [+-]\d+\.\d\)")
+    assert by_method["method"][2:4] == ["sst-2, accuracy", "squad, f1"] and not by_method["full"][4]
+    assert difference.fullmatch(by_method["progtuning + cache"][4])
+    assert difference.fullmatch(by_task["squad", "progtuning + cache"][5]) and not by_task["squad", "full"][5]
+    assert by_method["full"][5:] == ["1.00", "1.00"] and 0 < float(by_method["progtuning + cache"][6]) < 1
 
 
 def test_a_study_without_the_files_of_a_task_ends_before_the_first_run(small_study):
