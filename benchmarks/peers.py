@@ -156,11 +156,12 @@ def _by_requires_grad(model: nn.Module, candidates: Mapping[str, nn.Parameter], 
 # The comparison
 
 
-def entries(config: BertConfig, num_stages: int, batch: Batch, precision: str) -> dict[str, Entry]:
-    """Return every variant by its name."""
+def entries(config: BertConfig, num_stages: int, batch: Batch, precision: str, lora: bool = True) -> dict[str, Entry]:
+    """Return every variant by its name; those of LoRA only with `lora`."""
     stages = make_schedule("shrinking", config.num_hidden_layers, num_stages).stages
     found: dict[str, Entry] = {}
-    for with_lora, our_name, their_name in ((False, "ours", "transformers"), (True, "our LoRA", "peft LoRA")):
+    sides = [(False, "ours", "transformers"), (True, "our LoRA", "peft LoRA")]
+    for with_lora, our_name, their_name in sides if lora else sides[:1]:
         for name, variant in theirs(config, with_lora, stages, batch).items():
             found[f"{their_name}, {name}"] = Entry(variant, None, f"{their_name}, full")
         method = LORA if with_lora else PeftConfig()
@@ -290,6 +291,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128, help="tokens of the longest row")
     parser.add_argument("--padding", type=int, default=0, help="tokens that the shortest row lacks")
     parser.add_argument("--stages-of", type=int, default=3, metavar="T")
+    parser.add_argument("--without-lora", action="store_true", help="leave out LoRA and peft: half the time")
     harness.add_step_options(parser, steps=2)
     args = harness.parse_steps(parser, arguments, "length", "stages_of")
     if not 0 <= args.padding < args.length:
@@ -313,7 +315,7 @@ def main(arguments: Sequence[str]) -> Path:
     document = {**harness.environment(device, settings), "runs": [harness.this_run(__file__, arguments)]}
     torch.manual_seed(SEED)
     batch = Batch.random(config, args.batch_size, args.length, args.padding, device)
-    compared = entries(config, args.stages_of, batch, args.precision)
+    compared = entries(config, args.stages_of, batch, args.precision, lora=not args.without_lora)
     facts = {name: facts_of(entry, device, args.precision) for name, entry in compared.items()}
     variants = {name: entry.variant for name, entry in compared.items()}
     for timings in harness.take_turns(variants, args.rounds, args.steps, device, args.precision):

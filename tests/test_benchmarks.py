@@ -237,6 +237,8 @@ def test_both_sides_train_the_same_parameters_at_the_same_flops(peers, tmp_path,
     assert "peft LoRA, stage 2, requires_grad" in {row["peer"] for row in compared}
     text = (tmp_path / f"peers_cpu_fp32{'_padded' if padding else ''}.md").read_text(encoding="utf-8")
     assert all(name in text for name in rows) and "at most" not in text  # targets are for BERT-base alone
+    document = read(peers.main([*arguments, "--without-lora", "--output", str(tmp_path)]))
+    assert [row["variant"] for row in document["rows"]] == [name for name in rows if "LoRA" not in name]
 
 
 def test_the_logits_of_both_sides_are_equal_for_equal_weights_and_a_padded_batch(peers):
