@@ -11,7 +11,8 @@ mean and standard deviation over the seeds and, for tasks whose folder is given,
 a paired bootstrap interval.
 
 The studies "learning-rate" and "learning-rate-peft" try methods at several learning rates on one task and one seed; the
-studies "accuracy" and "accuracy-peft" use the best of each. No run of another study is chosen by its result.
+studies "accuracy", "accuracy-peft" and "whole" use the rates of _BEST, chosen so. No run of another study is chosen by
+its result.
 """
 
 import argparse
@@ -69,7 +70,8 @@ _FULL_MODEL = ["full", "progtuning", "progtuning, E always", "without-low-blocks
 _PEFT = [name for name, changes in METHODS.items() if "peft" in changes or "dps" in changes]
 _COMMON = {"epochs": 3, "batch_size": 32, "lr": 1e-4, "precision": "fp32", "evaluate": "end"}
 _SMALL = _COMMON | {"precision": "bf16", "batch_size": 16}  # small batches: more steps out of few rows
-# The best of the learning-rate studies; DPS takes that of full fine-tuning.
+# The best of the learning-rate studies, as far as they have rows: LoRA's best is at the edge of its rates, SPAFIT has
+# none and takes the same. DPS and `adaptive` take that of full fine-tuning, the cache that of Progtuning.
 _BEST = {
     "full": 5e-5,
     "progtuning": 5e-5,
@@ -210,22 +212,24 @@ def run_study(name: str, data: Data, device: torch.device, jobs: int = 1) -> Non
     missing = [run for run in runs_of(STUDIES[name]) if run.key not in done]
     for task in dict.fromkeys(run.task for run in missing):
         data.read(task)  # what is not there is said before the first run
-    for row in in_turn(missing, data, device) if jobs == 1 else at_once(missing, data, device, jobs):
+    in_turn = (run.row(data, device) for run in missing)
+    for row in in_turn if jobs == 1 else at_once(missing, data, device, jobs):
         append_row(path, row)
 
 
-def in_turn(runs: Sequence[Run], data: Data, device: torch.device) -> Iterator[dict]:
-    for run in runs:
-        yield run.row(data, device)
-
-
 def at_once(runs: Sequence[Run], data: Data, device: torch.device, jobs: int) -> Iterator[dict]:
-    """Yield the rows as they come from `jobs` processes, which share the device and divide the CPU's threads."""
+    """Yield the rows as they come from `jobs` processes, which share the device and divide the CPU's threads.
+
+    Where a run fails, those that have not begun are not begun.
+    """
     threads = max(1, torch.get_num_threads() // jobs)
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(jobs, spawn, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+    pool = ProcessPoolExecutor(jobs, spawn, initializer=torch.set_num_threads, initargs=(threads,))
+    try:
         for future in as_completed([pool.submit(run.row, data, device) for run in runs]):
             yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def predict_held_out(saved: Checkpoint, splits: Splits, settings: TrainConfig, device: torch.device) -> list:
@@ -307,7 +311,16 @@ def table(path: Path, data: Data) -> str:
             if task not in held_out:
                 held_out[task] = HeldOut(task, data, first_metric(rows))
             draws[task, method, lr] = differences(rows, full, held_out[task])
-    return "\n\n".join([by_method(groups, draws), by_task(groups, draws)])
+    return "\n\n".join([account(read_rows(path)), by_method(groups, draws), by_task(groups, draws)])
+
+
+def account(rows: Sequence[dict]) -> str:
+    """Return what the rows were measured with and on, a line for each setting."""
+    lines = []
+    for name in ("model", "train_rows", "epochs", "batch_size", "precision", "device", "processor", "versions", "date"):
+        values = dict.fromkeys(str(row[name]) for row in rows if name in row)
+        lines.append(f"- {name}: {'; '.join(values)}")
+    return "\n".join(lines)
 
 
 def by_method(groups: Groups, draws: Mapping[tuple[str, str, float], np.ndarray]) -> str:

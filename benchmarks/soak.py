@@ -259,8 +259,7 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder, Processes() as processes:
         row = soak(processes, Path(folder), args.kills, args.seed, args.kills_a_run)
     made = harness.environment(torch.device("cpu"), {}) | harness.this_run(__file__, argv)
-    with open(args.output, "a", encoding="utf-8") as file:
-        file.write(json.dumps(made | row) + "\n")
+    harness.append_row(args.output, made | row)
     print(json.dumps(row, indent=2))
 
 

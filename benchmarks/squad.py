@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from harness import append_row, read_rows
 from progtuning import report
 from progtuning.config import TASK_DEFAULTS, BertConfig, TrainConfig
 from progtuning.data.squad import encode_questions, read_squad
@@ -125,14 +126,13 @@ def peak_bytes() -> int:
 def append(row: dict) -> None:
     variables = {key: value for key, value in os.environ.items() if key.startswith(("OMP_", "MALLOC_"))}
     row |= {"environment": variables, "date": date.today().isoformat(), "command": shlex.join(["python", *sys.argv])}
-    with open(RESULTS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row(RESULTS, row)
     print(json.dumps(row))
 
 
 def table() -> str:
     """Return the rows of the runs as Markdown."""
-    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(RESULTS)
     lines = [
         [
             row["task"],
