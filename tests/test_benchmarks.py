@@ -5,8 +5,9 @@ import json
 import re
 import subprocess
 import sys
+import time
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 
 from progtuning import accounting
 from progtuning.config import ARCHITECTURES, PeftConfig
-from progtuning.errors import InputError
+from progtuning.errors import InputError, RunError
 from progtuning.stages import Stage
 from tests.models import TINY
 from tests.squad_files import write_squad
@@ -445,6 +446,31 @@ def test_a_study_gives_a_row_a_run_two_at_once_and_is_taken_up_where_it_stopped(
     assert difference.fullmatch(by_method["progtuning + cache"][4])
     assert difference.fullmatch(by_task["squad", "progtuning + cache"][5]) and not by_task["squad", "full"][5]
     assert by_method["full"][5:] == ["1.00", "1.00"] and 0 < float(by_method["progtuning + cache"][6]) < 1
+
+
+@dataclass(frozen=True)
+class RunThatMarks:
+    """Stands for a run of a study: leaves a file where it began."""
+
+    mark: Path
+    fails: bool
+
+    def row(self, data, device) -> dict:
+        self.mark.touch()
+        if self.fails:
+            raise RunError("the loss is not finite")
+        time.sleep(0.5)
+        return {}
+
+
+def test_where_a_run_fails_those_that_have_not_begun_are_not_begun(tmp_path):
+    import accuracy
+
+    runs = [RunThatMarks(tmp_path / str(i), fails=i == 0) for i in range(8)]
+    with pytest.raises(RunError, match="the loss is not finite"):
+        list(accuracy.at_once(runs, accuracy.Data(None, None), CPU, jobs=1))
+    begun = {path.name for path in tmp_path.iterdir()}
+    assert "0" in begun and "7" not in begun  # one or two lie in the worker's queue already
 
 
 def test_a_study_without_the_files_of_a_task_ends_before_the_first_run(small_study):
