@@ -70,8 +70,8 @@ _FULL_MODEL = ["full", "progtuning", "progtuning, E always", "without-low-blocks
 _PEFT = [name for name, changes in METHODS.items() if "peft" in changes or "dps" in changes]
 _COMMON = {"epochs": 3, "batch_size": 32, "lr": 1e-4, "precision": "fp32", "evaluate": "end"}
 _SMALL = _COMMON | {"precision": "bf16", "batch_size": 16}  # small batches: more steps out of few rows
-# The best of the learning-rate studies, as far as they have rows: LoRA's best is at the edge of its rates, SPAFIT has
-# none and takes the same. DPS and `adaptive` take that of full fine-tuning, the cache that of Progtuning.
+# The best of the learning-rate studies. DPS and `adaptive` take that of full fine-tuning, the cache and a method under
+# Progtuning that of the same without.
 _BEST = {
     "full": 5e-5,
     "progtuning": 5e-5,
@@ -83,7 +83,7 @@ _BEST = {
     "adapter": 1e-3,
     "bitfit": 1.5e-3,
     "lora": 2e-3,
-    "spafit": 2e-3,
+    "spafit": 5e-4,
     "dps dense": 5e-5,
     "dps mix": 5e-5,
 }
@@ -109,7 +109,7 @@ STUDIES = {
         "methods": ["adapter", "bitfit", "lora", "spafit"],
         "seeds": [1],
         "rows": 1000,
-        "factors": [1, 1 / 2, 1 / 4, 2],
+        "factors": [1, 1 / 2, 1 / 4, 1 / 8, 2],
         **_SMALL,
         "epochs": 8,
     },
