@@ -194,6 +194,8 @@ def _in_memory(size: int) -> Tensor:
 
 def _on_disk(size: int) -> Tensor:
     """Map a file without a name, whose space is reserved at once: a disk that fills up later ends no run."""
+    if not size:  # a process of more than there are rows; no system maps nothing
+        return torch.empty(0, dtype=torch.uint8)
     folder = tempfile.gettempdir()
     try:
         with tempfile.TemporaryFile(dir=folder) as file:

@@ -216,7 +216,7 @@ def add_run_options(parser: Parser) -> None:
 OPTIONS = {
     TrainConfig: (
         ("schedule", "schedule", "full, shrinking, growing, without-low-blocks or adaptive"),
-        ("stages", "stages", "stages (one an epoch; squad 3, squad_v2 2); of adaptive, intervals (four an epoch)"),
+        ("stages", "stages", "stages (one an epoch); of adaptive, intervals (four an epoch)"),
         ("embeddings", "embeddings", "when E trains: with-block-1, always or never"),
         ("epochs", "epochs", "passes over the training rows"),
         ("batch-size", "batch_size", "examples an optimizer step"),
@@ -324,9 +324,7 @@ def train_config(args: argparse.Namespace, num_blocks: int, task: str | None = N
             names = {field.name for field in fields(settings)}
             given[settings] = {key: value for key, value in known.items() if key in names} | given[settings]
         peft, dps = PeftConfig(**given[PeftConfig]), DPSConfig(**given[DPSConfig])
-    defaults = dict(TASK_DEFAULTS.get(task, {}))
-    if given[TrainConfig].get("schedule") == "adaptive":
-        defaults.pop("stages", None)  # its stages are intervals
+    defaults = TASK_DEFAULTS.get(task, {})
     return TrainConfig(**defaults | given[TrainConfig], peft=peft, dps=dps, squad=SquadConfig(**given[SquadConfig]))
 
 
@@ -428,6 +426,8 @@ def run_predict(args: argparse.Namespace) -> None:
         sys.stdout.write(text)
     else:
         write_text(args.output, text)
+        if args.json:
+            print_json({"written": [args.output]})
 
 
 def squad_options(args: argparse.Namespace) -> dict:
@@ -437,6 +437,8 @@ def squad_options(args: argparse.Namespace) -> dict:
 
 def check_predict_options(args: argparse.Namespace) -> None:
     """Raise InputError unless the options are those of a file, or those of a submission."""
+    if args.json and args.output == "-":
+        raise InputError("--json does not go with --output -: standard output then holds the predictions")
     needed, others = ("input", "output"), ("task", "data")
     what = "predict"
     if args.glue_submission is not None:

@@ -373,6 +373,11 @@ class TrainConfig:
         if self.accumulation_steps > self.batch_size and self.batch_tokens is None:
             got = f"{self.accumulation_steps} and {self.batch_size}"
             raise InputError(f"--accumulation-steps must be at most --batch-size, got {got}")
+        if self.schedule == "adaptive" and self.num_stages < 3:
+            raise InputError(
+                "--schedule adaptive freezes after two intervals that it compares: --stages must be at least 3, "
+                f"got {self.num_stages}"
+            )
         if self.dps.mode != "off" and self.peft.method != "none":
             raise InputError(f"--dps masks weights that --peft {self.peft.method} freezes: give --peft none with it")
 
@@ -430,8 +435,8 @@ class CheckpointConfig:
         _check_number("--keep-checkpoints", self.keep, int, low=1)
 
 
-# Progtuning's own epochs and stages on SQuAD (Table 2), where neither is given.
-TASK_DEFAULTS = {"squad": {"epochs": 3, "stages": 3}, "squad_v2": {"epochs": 2, "stages": 2}}
+# Progtuning's own epochs on SQuAD (Table 2), of one stage each.
+TASK_DEFAULTS = {"squad": {"epochs": 3}, "squad_v2": {"epochs": 2}}
 
 # The authors' settings by method. Devlin et al. 2019 (arXiv 1810.04805): Section 4.1 gives GLUE's batch, epochs and
 # learning rates (the best of four), 4.2 and 4.3 SQuAD's; the rest are defaults of google-research/bert's

@@ -136,6 +136,8 @@ class DPS:
         for name, before in self.before.items():
             self.weights[name].copy_(before)
         self.before.clear()
+        if self.measures:
+            self.kept.clear()
 
     def state_dict(self) -> dict[str, Tensor | int | float | str]:
         """Return what a resumed run needs, between two steps: tensors, numbers and strings in one flat dict."""

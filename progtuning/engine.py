@@ -93,9 +93,13 @@ class StageEngine(nn.Module):
         active = {HEAD, *stage.blocks, *([EMBEDDINGS] if stage.embeddings else [])}
         return {name for name in self.candidates if unit_of(name) in active}
 
+    def units(self, stage: Stage) -> set[int | str]:
+        """Return the units (as `unit_of` says) that have a parameter which trains in `stage`."""
+        return {unit_of(name) for name in self.trainable_names(stage)}
+
     def cut_of(self, stage: Stage) -> int | None:
         """Return the index below which E and the blocks run without grad in `stage`; None where E trains: no cut."""
-        units = {unit_of(name) for name in self.trainable_names(stage)}
+        units = self.units(stage)
         lowest = min((unit for unit in units if isinstance(unit, int)), default=self.model.num_blocks)
         return None if EMBEDDINGS in units else lowest
 

@@ -311,7 +311,8 @@ def read_checkpoint(path: Path) -> dict:
             raise InputError(f"{path / name}: cannot be read: {error.strerror}") from None
         if manifest.get(name) != found:
             raise InputError(f"{path / name}: got {found}, expected {manifest.get(name)}: the file is damaged")
-    return _unflatten({**read_json(path / _VALUES), **load_file(path / _TENSORS)})
+    values = read_json(path / _VALUES, max_bytes=manifest[_VALUES]["bytes"])  # grows with the processes
+    return _unflatten({**values, **load_file(path / _TENSORS)})
 
 
 def _describe(path: Path) -> dict:
@@ -455,18 +456,17 @@ class StopSignals:
 
 
 def random_states(device: torch.device) -> dict:
-    """Return the states of the global generators of Python, numpy, torch, and CUDA's where `device` is one.
+    """Return the states of the global generators of Python, numpy and torch, and of `device` where that is a GPU.
 
     They are JSON: numbers in lists.
     """
     version, internal, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
     return {
         "python": [version, list(internal), gauss],
         "numpy": [name, keys.tolist(), *rest],
         "torch": torch.get_rng_state().tolist(),
-        "cuda": {str(index): state.tolist() for index, state in enumerate(cuda)},
+        "cuda": torch.cuda.get_rng_state(device).tolist() if device.type == "cuda" else None,
     }
 
 
@@ -477,8 +477,8 @@ def set_random_states(states: Mapping, device: torch.device) -> None:
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
-    for index, state in states["cuda"].items():
-        torch.cuda.set_rng_state(torch.tensor(state, dtype=torch.uint8), int(index))
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8), device)
 
 
 def warn(text: str) -> None:

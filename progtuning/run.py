@@ -189,7 +189,7 @@ def fine_tune(
                 "attention_backends": attention_backends(config, device, settings.precision),
             }
             if output_dir is not None and world.is_main:
-                write_model(model, Path(output_dir), settings, model_name, merge)
+                write_model(model, Path(output_dir), settings, model_name, merge, loaded.fresh)
                 tokenizer.save(output_dir)
                 write_json(Path(output_dir) / SUMMARY, summary)
     return summary if world.is_main else {}
@@ -213,14 +213,19 @@ def fit_and_save(trainer: Trainer, measure: Callable[[int], None], run: RunFolde
         raise run.world.once(Interrupted(message, error.signal)) from None
 
 
-def write_model(model: Model, output_dir: Path, settings: TrainConfig, model_name: str, merge: bool) -> None:
-    """Write a fine-tuned model: whole, or of one that a PEFT method trained (unless `merge`) what was trained."""
+def write_model(
+    model: Model, output_dir: Path, settings: TrainConfig, model_name: str, merge: bool, fresh: Sequence[str]
+) -> None:
+    """Write a fine-tuned model: whole, or of one that a PEFT method trained (unless `merge`) what was trained.
+
+    With the latter goes what was drawn `fresh`, trained or not: the base does not have it.
+    """
     if settings.peft.method == "none" or merge:
         unwrap(model)
         save_pretrained(model, output_dir)
     else:
         base = str(Path(model_name).resolve()) if Path(model_name).is_dir() else model_name
-        save_peft(model, output_dir, settings.peft, base)
+        save_peft(model, output_dir, settings.peft, base, fresh)
 
 
 def probe(

@@ -1,7 +1,7 @@
 """Fine-tuning: the loop of Algorithm 1 (Progtuning, arXiv 2506.21119), evaluation, and what they cost."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
@@ -24,7 +24,7 @@ from progtuning.data.squad import SquadRows, SquadTask
 from progtuning.data.text import Task
 from progtuning.distributed import Replica, World
 from progtuning.dps import DPS
-from progtuning.engine import StageEngine, compile_blocks, unit_of
+from progtuning.engine import EMBEDDINGS, StageEngine, compile_blocks, unit_of
 from progtuning.errors import InputError, RunError
 from progtuning.measure import Clock, peak_bytes, reset_peak_bytes
 from progtuning.optim import FiniteCheck, build_optimizer, linear_schedule
@@ -77,15 +77,18 @@ class StageCost:
         counts = {name: state[name] for name in _COUNTS}
         return cls(Stage(**state["stage"]), clock=Clock(device, state["seconds"]), **counts)
 
-    def to_dict(self, steps_per_epoch: int) -> dict:
-        """The stage as `summary.json` has it. Updated parameters: those trainable, once an epoch (Section 4.1)."""
-        blocks = self.stage.blocks
+    def to_dict(self, units: Collection[int | str], steps_per_epoch: int) -> dict:
+        """The stage as `summary.json` has it. Updated parameters: those trainable, once an epoch (Section 4.1).
+
+        `units` are those that train; a PEFT method may have nothing to train in E or in a block of the stage.
+        """
+        blocks = sorted(unit for unit in units if isinstance(unit, int))
         return {
             "stage": self.stage.index + 1,
             "steps": self.steps,
             "skipped_steps": self.skipped_steps,
             "active_blocks": [blocks[0] + 1, blocks[-1] + 1] if blocks else None,  # counted from 1
-            "embeddings": self.stage.embeddings,
+            "embeddings": EMBEDDINGS in units,
             "trainable_parameters": self.trainable_parameters,
             "updated_parameters": round(self.trainable_parameters * self.steps / steps_per_epoch),
             "forward_flops": self.forward_flops,
@@ -430,7 +433,8 @@ class Trainer:
 
     def account(self) -> dict:
         """Return what `summary.json` says of the stages: all processes' work and cache together, this one's seconds."""
-        settings, stages = self.settings, [cost.to_dict(len(self.batches)) for cost in self.costs]
+        settings, engine = self.settings, self.engine
+        stages = [cost.to_dict(engine.units(cost.stage), len(self.batches)) for cost in self.costs]
         for stage, *of_ranks in zip(stages, *self.world.gather(stages)):
             for key in _OF_ALL_PROCESSES:
                 stage[key] = sum(of_rank[key] for of_rank in of_ranks)

@@ -307,6 +307,14 @@ def test_what_is_free_is_read_from_the_system(tmp_path):
         assert 2**20 < free_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_a_process_that_keeps_no_row_has_an_empty_cache(place):
+    with PrefixCache([3, 4], 16, place, limit=0, kept=np.zeros(2, dtype=bool)) as cache:
+        x = torch.ones(2, 4, 16)
+        assert cache.nbytes == 0 and not cache.lacks([0, 1], 2)
+        assert torch.equal(cache.fetch([0, 1], 2, 4, CPU, lambda chosen, level, states: x), x)
+
+
 def test_memory_or_a_disk_that_cannot_hold_it_fails_the_run_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="--cache memory: no room for"):
         PrefixCache([2**40], 2**20, limit=2**70)

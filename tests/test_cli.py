@@ -4,12 +4,14 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from progtuning.cli import main
 from progtuning.files import new_folder
@@ -137,6 +139,10 @@ def test_predict_reads_tsv_and_jsonl_from_file_and_standard_input_row_for_row(tr
         outputs.add(target.read_text())
     assert len(outputs) == 1
     assert outputs.pop().count("\n") == 1 + len(texts)
+    status, out, _ = call("predict", "--checkpoint", trained, "--input", source, "--output", target, "--json")
+    assert status == 0 and json.loads(out) == {"written": [str(target)]}
+    arguments = ["--input", source, "--output", "-", "--json"]
+    assert "--json does not go with --output -" in refused(*call("predict", "--checkpoint", trained, *arguments))
 
 
 def test_regression_trains_and_predicts_scores(tiny_folder, tmp_path):
@@ -191,6 +197,41 @@ def test_a_peft_method_writes_what_it_trained_and_evaluates_as_it_did(
     status, out, err = call("evaluate", "--checkpoint", tmp_path / "run", *task, "--json")
     assert status == 0, err
     assert json.loads(out)["metrics"] == summary["metrics"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_peft_method_trained_on_a_base_without_a_pooler_evaluates_as_it_did(
+    method, tiny_folder, tiny_task, tmp_path
+):
+    base, task = tmp_path / "base", ["--task", "classification", "--data", tiny_task]
+    shutil.copytree(tiny_folder, base)
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: t for name, t in tensors.items() if "pooler" not in name}, base / "model.safetensors")
+    arguments = ["--model", base, *task, "--output-dir", tmp_path / "run", "--peft", method, *METHODS[method][0]]
+    status, out, err = call("train", *arguments, *FAST, "--json")
+    assert status == 0, err
+    summary = json.loads(out)
+    assert "pooler.dense.weight" in summary["fresh_parameters"]
+    status, out, err = call("evaluate", "--checkpoint", tmp_path / "run", *task, "--json")
+    assert status == 0, err
+    assert json.loads(out)["metrics"] == summary["metrics"]
+
+
+BLOCKS = {"lora": (False, [1, 4]), "adapter": (False, [1, 4]), "bitfit": (True, [1, 4]), "spafit": (False, [2, 4])}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_summary_and_plan_name_what_trains_in_a_stage_and_not_what_may(method, tiny_folder, tiny_task, tmp_path):
+    options = ["--peft", method, *METHODS[method][0], "--epochs", 2]
+    arguments = ["--task", "classification", "--data", tiny_task, "--output-dir", tmp_path / "run", *FAST]
+    status, out, err = call("train", "--model", tiny_folder, *arguments, *options, "--max-train-rows", 16, "--json")
+    assert status == 0, err
+    stages = json.loads(out)["stages"]
+    assert (stages[0]["embeddings"], stages[0]["active_blocks"]) == BLOCKS[method]
+    status, out, err = call("plan", "--model", tiny_folder, *options, "--json")
+    assert status == 0, err
+    for key in ("embeddings", "active_blocks", "trainable_parameters"):
+        assert [stage[key] for stage in stages] == [stage[key] for stage in json.loads(out)["stages"]]
 
 
 @pytest.mark.parametrize("method", ["lora", "bitfit", "spafit"])

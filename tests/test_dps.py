@@ -374,6 +374,20 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_went_through(mode, at, tmp
         assert torch.equal(parameter, resumed.model.get_parameter(name)), name
 
 
+@pytest.mark.parametrize("mode", ["dense", "mix"])
+@pytest.mark.parametrize("at", [1, 5])  # in a window that measures, and in one that trains a subnetwork
+def test_a_state_after_a_step_that_was_skipped_is_taken_up(mode, at, tmp_path):
+    run, other = (Run(mode, num_steps=20, ratio=0.2) for _ in range(2))
+    for _ in range(at):
+        run.train()
+    run.dps.before_step()
+    run.dps.skip_step()
+    other.dps.load_state_dict(stored(run.dps.state_dict(), tmp_path))
+    assert {name: mask.shape for name, mask in other.dps.kept.items()} == (
+        {} if at == 1 else {name: weight.shape for name, weight in other.dps.weights.items()}
+    )
+
+
 def test_a_state_of_another_run_is_refused():
     state = Run("mix").dps.state_dict()
     for run, message in (

@@ -17,6 +17,7 @@ from progtuning.config import CheckpointConfig, DPSConfig, PeftConfig
 from progtuning.data.squad import Answer, Question, SquadRows, Window
 from progtuning.data.tokenization import Encoding
 from progtuning.errors import InputError, Interrupted, RunError
+from progtuning.files import MAX_JSON_BYTES
 from progtuning.peft import apply_peft
 from progtuning.resume import (
     CHECKPOINTS,
@@ -223,13 +224,30 @@ def test_a_checkpoint_gives_back_every_kind_of_value(tmp_path):
         torch.testing.assert_close(tensor, tensors[name], rtol=0, atol=0, equal_nan=True)
 
 
-def test_the_global_generators_go_on_where_they_were(tmp_path):
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, so no generator of one")
+
+
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+def test_the_global_generators_go_on_where_they_were(name, tmp_path):
+    device = torch.device(name)
+
+    def draw() -> list[float]:
+        tensors = torch.randn(3), torch.randn(3, device=device)
+        return [random.gauss(0, 1), random.random(), *np.random.randn(3), *(x for t in tensors for x in t.tolist())]
+
     random.gauss(0, 1), np.random.randn()  # both keep a second draw
-    write_checkpoint(tmp_path / "states", random_states(CPU))
-    expected = [random.gauss(0, 1), random.random(), *np.random.randn(3), *torch.randn(3).tolist()]
+    write_checkpoint(tmp_path / "states", random_states(device))
+    expected = draw()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    set_random_states(read_checkpoint(tmp_path / "states") | {"cuda": {}}, CPU)
-    assert [random.gauss(0, 1), random.random(), *np.random.randn(3), *torch.randn(3).tolist()] == expected
+    set_random_states(read_checkpoint(tmp_path / "states"), device)
+    assert draw() == expected
+
+
+def test_a_checkpoint_of_many_processes_is_read_although_its_json_is_long(tmp_path):
+    states = {str(rank): random_states(CPU) for rank in range(300)}
+    write_checkpoint(tmp_path / "states", {"processes": states})
+    assert max(path.stat().st_size for path in (tmp_path / "states").glob("*.json")) > MAX_JSON_BYTES
+    assert read_checkpoint(tmp_path / "states") == {"processes": states}
 
 
 def test_a_step_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path):

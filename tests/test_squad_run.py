@@ -37,7 +37,7 @@ def trained(request, tiny_folder, films, tmp_path_factory):
 def test_the_papers_epochs_and_stages_are_the_defaults_of_each_version(trained):
     task, _, summary = trained
     epochs = {"squad": 3, "squad_v2": 2}[task]
-    assert (summary["settings"]["epochs"], summary["settings"]["stages"]) == (epochs, epochs)
+    assert (summary["settings"]["epochs"], len(summary["stages"])) == (epochs, epochs)
     lowest = {"squad": [1, 2, 3], "squad_v2": [1, 3]}[task]
     assert [stage["active_blocks"] for stage in summary["stages"]] == [[low, 4] for low in lowest]
     assert summary["settings"]["max_length"] == 24  # of the model: less than 384
@@ -63,7 +63,6 @@ def test_every_other_schedule_trains_on_questions(schedule, tiny_folder, films, 
     summary = json.loads(out)
     assert summary["train_rows"] == 64 <= summary["train_windows"]
     assert len(summary["stages"]) == 3 or schedule == "adaptive"
-    assert (summary["settings"]["stages"] is None) == (schedule == "adaptive")
     assert all(stage["backward_flops"] > 0 for stage in summary["stages"])
 
 
@@ -268,7 +267,7 @@ def test_the_recipe_of_bert_on_questions_is_taken_where_nothing_is_given(tiny_fo
     assert status == 0, err
     settings = json.loads(out)["settings"]
     assert {key: settings[key] for key in ("lr", "epochs", "batch_size")} == {"lr": 5e-5, "epochs": 2, "batch_size": 48}
-    assert (settings["stages"], settings["max_length"]) == (2, 20)
+    assert settings["max_length"] == 20
 
 
 def test_a_run_on_questions_resumes_to_the_same_weights_and_metrics(tiny_folder, films, tmp_path):

@@ -419,6 +419,10 @@ def test_a_run_with_prefetched_batches_is_the_run_without(monkeypatch):
         ({"precision": "fp16"}, "--precision must be one of fp32, bf16, got 'fp16'"),
         ({"seed": -1}, "--seed must be an integer in 0..9223372036854775807, got -1"),
         ({"evaluate": "never"}, "--evaluate must be one of epoch, end, got 'never'"),
+        (
+            {"schedule": "adaptive", "stages": 2},
+            "--schedule adaptive freezes after two intervals that it compares: --stages must be at least 3, got 2",
+        ),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_its_option(change, message):
