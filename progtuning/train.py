@@ -136,7 +136,9 @@ class Trainer:
         self.batches = make_batches(self.data.lengths, settings)
         self.num_steps = settings.epochs * len(self.batches)
         self.optimizer = build_optimizer(self.model, settings.lr, settings.weight_decay)
-        self.lr_schedule = linear_schedule(self.optimizer, self.num_steps, math.ceil(settings.warmup * self.num_steps))
+        # The first step of a warm-up has the learning rate 0: a run of one step would train nothing.
+        warmup_steps = math.ceil(settings.warmup * self.num_steps) if self.num_steps > 1 else 0
+        self.lr_schedule = linear_schedule(self.optimizer, self.num_steps, warmup_steps)
         self.dps = DPS(self.model, settings.dps, self.num_steps, settings.seed) if settings.dps.mode != "off" else None
         self.engine = StageEngine(self.model, self.optimizer, settings.drops_out_prefix)
         self.engine.cache = self.open_cache()

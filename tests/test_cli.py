@@ -404,15 +404,69 @@ def test_damaged_model_files_are_refused_by_name(tiny_folder, trained, tiny_task
 
 
 def test_a_checkpoint_for_another_task_is_refused(trained, tiny_folder, tmp_path):
-    for name in ("train", "dev"):
-        (tmp_path / f"{name}.tsv").write_text("text\tlabel\na\tx\nb\ty\n")
+    (tmp_path / "dev.tsv").write_text("text\tlabel\na\tx\nb\ty\n")
     arguments = ["--data", tmp_path, "--checkpoint", trained]
     line = refused(*call("evaluate", "--task", "classification", *arguments))
-    assert "has the classes dislike, like, expected those of --task" in line
-    (tmp_path / "train.tsv").write_text("text\tlabel\na\t1.5\nb\t2\n")
-    (tmp_path / "dev.tsv").write_text("text\tlabel\na\t1.5\nb\t2\n")
-    line = refused(*call("evaluate", "--task", "regression", *arguments))
-    assert "has a classification head, which does not fit" in line
+    assert "dev.tsv: line 2: " in line and "'x'" in line and "dislike" in line
+    assert "has a classification head, which does not fit" in refused(
+        *call("evaluate", "--task", "regression", *arguments)
+    )
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\na film\t1\n")
+    (tmp_path / "dev.tsv").write_text("sentence\tlabel\na film\t1\n")
+    line = refused(*call("evaluate", "--task", "sst-2", *arguments))
+    assert "has the classes dislike, like, expected those of the task sst-2: " in line
+
+
+def test_a_model_of_single_texts_is_not_given_pairs_nor_one_of_pairs_single_texts(trained, tiny_folder, tmp_path):
+    pairs = "text\ttext_pair\tlabel\n" + "good film\tbad plot\tlike\nbad film\tbad plot\tdislike\n" * 4
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_text(pairs)
+    task = ["--task", "classification", "--data", tmp_path]
+    assert call("train", "--model", tiny_folder, *task, *FAST, "--output-dir", tmp_path / "run")[0] == 0
+    line = refused(*call("evaluate", "--checkpoint", trained, *task))
+    assert f"got pairs of texts, --checkpoint {trained} was trained on single texts" in line
+    (tmp_path / "in.tsv").write_text("text\ngood film\n")
+    arguments = ["--input", tmp_path / "in.tsv", "--output", tmp_path / "out.tsv"]
+    line = refused(*call("predict", "--checkpoint", tmp_path / "run", *arguments))
+    assert "in.tsv: got single texts, --checkpoint " in line and not (tmp_path / "out.tsv").exists()
+    assert call("evaluate", "--checkpoint", tmp_path / "run", *task)[0] == 0
+
+
+def test_the_name_of_a_folder_of_ones_own_sets_nothing(tiny_folder, tiny_task, tmp_path):
+    shutil.copytree(tiny_task, tmp_path / "squad_v2")
+    arguments = [
+        "--task",
+        "classification",
+        "--data",
+        tmp_path / "squad_v2",
+        "--max-train-rows",
+        "8",
+        "--device",
+        "cpu",
+    ]
+    arguments += ["--max-length", "16", "--json"]
+    status, out, err = call("train", "--model", tiny_folder, *arguments, "--output-dir", tmp_path / "run")
+    assert status == 0, err
+    assert json.loads(out)["settings"]["epochs"] == 3
+
+
+@pytest.mark.parametrize("command", ["predict", "probe", "demo"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    command, trained, tiny_folder, tiny_task, minilm, tmp_path, monkeypatch
+):
+    import progtuning.run
+
+    work = {"predict": "predict_file", "probe": "probe", "demo": "fine_tune"}[command]
+    monkeypatch.setattr(progtuning.run, work, lambda *_: pytest.fail("the work has begun"))
+    (tmp_path / "file").write_text("")
+    arguments = {
+        "predict": ["--checkpoint", trained, "--input", "-", "--output", tmp_path / "file" / "out.tsv"],
+        "probe": ["--model", tiny_folder, "--task", "classification", "--data", tiny_task],
+        "demo": [],
+    }[command]
+    output = [] if command == "predict" else ["--output-dir", tmp_path / "file" / "folder"]
+    status, out, err = call(command, *arguments, *output, stdin=b"text\ngood\n")
+    assert (status, out) == (2, "") and str(tmp_path / "file") in err.splitlines()[-1]
 
 
 def test_predict_leaves_an_old_output_file_where_the_input_is_bad(trained, tmp_path):

@@ -39,6 +39,18 @@ def test_report_compares_runs_in_a_table_with_pictures(runs, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"page.md", *pictures}
 
 
+def test_no_picture_has_the_metrics_of_different_tasks_on_one_axis(runs, tmp_path):
+    pytest.importorskip("matplotlib")
+    summary = json.loads((runs / "full" / "summary.json").read_text())
+    other = summary | {"task": "scores", "metrics": {"pearson": 0.5}}
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "summary.json").write_text(json.dumps(other))
+    status, _, err = call("report", runs / "full", tmp_path / "scores", "-o", tmp_path / "page.md")
+    assert status == 0, err
+    assert len(re.findall(r"!\[", (tmp_path / "page.md").read_text())) == 2
+    assert not (tmp_path / "page-metric.png").exists()
+
+
 def test_without_matplotlib_the_report_is_the_tables_alone(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     status, _, err = call("report", runs / "full", "-o", tmp_path / "page.md")

@@ -130,7 +130,7 @@ def test_a_null_threshold_decides_between_the_best_span_and_no_answer(trained, f
     arguments = ["--checkpoint", folder, "--task", task, "--data", films]
     if task == "squad":
         line = refused(*call("evaluate", *arguments, "--null-threshold", "0"))
-        assert "--null-threshold is for --task squad_v2, got it with squad" in line
+        assert "--null-threshold is for --task squad_v2, got it with the task squad" in line
         return
     for odds, is_blank in (("1e6", False), ("-1000000.5", True)):
         options = ["--null-threshold", odds, "--output-dir", tmp_path / odds, "--json"]
@@ -242,13 +242,13 @@ def test_wrong_options_of_questions_are_refused_in_one_line(rte, trained, tiny_f
         "--max-length must be in 5..24 for this model, got 25": [*train, "--data", films, "--max-length", "25"],
         "--null-threshold is for --task squad_v2": [*train, "--data", films, "--null-threshold", "1"],
         "train-v1.1.json: cannot be read": [*train, "--data", rte],
-        "has a classification head, which does not fit --task squad": [
+        "has a classification head, which does not fit the task squad": [
             *("evaluate", "--checkpoint", rte / "run", "--task", "squad", "--data", films)
         ],
-        "has a question-answering head, which does not fit --task rte": [
+        "has a question-answering head, which does not fit the task rte": [
             *("evaluate", "--checkpoint", trained[1], "--task", "rte", "--data", rte)
         ],
-        "--output-dir is for the prediction files of SQuAD, got it with --task rte": [
+        "--output-dir is for the prediction files of SQuAD, got it with the task rte": [
             *("evaluate", "--checkpoint", rte / "run", "--task", "rte", "--data", rte, "--output-dir", tmp_path / "x")
         ],
         "--task must be one of cola, sst-2, mrpc, sts-b, qqp, mnli, qnli, rte, squad, squad_v2, movie-reviews,": [

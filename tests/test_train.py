@@ -190,6 +190,14 @@ def test_regression_learns_with_mean_squared_error():
     assert LOSSES["regression"](scores, labels).item() == pytest.approx((0.25 + 4.0) / 2)
 
 
+def test_a_run_of_one_step_trains_although_a_warm_up_begins_at_0():
+    run = trainer(rows(8), epochs=1)
+    before = weights(run.model)
+    run.fit()
+    assert run.num_steps == 1
+    assert all(not torch.equal(before[name], now) for name, now in weights(run.model).items() if "weight" in name)
+
+
 def test_the_adaptive_schedule_freezes_by_the_gradients_of_the_run_and_records_why():
     run = trainer(rows(80), schedule="adaptive", epochs=4)
     seen = []

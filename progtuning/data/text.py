@@ -102,8 +102,19 @@ def load_folder(path: str | Path, regression: bool | None = None) -> Splits:
     if (train[0].text_pair is None) != (dev[0].text_pair is None):
         with_pairs, without = (train_file, dev_file) if dev[0].text_pair is None else (dev_file, train_file)
         raise InputError(f"{without}: got no text_pair, expected one in every row as in {with_pairs}")
-    metrics = ("accuracy", "matthews") if labels else ("pearson", "spearman")
-    return Splits(Task(folder.resolve().name, labels, metrics), train, {"dev": dev})
+    return Splits(_own_task(folder, labels), train, {"dev": dev})
+
+
+def load_dev(path: str | Path, labels: tuple[str, ...]) -> Splits:
+    """Read of a user's folder dev.tsv or dev.jsonl alone, with these class names, () for regression; Splits without
+    training rows. Raises InputError that names file and line."""
+    folder = Path(path)
+    _, dev = read_table(_one_of(folder, "dev"), labels=labels)
+    return Splits(_own_task(folder, labels), [], {"dev": dev})
+
+
+def _own_task(folder: Path, labels: tuple[str, ...]) -> Task:
+    return Task(folder.resolve().name, labels, ("accuracy", "matthews") if labels else ("pearson", "spearman"))
 
 
 def read_table(
