@@ -333,9 +333,7 @@ def account(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def by_method(
-    groups: Groups, draws: Mapping[tuple[str, str, float], np.ndarray], constant: Mapping[str, float]
-) -> str:
+def by_method(groups: Groups, draws: Mapping[tuple[str, str, float], np.ndarray], constant: Mapping[str, float]) -> str:
     tasks = {task: first_metric(rows) for (task, _, _), rows in groups.items()}
     lines = []
     for method, lr in dict.fromkeys((method, lr) for _, method, lr in groups):

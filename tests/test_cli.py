@@ -107,8 +107,10 @@ def test_the_card_has_the_table_of_stages(trained):
     assert "|     3 | 3-4, H" in card and "accuracy" in card
 
 
-def test_evaluate_gives_the_metrics_of_training(trained, tiny_task):
-    arguments = ["--checkpoint", trained, "--task", "classification", "--data", tiny_task]
+def test_evaluate_gives_the_metrics_of_training_from_the_dev_file_alone(trained, tiny_task, tmp_path):
+    (dev,) = tiny_task.glob("dev.*")
+    shutil.copy(dev, tmp_path)
+    arguments = ["--checkpoint", trained, "--task", "classification", "--data", tmp_path]
     status, out, err = call("evaluate", *arguments, "--json")
     assert status == 0, err
     assert json.loads(out)["metrics"] == json.loads((trained / "summary.json").read_text())["metrics"]
