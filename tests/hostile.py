@@ -1194,9 +1194,10 @@ def _checkpoint_cases() -> Iterator[tuple[str, Case]]:
     for name, changes in {
         "an encoder without a head": {"architectures": ["BertModel"]},
         "a question-answering head": {"architectures": ["BertForQuestionAnswering"]},
-        "classes of another task": {"id2label": {"0": "x", "1": "y"}},
     }.items():
         yield name, Case({"run/config.json": with_values(**changes)}, evaluate, ("run",))
+    changed = with_values(id2label={"0": "x", "1": "y"})
+    yield "classes of another task", Case({"run/config.json": changed}, evaluate, ("task/dev.tsv", "'x', 'y'"))
     for option, values in {"--batch-size": ("0", "-3", HUGE), "--precision": ("fp64", "")}.items():
         for value in values:
             yield f"{option} {value}", Case({}, lambda box, o=option, v=value: evaluate(box, "run", o, v), (option,))

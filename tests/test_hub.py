@@ -191,10 +191,11 @@ def test_train_evaluate_and_submit_with_data_of_the_hub(server, tiny_folder, tmp
     assert [line.split("\t")[0] for line in lines] == ["index", *map(str, range(7))]
 
 
-def test_without_pyarrow_the_error_names_the_extra(tmp_path):
+def test_without_pyarrow_the_error_names_the_extra(tiny_folder, tmp_path):
     (tmp_path / "pyarrow.py").write_text("raise ImportError('none here')")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom progtuning.cli import main\n"
-    code += "sys.exit(main(['evaluate', '--checkpoint', 'x', '--task', 'rte', '--data', 'hub']))"
+    arguments = ["train", "--model", str(tiny_folder), "--task", "rte", "--data", "hub", "--output-dir", "run"]
+    code += f"sys.exit(main({arguments}))"
     done = run_python(tmp_path, "-c", code)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "progtuning: error: --data hub needs pyarrow: pip install 'progtuning[hub]'\n"
