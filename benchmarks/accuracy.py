@@ -390,7 +390,8 @@ def differences(rows: Sequence[dict], full: Sequence[dict], held_out: HeldOut) -
     First on all held-out rows, then on rows and seeds drawn with replacement, the same for both methods: the paired
     bootstrap. The seeds drawn are those of every task with as many. NaN where the two have no seed in common.
     """
-    pairs = [(row, other) for row in rows for other in full if row["seed"] == other["seed"]]
+    by_seed = {row["seed"]: row for row in full}
+    pairs = [(row, by_seed[row["seed"]]) for row in sorted(rows, key=lambda row: row["seed"]) if row["seed"] in by_seed]
     pairs = [tuple(held_out.values(row["predictions"]) for row in pair) for pair in pairs]
     count, rng = len(held_out.examples), np.random.default_rng(0)
     samples = [np.arange(count), *(rng.integers(count, size=count) for _ in range(RESAMPLES))]
