@@ -289,11 +289,10 @@ class HeldOut:
 
     def constant(self) -> float:
         """Return the metric of one answer for all rows: the larger class, any number, or no text."""
-        if self.of_answers or any(isinstance(label, float) for label in self.labels.tolist()):
+        if self.of_answers or self.labels.dtype.kind == "f":
             return 0.0
         values, counts = np.unique(self.labels, return_counts=True)
-        everything = np.arange(len(self.labels))
-        return self.score(np.full(len(everything), values[counts.argmax()]), everything)
+        return self.score(np.full_like(self.labels, values[counts.argmax()]), np.arange(len(self.labels)))
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -309,19 +308,18 @@ def table(path: Path, data: Data) -> str:
     Metrics are means and standard deviations over the seeds, times 100; differences to full fine-tuning are in points
     of the first metric, with their intervals; parameters and FLOPs are shares of full fine-tuning's.
     """
+    every_row = read_rows(path)
     groups: Groups = {}
-    for row in read_rows(path):
+    for row in every_row:
         groups.setdefault((row["task"], row["method"], row["lr"]), []).append(row)
-    held_out, draws = {}, {}
+    tasks = {row["task"]: first_metric([row]) for row in every_row}
+    held_out = {task: HeldOut(task, data, metric) for task, metric in tasks.items() if data.has(task)}
+    draws = {}
     for (task, method, lr), rows in groups.items():
         full = full_rows(groups, task)
-        if full and method != "full" and "predictions" in rows[0] and data.has(task):
-            if task not in held_out:
-                held_out[task] = HeldOut(task, data, first_metric(rows))
+        if full and method != "full" and "predictions" in rows[0] and task in held_out:
             draws[task, method, lr] = differences(rows, full, held_out[task])
-    tasks = {task: first_metric(rows) for (task, _, _), rows in groups.items()}
-    constant = {task: HeldOut(task, data, metric).constant() for task, metric in tasks.items() if data.has(task)}
-    return "\n\n".join([account(read_rows(path)), by_method(groups, draws, constant), by_task(groups, draws)])
+    return "\n\n".join([account(every_row), by_method(groups, draws, held_out), by_task(groups, draws)])
 
 
 def account(rows: Sequence[dict]) -> str:
@@ -333,7 +331,9 @@ def account(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def by_method(groups: Groups, draws: Mapping[tuple[str, str, float], np.ndarray], constant: Mapping[str, float]) -> str:
+def by_method(
+    groups: Groups, draws: Mapping[tuple[str, str, float], np.ndarray], held_out: Mapping[str, HeldOut]
+) -> str:
     tasks = {task: first_metric(rows) for (task, _, _), rows in groups.items()}
     lines = []
     for method, lr in dict.fromkeys((method, lr) for _, method, lr in groups):
@@ -346,7 +346,7 @@ def by_method(groups: Groups, draws: Mapping[tuple[str, str, float], np.ndarray]
         to_full = interval(np.mean(of_tasks, axis=0)) if len(of_tasks) == len(tasks) else None
         shares = [share(rows, groups, key) for key in ("updated_parameters", "flops")]
         lines.append([method, f"{lr:g}", *scores, to_full, *shares])
-    scores = [f"{100 * constant[task]:.1f}" if task in constant else None for task in tasks]
+    scores = [f"{100 * held_out[task].constant():.1f}" if task in held_out else None for task in tasks]
     lines.append(["one answer for all rows", None, *scores, None, None, None])
     names = [f"{task}, {metric}" for task, metric in tasks.items()]
     return report.table(["method", "lr", *names, "average, to full", "updated, of full", "FLOPs, of full"], lines)
@@ -388,7 +388,7 @@ def differences(rows: Sequence[dict], full: Sequence[dict], held_out: HeldOut) -
     """Return a method's score less full fine-tuning's, averaged over the seeds that both have: (1 + RESAMPLES,).
 
     First on all held-out rows, then on rows and seeds drawn with replacement, the same for both methods: the paired
-    bootstrap. The seeds drawn are those of every task with as many. NaN where the two have no seed in common.
+    bootstrap. Tasks with as many seeds draw the same ones. NaN where the two have no seed in common.
     """
     by_seed = {row["seed"]: row for row in full}
     pairs = [(row, by_seed[row["seed"]]) for row in sorted(rows, key=lambda row: row["seed"]) if row["seed"] in by_seed]

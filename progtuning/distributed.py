@@ -231,9 +231,11 @@ def join() -> Iterator[World]:
             signal.signal(number, signal.SIG_IGN)  # torchrun ends the rest after one: let each end by itself
         if isinstance(error, KeyboardInterrupt):
             raise world.once(error) from None
-        if isinstance(error, (RunError, InputError, SystemExit)) and not with_nccl and dist.is_initialized():
-            dist.destroy_process_group()  # ends gloo's threads, which could abort an interpreter that ends before them
-        if isinstance(error, (RunError, InputError)) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if isinstance(error, (RunError, InputError, SystemExit)):
+            if not with_nccl:
+                dist.destroy_process_group()  # ends gloo's threads, which could abort an interpreter that ends first
+            raise
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         reason = " ".join(str(error).split())
         message = f"rank {world.rank} of {world.size}: another process has ended or does not answer: {reason}"

@@ -277,7 +277,7 @@ def draw_run(run: dict, path: Path) -> bool:
 
 def draw_metric(runs: Sequence[dict], path: Path) -> bool:
     """Draw the main metric of each run against the FLOPs it took. False without matplotlib, or where metrics differ."""
-    (metric, *others) = dict.fromkeys(next(iter(run["metrics"])) for run in runs)
+    metric, *others = dict.fromkeys(next(iter(run["metrics"])) for run in runs)
     figure = None if others else new_figure(6, 4)
     if figure is None:
         return False

@@ -18,7 +18,7 @@ from progtuning.data.batching import EncodedRows, encode_examples
 from progtuning.data.hub import load_hub, load_hub_test
 from progtuning.data.squad import SquadRows, SquadTask, encode_questions, load_squad, read_questions
 from progtuning.data.submission import write_submission
-from progtuning.data.text import Example, Splits, Task, load_dev, load_folder, movie_reviews, read_table
+from progtuning.data.text import Example, Splits, Task, has_pairs, load_dev, load_folder, movie_reviews, read_table
 from progtuning.data.tokenization import Tokenizer, load_tokenizer
 from progtuning.distributed import World
 from progtuning.errors import InputError, Interrupted
@@ -85,9 +85,7 @@ def load_held_out(task: str, data: str | None, checkpoint: "Checkpoint") -> Spli
     """
     if task not in OWN_DATA or data is None:
         return load_splits(task, data)
-    if checkpoint.head != task:
-        where = f"--checkpoint {checkpoint.folder}"
-        raise InputError(f"{where} has a {checkpoint.head} head, which does not fit --task {task}")
+    check_head(checkpoint, task, task)  # a task of one's own has the name of its head
     return load_dev(data_folder(data), () if task == "regression" else checkpoint.model.config.labels)
 
 
@@ -185,6 +183,8 @@ def fine_tune(
                     )
                 run.log({"epoch": epoch + 1, "metrics": values})
 
+        of_squad = isinstance(train_rows, SquadRows)
+        shape = {"train_windows": len(train_rows)} if of_squad else {"pairs": has_pairs(splits.train)}
         with signals.held():
             fit_and_save(trainer, measure, run, signals)
             summary = {
@@ -193,11 +193,7 @@ def fine_tune(
                 "num_blocks": model.num_blocks,
                 "train_rows": len(splits.train),
                 "dev_rows": {name: len(rows) for name, rows in splits.dev.items()},
-                **(
-                    {"train_windows": len(train_rows)}
-                    if isinstance(train_rows, SquadRows)
-                    else {"pairs": has_pairs(splits.train)}
-                ),
+                **shape,
                 "metrics": run.log.rows[-1]["metrics"],
                 **trainer.account(),
                 "fresh_parameters": loaded.fresh,
@@ -327,11 +323,6 @@ def load_checkpoint(
     return Checkpoint(folder, model, tokenizer, max_length, squad_settings, null_answers, pairs)
 
 
-def has_pairs(examples: Sequence[Example]) -> bool:
-    """Say whether the rows of one task, each a text or a pair of texts, are pairs."""
-    return examples[0].text_pair is not None
-
-
 def check_pairs(checkpoint: Checkpoint, examples: Sequence[Example], where: str) -> None:
     """Raise InputError where the model was trained on pairs of texts and `examples` are single ones, or inversely."""
     kinds = ("single texts", "pairs of texts")
@@ -341,14 +332,20 @@ def check_pairs(checkpoint: Checkpoint, examples: Sequence[Example], where: str)
         raise InputError(f"{where}: got {kinds[got]}, --checkpoint {checkpoint.folder} was trained on {expected}")
 
 
+def check_head(checkpoint: Checkpoint, head: str, task: str) -> None:
+    """Raise InputError where the model's head is not `head`, that of `task`."""
+    if checkpoint.head != head:
+        where = f"--checkpoint {checkpoint.folder}"
+        raise InputError(f"{where} has a {checkpoint.head} head, which does not fit the task {task}")
+
+
 def check_task(checkpoint: Checkpoint, task: Task) -> None:
     """Raise InputError where the model's head or classes are not the task's."""
-    name = f"--checkpoint {checkpoint.folder}"
-    if checkpoint.head != task.head:
-        raise InputError(f"{name} has a {checkpoint.head} head, which does not fit the task {task.name}")
+    check_head(checkpoint, task.head, task.name)
     if task.labels and checkpoint.model.config.labels != task.labels:
         got, expected = ", ".join(checkpoint.model.config.labels), ", ".join(task.labels)
-        raise InputError(f"{name} has the classes {got}, expected those of the task {task.name}: {expected}")
+        where = f"--checkpoint {checkpoint.folder}"
+        raise InputError(f"{where} has the classes {got}, expected those of the task {task.name}: {expected}")
     _check_threshold(task, checkpoint.squad)
 
 
@@ -372,9 +369,9 @@ def evaluate_checkpoint(
     """
     task, settings = splits.task, checkpoint.squad
     check_task(checkpoint, task)
-    if output_dir is not None and not isinstance(task, SquadTask):
-        raise InputError(f"--output-dir is for the prediction files of SQuAD, got it with the task {task.name}")
     if not isinstance(task, SquadTask):
+        if output_dir is not None:
+            raise InputError(f"--output-dir is for the prediction files of SQuAD, got it with the task {task.name}")
         check_pairs(checkpoint, next(iter(splits.dev.values())), f"the task {task.name}")
     rows = {
         name: encode(examples, task, checkpoint.tokenizer, checkpoint.max_length, settings)

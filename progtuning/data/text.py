@@ -99,8 +99,8 @@ def load_folder(path: str | Path, regression: bool | None = None) -> Splits:
     if len(labels) == 1:
         raise InputError(f"{train_file}: got one label, {labels[0]!r}, expected two or more")
     _, dev = read_table(dev_file, labels=labels)
-    if (train[0].text_pair is None) != (dev[0].text_pair is None):
-        with_pairs, without = (train_file, dev_file) if dev[0].text_pair is None else (dev_file, train_file)
+    if has_pairs(train) != has_pairs(dev):
+        with_pairs, without = (train_file, dev_file) if has_pairs(train) else (dev_file, train_file)
         raise InputError(f"{without}: got no text_pair, expected one in every row as in {with_pairs}")
     return Splits(_own_task(folder, labels), train, {"dev": dev})
 
@@ -111,6 +111,11 @@ def load_dev(path: str | Path, labels: tuple[str, ...]) -> Splits:
     folder = Path(path)
     _, dev = read_table(_one_of(folder, "dev"), labels=labels)
     return Splits(_own_task(folder, labels), [], {"dev": dev})
+
+
+def has_pairs(examples: Sequence[Example]) -> bool:
+    """Say whether the rows of one task, each a text or a pair of texts, are pairs."""
+    return examples[0].text_pair is not None
 
 
 def _own_task(folder: Path, labels: tuple[str, ...]) -> Task:
