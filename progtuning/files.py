@@ -54,8 +54,8 @@ def write_json(path: str | Path, value) -> None:
 
 
 def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES):
-    """Read a UTF-8 JSON file. Raises InputError that names the file where it is missing, no plain file, longer than
-    `max_bytes`, not UTF-8 or not JSON, or where an object has a key twice."""
+    """Read a JSON file in UTF-8, with or without a byte-order mark. Raises InputError that names the file where it is
+    missing, no plain file, longer than `max_bytes`, not UTF-8 or not JSON, or where an object has a key twice."""
     try:
         if Path(path).exists() and not Path(path).is_file():  # to open a pipe would wait for its writer
             raise InputError(f"{path}: not a file")
@@ -63,11 +63,12 @@ def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES):
             if os.fstat(file.fileno()).st_size > max_bytes:
                 raise InputError(f"{path}: got more than {max_bytes} bytes, expected JSON of at most that")
             content = file.read()
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)
+        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start})") from None
+        byte = len(content) - len(error.object) + error.start  # the object lacks the mark
+        raise InputError(f"{path}: not UTF-8 (byte {byte})") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
     except RepeatedKey as error:

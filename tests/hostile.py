@@ -928,12 +928,14 @@ TABLES = {
     "a quoted cell": HEAD + b'"a\tgood"\n',
     "a row broken in a quoted cell": HEAD + b'"a\nb"\tgood\n',
     "a blank line": HEAD + b"a\tgood\n\nb\tbad\n",
+    "a header again": HEAD + b"a\tgood\n" + HEAD + b"b\tbad\n",
     "a gzip": b"\x1f\x8b\x08\0\0\0\0\0",
     "a folder": FOLDER,
 }
 VALID_TABLES = {
     "CRLF, LF, a byte-order mark and no last line end": b"\xef\xbb\xbftext\tlabel\r\na good\tgood\nb\tbad\r\nc\tgood",
     "quotes and backslashes": HEAD + b'"a" \'b\' \\n ""\tgood\n"\tbad\n',
+    "a blank line at the end": HEAD + b"a\tgood\nb\tbad\n\n",
     "an empty text": HEAD + b"\tgood\na\tbad\n",
     "a line just short of 1 MB": HEAD + b"x" * 1_000_000 + b"\tgood\na\tbad\n",
     "characters that look like line ends": HEAD + "a\u2028b\x85c\x0bd\x0ce\x1cf\rg\tgood\na\tbad\n".encode(),
@@ -942,14 +944,13 @@ LINES = {
     "not JSON": b"text label\n",
     "cut": b'{"text": "a", "label": "go',
     "a list": b'["a", "good"]\n',
-    "a blank line": b'{"text": "a", "label": "good"}\n\n{"text": "a", "label": "good"}\n',
     "two objects on a line": b'{"text": "a", "label": "good"} {"text": "a", "label": "good"}\n',
     "no label": b'{"text": "a"}\n',
     "a key that is unknown": b'{"text": "a", "label": "good", "x": 1}\n',
     "a key twice": b'{"text": "a", "text": "b", "label": "good"}\n',
     "a text that is a number": b'{"text": 7, "label": "good"}\n',
     "a text of a list": b'{"text": ["a"], "label": "good"}\n',
-    "a label that is true": b'{"text": "a", "label": true}\n',
+    "a label that is true among names": b'{"text": "a", "label": true}\n',
     "a label of a list": b'{"text": "a", "label": ["good"]}\n',
     "a label NaN": b'{"text": "a", "label": NaN}\n',
     "a label infinite": b'{"text": "a", "label": 1e999}\n',
@@ -971,6 +972,7 @@ LINES = {
 }
 VALID_LINES = {
     "escapes": b'{"text": "\\ud83d\\ude42 \\n \\t \\"", "label": "good", "id": 7}\r\n{"label": "bad", "text": ""}',
+    "blank lines": b'{"text": "a", "label": "good"}\n\n{"text": "b", "label": "bad"}\r\n \r\n',
     "a byte-order mark": b'\xef\xbb\xbf{"text": "a", "label": "good"}\n{"text": "b", "label": "bad"}\n',
 }
 

@@ -14,6 +14,7 @@ from progtuning.data.text import (
     Splits,
     Task,
     limit_train,
+    load_dev,
     load_folder,
     movie_reviews,
     read_table,
@@ -124,14 +125,110 @@ def test_given_labels_keep_their_order_and_none_means_regression(tmp_path):
 
 
 def test_without_a_required_label_none_is_looked_at(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.tsv", "text\nfirst\n\nthird\n")
-    assert [e.text for e in read_table(path, require_label=False)[1]] == ["first", "", "third"]
     path = write(tmp_path / "b.jsonl", '{"text": "t", "label": "c"}\n')
     assert read_table(path, labels=("a", "b"), require_label=False) == (("a", "b"), [Example("t", None, None, "0")])
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"text\ttext_pair\na\tb\n")))
     assert read_table("-", require_label=False)[1] == [Example("a", "b", None, "0")]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "a"}\n')))
     assert read_table("-", require_label=False)[1] == [Example("a", None, None, "0")]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("blank", ["", "  ", "\u00a0"])
+def test_blank_lines_are_no_rows_in_jsonl_in_one_column_and_at_the_end_of_a_table(tmp_path, caplog, blank, end):
+    rows = ['{"text": "a", "label": "x"}', '{"text": "b", "label": "y"}']
+    lines = [blank, rows[0], blank, blank, rows[1], blank]
+    for name in ("a.jsonl", "told by its first brace"):
+        path = write(tmp_path / name, end.join(lines) + end)
+        assert read_table(path) == (("x", "y"), [Example("a", None, 0, "0"), Example("b", None, 1, "1")])
+        assert caplog.messages == [f"{path}: 2 blank lines between the rows passed over"]
+        caplog.clear()
+    path = write(tmp_path / "one.tsv", end.join(["text", "a", blank, "b", blank, ""]))
+    assert [(e.text, e.id) for e in read_table(path, require_label=False)[1]] == [("a", "0"), ("b", "1")]
+    assert caplog.messages == [f"{path}: 1 blank lines between the rows passed over"]
+    caplog.clear()
+    path = write(tmp_path / "two.tsv", end.join(["text\tlabel", "a\tx", "b\ty", blank, blank, ""]))
+    assert [e.text for e in read_table(path)[1]] == ["a", "b"] and not caplog.messages
+    write(path, end.join(["text\tlabel", "a\tx", blank, blank, "b\ty"]))
+    assert error_of(read_table, path).startswith(f"{path}: line 3: got 1 tab-separated columns, expected 2")
+    write(path, end.join(["text\ttext_pair", "a\tb", "\t", ""]))
+    assert read_table(path, require_label=False)[1][1] == Example("", "", None, "1")
+
+
+@pytest.mark.parametrize("again", ["text\tlabel", "\ufefftext\tlabel", "label\ttext"])
+def test_the_header_again_among_the_rows_is_an_error_with_its_line(tmp_path, again):
+    path = write(tmp_path / "a.tsv", f"text\tlabel\na\tx\n{again}\nb\ty\n")
+    expected = f"{path}: line 3: got the header again (text, label), expected a row"
+    assert error_of(read_table, path) == error_of(read_table, path, labels=("x", "y")) == expected
+    assert error_of(read_table, path, require_label=False) == expected
+    write(path, "text\na\ntext\n")  # of one column it may be a text
+    assert [e.text for e in read_table(path, require_label=False)[1]] == ["a", "text"]
+
+
+@pytest.mark.parametrize(
+    ("found", "labels", "values"),
+    [
+        ("1 0 1.0 0.0 1e0 10E-1 0 -0.0", ("0", "1"), [1, 0, 1, 0, 1, 1, 0, 0]),
+        ('1.0 -0.0 "1" "0"', ("0", "1"), [1, 0, 1, 0]),
+        ("2e1 20 -3", ("-3", "20"), [1, 1, 0]),
+        ("1e16 10000000000000000 10000000000000001", ("10000000000000000", "10000000000000001"), [0, 0, 1]),
+        ('true false true "false"', ("false", "true"), [1, 0, 1, 0]),
+        ("0.50 5e-1 2", ("0.5", "2"), [0, 0, 1]),
+    ],
+)
+def test_numbers_of_one_value_in_jsonl_are_one_class_and_booleans_are_names(tmp_path, found, labels, values):
+    lines = [f'{{"text": "t", "label": {label}}}\n' for label in found.split()]
+    path = write(tmp_path / "a.jsonl", "".join(lines))
+    names, examples = read_table(path, regression=False)
+    assert names == labels and [e.label for e in examples] == values
+    # The classes of a checkpoint, which may have come from a TSV, are found by value.
+    given = tuple(f"0{name}" if name.isdigit() else name for name in labels)
+    write(path, "".join(line for line in lines if not line.endswith('"}\n')))
+    assert [e.label for e in read_table(path, labels=given)[1]] == [
+        value for value, line in zip(values, lines) if not line.endswith('"}\n')
+    ]
+
+
+def test_booleans_are_no_numbers_to_predict(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": "t", "label": true}\n')
+    assert error_of(read_table, path, regression=True) == f"{path}: line 1: got 'true', expected a finite number"
+    assert "got label 'true', expected one of '0', '1'" in error_of(read_table, path, labels=("0", "1"))
+
+
+CAFE, CAFE_NFD = "caf\u00e9", "cafe\u0301"
+FORMS = r"'cafe\u0301' and 'caf\xe9' are one name in two forms of Unicode"
+TWINS = {
+    "1 and 1.0": ("1", "1.0", "'1.0' and '1' are one number"),
+    "1 and 01": ("1", "01", "'01' and '1' are one number"),
+    "1 and +1": ("1", "+1", "'+1' and '1' are one number"),
+    "0 and -0": ("0", "-0", "'-0' and '0' are one number"),
+    "100 and 1e2": ("100", "1e2", "'1e2' and '100' are one number"),
+    "two forms of Unicode": (CAFE, CAFE_NFD, FORMS),
+}
+
+
+@pytest.mark.parametrize("kind", TWINS)
+def test_two_spellings_of_one_label_are_an_error_that_shows_both_in_ascii(tmp_path, kind):
+    one, other, expected = TWINS[kind]
+    path = write(tmp_path / "train.tsv", f"text\tlabel\nt\t{one}\nt\tx\nt\t{other}\n")
+    message = error_of(read_table, path, regression=False)
+    assert message == (
+        f"{path}: line 4: got label {other!r} after {one!r} in line 2, "
+        f"expected each label written in one way; {expected}"
+    )
+    write(path, f"text\tlabel\nt\t{one}\nt\tx\n")
+    dev = write(tmp_path / "dev.tsv", f"text\tlabel\nt\tx\nt\t{other}\n")
+    for message in (error_of(load_folder, tmp_path, regression=False), error_of(load_dev, tmp_path, (one, "x"))):
+        assert message.startswith(f"{dev}: line 3: got label {other!r}, expected one of ")
+        assert message.endswith(f"; {expected}")
+
+
+def test_other_labels_that_are_alike_stay_apart_and_numbers_to_predict_may_be_spelt_in_any_way(tmp_path):
+    names = ["a", "A", "1_0", "10", "x1", "x01", "12345678901234567890", "12345678901234567891", "x\u00b2", "x2"]
+    path = write(tmp_path / "a.tsv", "text\tlabel\n" + "".join(f"t\t{name}\n" for name in names))
+    assert set(read_table(path)[0]) == set(names)
+    path = write(tmp_path / "b.tsv", "text\tlabel\nt\t1\nt\t1.0\nt\t2.5\n")
+    assert [e.label for e in read_table(path)[1]] == [1.0, 1.0, 2.5]
 
 
 HEADER = b"text\tlabel\n"
@@ -157,6 +254,7 @@ BAD_TSV = {
     "CR as line end": (b"text\tlabel\ra\tx\r", "line 1: got columns ['text', 'label\\ra', 'x']"),
     "no label": (HEADER + b"a\t\n", "line 2: got label '', expected a name"),
     "label with an invisible mark": (HEADER + b"a\t\xef\xbb\xbfx\n", "line 2: got label '\\ufeffx', expected a name"),
+    "label with a no-break space": (HEADER + "a\tx\u00a0y\n".encode(), "line 2: got label 'x\\xa0y', expected a name"),
     "label with space": (HEADER + b"a\tx\nb\tx \n", "line 3: got label 'x ', expected a name without space around it"),
     "NaN label": (HEADER + b"a\t1.5\nb\tNaN\n", "line 3: got label 'NaN', expected a name or a finite number"),
     "infinite label": (HEADER + b"a\t-inf\n", "line 2: got label '-inf', expected a name or a finite number"),
@@ -179,12 +277,13 @@ BAD_JSONL = {
         '{"text": "a", "label": "x"}\n{"text": "a" "label": "x"}\n',
         "line 2: got no JSON (Expecting ',' delimiter, character 14), expected an object",
     ),
-    "blank line": ('{"text": "a", "label": "x"}\n\n', "line 2: got no JSON"),
+    "blank lines alone": ("\n \n", "line 1: got no rows, expected at least one"),
     "a list": ('["a", "x"]\n', "line 1: got ['a', 'x'], expected a JSON object"),
     "text not a string": ('{"text": ["a"], "label": "x"}', "line 1: got text ['a'], expected a string"),
     "text null": ('{"text": null, "label": "x"}', "line 1: got keys ['label'], expected text, label"),
     "label missing": ('{"text": "a", "label": "x"}\n{"text": "a"}', "line 2: got keys ['text'], expected text, label"),
-    "label true": ('{"text": "a", "label": true}', "line 1: got label True, expected a string or a number"),
+    "text true": ('{"text": true, "label": "x"}', "line 1: got text True, expected a string"),
+    "id true": ('{"text": "a", "label": "x", "id": true}', "line 1: got id True, expected a string or a number"),
     "label NaN": ('{"text": "a", "label": NaN}', "line 1: got label 'nan', expected a name or a finite number"),
     "label infinite": (
         '{"text": "a", "label": -1e999}',

@@ -7,12 +7,17 @@ the text.
     TSV     the first line names the columns; a quotation mark is an ordinary character, and nothing is escaped
     JSONL   one JSON object a line; what is null counts as absent
 
+A blank line is no row in JSONL, in a TSV of one column, and at the end of any TSV. The names of the columns may not
+stand again among the rows, as they do where files with a header are joined.
+
 Columns or keys: `text`, `text_pair` (optional), `label`, `id` (optional); any other is an error, because a misspelt
 `text_pair` would otherwise be left out in silence. A label is a class name or a number. The rules where a file leaves a
 choice:
 
     regression   unless the caller decides, where every label is a number and one of them has a fractional part
     label order  by value where every label is a number, else by code point
+    JSONL        numbers of one value (1, 1.0, 1e0) are one class, and true and false the classes "true" and "false"
+    spelling     otherwise two labels of one value ("1" and "1.0"), or that are one in Unicode's form NFC, are an error
 """
 
 import itertools
@@ -22,7 +27,8 @@ import math
 import random
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,6 +143,7 @@ def read_table(
     Raises InputError that names file and line.
     """
     rows, names = [], []
+    known = {_identity(name): name for name in reversed(labels or ())}  # of twins the first
     for number, values in keyed_rows(path, ("text", "label") if require_label else ("text",), _KEYS):
         where = f"{path}: line {number}"
         rows.append(Example(values["text"], values.get("text_pair"), None, values.get("id", str(len(rows)))))
@@ -145,13 +152,17 @@ def read_table(
                 f"{where}: got a pair and a single text in one file, expected text_pair in every row or in none"
             )
         if require_label:
-            names.append((number, _label_name(where, values["label"])))
+            label = values["label"]
+            name = _label_name(where, label)
+            names.append((number, name if isinstance(label, str) else known.get(label, name)))
     if not rows:
         raise InputError(f"{path}: line 1: got no rows, expected at least one")
     if not require_label:
         return labels or (), rows
     if labels is None:
         labels = _infer_labels({name for _, name in names}, regression)
+        if labels:
+            _check_spelling(path, names)
     index = {name: i for i, name in enumerate(labels)}
     for i, (number, name) in enumerate(names):
         where = f"{path}: line {number}"
@@ -200,14 +211,14 @@ def limit_train(splits: Splits, max_train: int, seed: int = 0) -> Splits:
 
 def keyed_rows(
     path: str | Path, required: Sequence[str], optional: Sequence[str]
-) -> Iterator[tuple[int, dict[str, str]]]:
+) -> Iterator[tuple[int, dict[str, str | int | float]]]:
     """Return (line number, {key: text}) of each row of a TSV with a header, or of JSONL; `-` is standard input.
 
     JSONL is what ends in .jsonl or begins with `{`. Every row has the keys `required`, and of others only those in
-    `optional`. Raises InputError that names file and line.
+    `optional`. A number that JSONL has as a label stays one. Raises InputError that names file and line.
     """
-    lines = read_lines(path)
-    first = next(lines)
+    lines = itertools.dropwhile(lambda line: _is_blank(line[1]), read_lines(path))
+    first = next(lines, (1, ""))
     lines = itertools.chain([first], lines)
     if first[1].lstrip().startswith("{") or Path(path).suffix == ".jsonl":
         return _json_rows(path, lines, required, optional)
@@ -257,18 +268,26 @@ def tsv_rows(
     where `optional` is given, no others than these two. At most `max_short_rows` rows with too few columns are passed
     over. Raises InputError that names file and line.
     """
-    if columns is None:
-        columns = _header(path, next(lines)[1], required, optional)
-    short_rows = 0
+    has_header = columns is None
+    if has_header:
+        columns = _header(path, *next(lines), required, optional)
+    if len(columns) == 1:  # a blank line would be an empty text
+        lines = _without_blank(path, lines)
+    short_rows, blank = 0, None  # the first of the blank lines that end the file, unless a row follows
     for number, line in lines:
         cells = line.split("\t")
         if len(cells) < len(columns) and short_rows < max_short_rows:
             short_rows += 1
-        elif len(cells) != len(columns):
+        elif len(columns) > 1 and _is_blank(line):
+            blank = blank or number
+        elif blank or len(cells) != len(columns):
+            number, found = (blank, 1) if blank else (number, len(cells))
             names = ", ".join(columns)
             raise InputError(
-                f"{path}: line {number}: got {len(cells)} tab-separated columns, expected {len(columns)} ({names})"
+                f"{path}: line {number}: got {found} tab-separated columns, expected {len(columns)} ({names})"
             )
+        elif has_header and _is_header(cells, columns):
+            raise InputError(f"{path}: line {number}: got the header again ({', '.join(columns)}), expected a row")
         else:
             yield number, dict(zip(columns, cells))
     if short_rows:
@@ -279,7 +298,8 @@ def class_index(where: str, label: str, index: dict[str, int]) -> int:
     """Return the index of a class name. Raises InputError, beginning with `where`, for a name that `index` lacks."""
     if label not in index:
         names = ", ".join(map(repr, itertools.islice(index, 10))) + (", ..." if len(index) > 10 else "")
-        raise InputError(f"{where}: got label {shorten(label)}, expected one of {names}")
+        same = [_two_ways(label, name) for name in index if _identity(name) == _identity(label)]
+        raise InputError(f"{where}: got label {shorten(label)}, expected one of {names}{''.join(same[:1])}")
     return index[label]
 
 
@@ -291,9 +311,9 @@ def parse_number(where: str, text: str) -> float:
     return value
 
 
-def shorten(value, width: int = 60) -> str:
-    """Return `repr(value)`, one line, cut to `width` characters."""
-    text = repr(value)
+def shorten(value, width: int = 60, written: Callable[[object], str] = repr) -> str:
+    """Return `written(value)`, one line, cut to `width` characters."""
+    text = written(value)
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
@@ -322,11 +342,38 @@ def _one_of(folder: Path, stem: str) -> Path:
     return check_file(found[0])
 
 
-def _header(path: str | Path, line: str, required: Sequence[str], optional: Sequence[str] | None) -> list[str]:
+def _is_blank(line: str) -> bool:
+    """Say whether a line is nothing but white space; one with a tab is a row of empty cells."""
+    return not line.strip() and "\t" not in line
+
+
+def _without_blank(path: str | Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not blank. The user is told of those between rows, which a count of lines includes."""
+    blank = between = 0
+    for number, line in lines:
+        if _is_blank(line):
+            blank += 1
+        else:
+            between, blank = between + blank, 0
+            yield number, line
+    if between:
+        _log.warning("%s: %d blank lines between the rows passed over", path, between)
+
+
+def _is_header(cells: list[str], columns: list[str]) -> bool:
+    """Say whether a row of several cells is the names of the columns again; a joined file may begin with its mark."""
+    return len(columns) > 1 and sorted([cells[0].removeprefix("\ufeff"), *cells[1:]]) == sorted(columns)
+
+
+def _header(
+    path: str | Path, number: int, line: str, required: Sequence[str], optional: Sequence[str] | None
+) -> list[str]:
     columns = line.split("\t")
     known = columns if optional is None else (*required, *optional)
     if not set(required) <= set(columns) <= set(known) or len(set(columns)) != len(columns):
-        raise InputError(f"{path}: line 1: got columns {shorten(columns)}, expected {_expected(required, optional)}")
+        raise InputError(
+            f"{path}: line {number}: got columns {shorten(columns)}, expected {_expected(required, optional)}"
+        )
     return columns
 
 
@@ -337,13 +384,13 @@ def _expected(required: Sequence[str], optional: Sequence[str] | None) -> str:
 
 def _json_rows(
     path: str | Path, lines: Iterator[tuple[int, str]], required: Sequence[str], optional: Sequence[str]
-) -> Iterator[tuple[int, dict[str, str]]]:
-    for number, line in lines:
+) -> Iterator[tuple[int, dict[str, str | int | float]]]:
+    for number, line in _without_blank(path, lines):
         where = f"{path}: line {number}"
         values = _json_object(where, line)
         if not set(required) <= set(values) <= {*required, *optional}:
             raise InputError(f"{where}: got keys {shorten(list(values))}, expected {_expected(required, optional)}")
-        yield number, {key: _json_string(where, key, value) for key, value in values.items()}
+        yield number, {key: _json_value(where, key, value) for key, value in values.items()}
 
 
 def _json_object(where: str, line: str) -> dict:
@@ -363,22 +410,57 @@ def _json_object(where: str, line: str) -> dict:
     return {key: item for key, item in value.items() if item is not None}
 
 
-def _json_string(where: str, key: str, value) -> str:
+def _json_value(where: str, key: str, value) -> str | int | float:
+    """Return the text that a value is, true and false as JSON writes them; a number that is a label stays one."""
     kinds = {"label": (str, int, float), "id": (str, int)}.get(key, (str,))
-    if not isinstance(value, kinds) or isinstance(value, bool):
+    if not isinstance(value, kinds) or (isinstance(value, bool) and key != "label"):
         raise InputError(f"{where}: got {key} {shorten(value)}, expected a string{' or a number' * (len(kinds) > 1)}")
-    text = str(value)
+    if key == "label" and type(value) in (int, float):
+        return value
+    text = json.dumps(value) if isinstance(value, bool) else str(value)
     if _NOT_TEXT.search(text):
         raise InputError(f"{where}: got a NUL or half a surrogate pair in {key}, expected text")
     return text
 
 
-def _label_name(where: str, name: str) -> str:
+def _label_name(where: str, label: str | int | float) -> str:
+    """Return the name of a label; that of a whole number has no fractional part (1.0 is "1", -0.0 is "0")."""
+    name = str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
     if not name or name != name.strip() or not name.isprintable():
-        raise InputError(f"{where}: got label {shorten(name)}, expected a name without space around it, or a number")
+        got = f"{where}: got label {shorten(name)}"
+        raise InputError(f"{got}, expected a name without space around it or invisible characters, or a number")
     if _NOT_FINITE.fullmatch(name):
         raise InputError(f"{where}: got label {shorten(name)}, expected a name or a finite number")
     return name
+
+
+def _identity(name: str) -> int | float | str:
+    """Return what a label is however it is written: the number, or the name in Unicode's form NFC."""
+    if not _NUMBER.fullmatch(name):
+        return unicodedata.normalize("NFC", name)
+    try:
+        return int(name)  # exact, and equal to a float of that value
+    except ValueError:
+        return float(name) if math.isfinite(float(name)) else name
+
+
+def _check_spelling(path: str | Path, names: Sequence[tuple[int, str]]) -> None:
+    """Raise InputError where two of the labels, each with its line, are one by `_identity`."""
+    lines: dict[str, int] = {}  # the first of each name
+    for number, name in names:
+        lines.setdefault(name, number)
+    found: dict[int | float | str, str] = {}
+    for name, number in lines.items():
+        other = found.setdefault(_identity(name), name)
+        if other != name:
+            where = f"{path}: line {number}: got label {shorten(name)} after {shorten(other)} in line {lines[other]}"
+            raise InputError(f"{where}, expected each label written in one way{_two_ways(name, other)}")
+
+
+def _two_ways(name: str, other: str) -> str:
+    """Say that two labels are one, in ASCII: forms of Unicode look alike."""
+    kind = "number" if _NUMBER.fullmatch(name) else "name in two forms of Unicode"
+    return f"; {shorten(name, written=ascii)} and {shorten(other, written=ascii)} are one {kind}"
 
 
 def _infer_labels(names: set[str], regression: bool | None) -> tuple[str, ...]:
