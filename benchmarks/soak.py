@@ -41,7 +41,7 @@ from progtuning.bert import build_model
 from progtuning.checkpoint import save_pretrained
 from progtuning.config import BertConfig
 from progtuning.errors import RunError
-from progtuning.resume import CHECKPOINTS, LOG
+from progtuning.resume import LOG, checkpoints_of, step_of, unfinished_checkpoints_of
 
 WORDS = "good fine great nice bad poor awful sad film story cast plot the a was is and very not".split()
 SAVE_EVERY, EPOCHS, ROWS, BATCH_SIZE = 4, 4, 96, 8  # 12 steps an epoch
@@ -169,7 +169,7 @@ def steps_done(folder: Path) -> int:
 
 def steps_saved(folder: Path) -> int:
     """Return the step of the newest checkpoint, 0 where there is none."""
-    return max((int(path.name[5:]) for path in folder.glob(f"{CHECKPOINTS}/step-*")), default=0)
+    return max((step_of(path.name) for path in checkpoints_of(folder)), default=0)
 
 
 def outcome(folder: Path) -> dict:
@@ -213,7 +213,7 @@ def soak(processes: Processes, folder: Path, kills: int, seed: int, kills_a_run:
             if status != -signal.SIGKILL:
                 break
             lost.append(steps_done(output) - steps_saved(output))
-            saving += any(output.glob(f"{CHECKPOINTS}/.step-*.tmp"))
+            saving += bool(unfinished_checkpoints_of(output))
         _check(status, folder / "log")
         found = outcome(output)
         ends.append(found == expected[variant])

@@ -382,7 +382,9 @@ def run_train(args: argparse.Namespace) -> None:
         summary = fine_tune(args.model, folder, splits, settings, device, output, args.merge, checkpoints, tell, world)
     if not world.is_main:
         return
-    write_text(Path(args.output_dir) / "README.md", report.card(summary))
+    card = Path(args.output_dir) / "README.md"
+    if not card.exists():  # of a finished run: its reader may have written more into it
+        write_text(card, report.card(summary))
     if args.json:
         print_json(summary)
         return

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from progtuning.errors import InputError, RunError
 # Larger than any settings, index or summary; what JSON holds takes up to 30 times its bytes in memory.
 MAX_JSON_BYTES = 1 << 23
 _MAX_DEPTH = 100  # of lists and objects within each other, well within what Python can compare, print and write again
+# What `replacing` calls its temporary files: a name of nobody else's, since a run removes those that it finds.
+_TEMPORARY = ".{name}.{process}.progtuning.tmp"
 
 
 class RepeatedKey(ValueError):
@@ -26,7 +29,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     refuses (full, read-only).
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(_TEMPORARY.format(name=path.name, process=os.getpid()))
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -36,6 +39,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise RunError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_of(name: str) -> str | None:
+    """Return the name of the file that a temporary file of `replacing` was to become; None for every other file."""
+    match = re.fullmatch(r"\.(.+)\.[0-9]+\.progtuning\.tmp", name, re.DOTALL)
+    return match and match[1]
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -41,7 +42,7 @@ from progtuning.data.text import Task
 from progtuning.data.tokenization import Tokenizer
 from progtuning.distributed import World
 from progtuning.errors import InputError, Interrupted, RunError
-from progtuning.files import check_new_folder, new_folder, read_json, write_json
+from progtuning.files import check_new_folder, new_folder, read_json, temporary_of, write_json
 
 RUN, LOG, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
 _TENSORS, _VALUES, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
@@ -148,8 +149,8 @@ class RunFolder:
 
     def _write(self, step: int, state: Mapping) -> None:
         state = {"run": self._digest, "trainer": state, "log_bytes": self.log.sync()}
-        write_checkpoint(self.path / CHECKPOINTS / f"step-{step:08d}", state)
-        for old in self._checkpoints()[: -self.options.keep]:
+        write_checkpoint(self.path / CHECKPOINTS / _checkpoint_name(step), state)
+        for old in [path for path in checkpoints_of(self.path) if step_of(path.name) <= step][: -self.options.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
     def restore(self, trainer) -> None:
@@ -179,7 +180,7 @@ class RunFolder:
 
         The log is brought to it, and what is damaged removed.
         """
-        found = self._checkpoints()
+        found = checkpoints_of(self.path)
         for checkpoint in reversed(found):
             try:
                 state = self._read(checkpoint)
@@ -198,14 +199,11 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove what a process that was killed had not finished writing."""
-        for checkpoint in self.path.glob(f"{CHECKPOINTS}/.*.tmp"):
-            shutil.rmtree(checkpoint, ignore_errors=True)
-        for file in self.path.glob(".*.tmp"):  # of `files.replacing`
-            file.unlink(missing_ok=True)
-
-    def _checkpoints(self) -> list[Path]:
-        """The checkpoints in the order of their steps."""
-        return sorted(self.path.glob(f"{CHECKPOINTS}/step-*"))
+        for folder in unfinished_checkpoints_of(self.path):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in self.path.glob(".*.tmp"):
+            if temporary_of(file.name) and file.is_file():
+                file.unlink(missing_ok=True)
 
     def _read(self, checkpoint: Path) -> dict:
         state = read_checkpoint(checkpoint)
@@ -220,6 +218,28 @@ class RunFolder:
 
     def __exit__(self, *error) -> None:
         self.log.close()
+
+
+def _checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """Return the step of the checkpoint that is called exactly so; None for other names, as of a person's copy."""
+    match = re.fullmatch("step-([0-9]{8,})", name)
+    return int(match[1]) if match and name == _checkpoint_name(int(match[1])) else None
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """Return the checkpoints in the output folder of a run, in the order of their steps."""
+    found = [path for path in run.glob(f"{CHECKPOINTS}/step-*") if step_of(path.name) is not None and path.is_dir()]
+    return sorted(found, key=lambda path: step_of(path.name))
+
+
+def unfinished_checkpoints_of(run: Path) -> list[Path]:
+    """Return the folders in which `write_checkpoint` was writing when it was killed, or is writing now."""
+    found = run.glob(f"{CHECKPOINTS}/.step-*.tmp")
+    return [path for path in found if step_of(path.name[1:].removesuffix(".tmp")) is not None and path.is_dir()]
 
 
 def is_run(path: str | Path) -> bool:
@@ -244,7 +264,7 @@ def _is_blank(path: Path) -> bool:
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     log = path / LOG
     is_empty = not log.exists() or log.stat().st_size == 0
-    return is_empty and all(name == LOG or name.startswith(f".{RUN}.") for name in names)
+    return is_empty and all(name == LOG or temporary_of(name) == RUN for name in names)
 
 
 def _check_same(found: object, ours: Mapping, folder: Path) -> None:

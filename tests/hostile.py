@@ -237,7 +237,7 @@ class Sandbox:
 
     def allows(self, path: str) -> bool:
         """Say whether the program may write at `path`, which is perhaps the temporary name of a file."""
-        path = re.sub(r"/\.([^/]+)\.\d+\.tmp$", r"/\1", path)
+        path = re.sub(r"/\.([^/]+)\.\d+\.progtuning\.tmp$", r"/\1", path)
         inside = [*(self.root / name for name in ("cache", "temporary", "out")), self.root.parent / "hub-cache"]
         inside.append(self.files / "run" / "metrics.jsonl")  # the log of the run that --resume goes on with
         if path.startswith(("/dev/", "/proc")) or "__pycache__" in path:

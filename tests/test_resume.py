@@ -17,7 +17,7 @@ from progtuning.config import CheckpointConfig, DPSConfig, PeftConfig
 from progtuning.data.squad import Answer, Question, SquadRows, Window
 from progtuning.data.tokenization import Encoding
 from progtuning.errors import InputError, Interrupted, RunError
-from progtuning.files import MAX_JSON_BYTES
+from progtuning.files import MAX_JSON_BYTES, replacing
 from progtuning.peft import apply_peft
 from progtuning.resume import (
     CHECKPOINTS,
@@ -25,9 +25,11 @@ from progtuning.resume import (
     RunFolder,
     RunLog,
     StopSignals,
+    checkpoints_of,
     random_states,
     read_checkpoint,
     set_random_states,
+    step_of,
     warn,
     write_checkpoint,
 )
@@ -200,9 +202,74 @@ def test_what_a_killed_write_leaves_is_no_checkpoint_and_is_cleared_away(tmp_pat
     train(tmp_path / "run", EVERY)
     half = tmp_path / "run" / CHECKPOINTS / ".step-00000010.tmp"
     shutil.copytree(tmp_path / "run" / CHECKPOINTS / "step-00000009", half)
-    (tmp_path / "run" / ".model.safetensors.123.tmp").write_bytes(b"half")
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "run" / "model.safetensors") as temporary:
+        temporary.write_bytes(b"half")
+        temporary.rename(tmp_path / "kept")  # so that it is not removed, as where the process is killed
+        raise KeyboardInterrupt
+    (tmp_path / "kept").rename(temporary)
     train(tmp_path / "run", replace(EVERY, resume=True))
     assert not half.exists() and not list((tmp_path / "run").glob(".*"))
+
+
+# Names that a person may give to a copy of a checkpoint; the product writes none of them.
+COPIES = ("best", "00000004-good", "9", "000000004", "00000004.bak", "00000004.tmp", "0000000\u0664", "-0000004", "")
+
+
+def test_a_persons_copies_of_checkpoints_are_neither_resumed_from_nor_counted_nor_deleted(tmp_path, capsys):
+    whole = train(tmp_path / "run", EVERY)
+    checkpoints = tmp_path / "run" / CHECKPOINTS
+    copies = {f"step-{name}" for name in COPIES} | {".step-best.tmp", ".step-9.tmp", ".notes.tmp"}
+    for name in copies:
+        shutil.copytree(checkpoints / "step-00000004", checkpoints / name)
+    (checkpoints / "step-00000099").write_text("notes on step 99")
+    for step in (8, 9):
+        shutil.rmtree(checkpoints / f"step-{step:08d}")
+    resumed = train(tmp_path / "run", CheckpointConfig(save_every=1, keep=2, resume=True))
+    err = capsys.readouterr().err
+    assert f"Resumed from {checkpoints / 'step-00000007'}: step 7 of 9" in err and "passed over" not in err
+    assert {path.name for path in checkpoints.iterdir()} == {"step-00000008", "step-00000009", "step-00000099", *copies}
+    assert all(read_checkpoint(checkpoints / name) for name in copies)
+    assert all(torch.equal(weights(resumed.model)[name], tensor) for name, tensor in weights(whole.model).items())
+
+
+def test_a_newer_checkpoint_put_among_them_costs_none_of_the_runs_own(tmp_path):
+    run = build()
+    with RunFolder(tmp_path / "run", CheckpointConfig(save_every=1, keep=1), dict) as held:
+        (tmp_path / "run" / CHECKPOINTS / "step-00000099").mkdir(parents=True)
+        run.fit(after_step=lambda ends: held.save(run))
+    assert sorted(path.name for path in (tmp_path / "run" / CHECKPOINTS).iterdir()) == [
+        "step-00000009",
+        "step-00000099",
+    ]
+
+
+def test_checkpoints_stand_in_the_order_of_their_steps_also_where_these_have_more_digits(tmp_path):
+    for step in (99_999_999, 100_000_000, 7, 1_000_000_000):
+        (tmp_path / CHECKPOINTS / f"step-{step:08d}").mkdir(parents=True)
+    assert [step_of(path.name) for path in checkpoints_of(tmp_path)] == [7, 99_999_999, 100_000_000, 1_000_000_000]
+
+
+def test_hidden_files_that_the_run_did_not_write_are_left_alone(tmp_path):
+    train(tmp_path / "run", EVERY)
+    names = (".notes.tmp", ".model.tmp", ".model.safetensors.123.tmp", ".progtuning.tmp", ".run.json.progtuning.tmp")
+    for name in names:
+        (tmp_path / "run" / name).write_text("precious")
+    (tmp_path / "run" / ".run.json.7.progtuning.tmp").mkdir()
+    train(tmp_path / "run", replace(EVERY, resume=True))
+    assert all((tmp_path / "run" / name).read_text() == "precious" for name in names)
+    assert (tmp_path / "run" / ".run.json.7.progtuning.tmp").is_dir()
+
+
+def test_what_a_run_left_that_was_killed_at_its_very_start_is_no_obstacle_and_a_persons_file_is(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOG).touch()
+    (tmp_path / "run" / ".run.json.7.progtuning.tmp").touch()
+    with RunFolder(tmp_path / "run", CheckpointConfig(resume=True), dict):
+        pass
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".run.json.bak").touch()
+    with pytest.raises(InputError, match="with files in it and no run.json"):
+        RunFolder(tmp_path / "other", CheckpointConfig(resume=True), dict)
 
 
 def test_a_checkpoint_gives_back_every_kind_of_value(tmp_path):
@@ -345,6 +412,8 @@ def test_train_resume_ends_as_the_run_that_was_not_stopped(stopped, tiny_folder,
 
 def test_a_finished_run_resumed_says_so_and_changes_nothing(stopped, tiny_folder, tiny_task, tmp_path):
     shutil.copytree(stopped.parent / "whole", tmp_path / "run")
+    with open(tmp_path / "run" / "README.md", "a") as card:
+        card.write("\nWhat its reader has added.\n")
 
     def files() -> dict[str, bytes]:
         return {str(path): path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

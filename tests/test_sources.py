@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import stat
 import struct
@@ -797,16 +798,21 @@ def test_a_run_that_is_killed_leaves_nothing_that_a_later_one_trusts(index, hub)
     assert kind == "path" and contents(folder) == MODEL
 
 
-def test_what_a_killed_run_left_is_removed_a_day_later_and_not_before(index):
+def test_what_a_killed_run_left_is_removed_a_day_later_and_not_before_and_nothing_else(index):
     make_wheel(index, "pack", MODEL)
     places = index.parent / "cache" / "pypi"
-    for name, age in ((".partial-old", 25 * 3600), (".partial-new", 23 * 3600)):
+    kept = {".partial-a_0new00": 23, ".partial-of-mine": 25, ".partial-": 25}
+    for name, hours in {".partial-a_0old00": 25, **kept}.items():
         (places / name / "downloaded").mkdir(parents=True)
-        os.utime(places / name, (time.time() - age,) * 2)
+        os.utime(places / name, (time.time() - hours * 3600,) * 2)
+    file = places / ".partial-my_file0"
+    file.touch()
+    os.utime(file, (0, 0))
     model_folder("pypi:pack==1.0")
-    assert not (places / ".partial-old").exists() and (places / ".partial-new").exists()
-    (places / ".partial-new" / "downloaded").rmdir()
-    (places / ".partial-new").rmdir()
+    assert {path.name for path in places.glob(".*")} == {*kept, file.name}
+    for name in kept:
+        shutil.rmtree(places / name)
+    file.unlink()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), MemoryError()])
