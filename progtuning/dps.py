@@ -13,6 +13,10 @@ windows 2, 4, 6, ... train in every matrix the ceil((1 - p) n_out n_in) entries 
             score += g^2, times kept += 1 for them                (the exponential from 50 steps a window on)
             forward: the other columns as in W0                   forward: the other entries as at the window's start
 
+Entries that tie with the lowest of them train too, as in the authors' code (ZhangHaojie077/DPS, grads_ops.py in
+transformers/DPSDense and DPSMix). So where fewer have a score than are to train, as mix leaves it after a window of one
+step that drew few columns, the whole matrix trains.
+
 "As in" is Mixout's mixture (Lee et al. 2020, arXiv 1909.11299), whose expectation is W:
 
     M = ((1 - m) target + m W - p target) / (1 - p),    m 1 where kept
@@ -189,7 +193,7 @@ class DPS:
                 if self.window >= EXPONENTIAL_FROM:
                     score = score * torch.exp(-times_kept / self.window)
                 self.start[name] = self.weights[name].clone()
-            self.kept[name] = highest(score, num_kept(score.numel(), self.p))
+            self.kept[name] = score >= threshold(score, num_kept(score.numel(), self.p))
         self.score.clear()
         self.times_kept.clear()
 
@@ -218,12 +222,9 @@ def num_kept(size: int, p: Fraction) -> int:
     return size - int(p * size)
 
 
-def highest(score: Tensor, count: int) -> Tensor:
-    """Return a bool mask of exactly the `count` highest entries; of equal ones, those that come first in memory."""
-    threshold = score.flatten().kthvalue(score.numel() - count + 1).values
-    above, tied = score > threshold, score == threshold
-    room = count - above.sum()
-    return above | (tied & (tied.flatten().cumsum(0).view_as(tied) <= room))
+def threshold(score: Tensor, count: int) -> Tensor:
+    """Return the lowest of the `count` highest entries, ()."""
+    return score.flatten().kthvalue(score.numel() - count + 1).values
 
 
 def _add(sums: dict[str, Tensor], name: str, term: Tensor) -> None:
