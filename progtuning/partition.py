@@ -8,8 +8,10 @@ The paper gives every part floor(L / T) blocks and does not say where a remainde
     b_t = floor(t * L / T),  t = 0 .. T,        part t (1-based) = blocks b_{t-1} .. b_t - 1,
 
 which is floor(L / T) a part where T divides L, lets parts differ by at most one block where it does not, and leaves
-some parts empty where T > L. The LoRA and BitFit cells of the paper's Table 3 (L = 12; T = 8, 10, 25, 30, 40, 60, 80)
-follow from this rule, and none of them from the literal floor(L / T).
+some parts empty where T > L. The LoRA cells of the paper's Table 3 (L = 12; T = 25, 30, 40, 60, 80) follow from this
+rule, and none of them from the literal floor(L / T), of no block a part. Its BitFit cells, 0.5 and 0.6 million (T = 8,
+10), follow from this rule by rounding (0.49, 0.61), from the literal floor, of one block a part, only by cutting off
+(0.593, 0.657).
 
 Worked example, L = 12 and T = 3. The shrinking stages of Eq. 3 train the parts t .. T:
 

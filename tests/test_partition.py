@@ -9,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from progtuning import partition
+from progtuning.accounting import updated_parameters
+from progtuning.config import ARCHITECTURES, PeftConfig
 from progtuning.partition import boundaries, parts
+from progtuning.stages import Schedule, Stage, make_schedule
 
 num_blocks = st.integers(1, 200)
 num_parts = st.integers(1, 300)
@@ -61,6 +64,34 @@ def test_counts_below_one_are_refused_by_name(L, T):
 def test_what_is_not_an_integer_is_refused_by_name(L, T):
     with pytest.raises(TypeError, match="must be an integer, got"):
         boundaries(L, T)
+
+
+def literal(num_blocks: int, num_parts: int) -> Schedule:
+    """The shrinking schedule of the literal Eq. 2: each epoch freezes floor(L / T) blocks more."""
+    size = num_blocks // num_parts
+    return Schedule("", "never", tuple(Stage(t, num_blocks, t * size, False) for t in range(num_parts)))
+
+
+@pytest.mark.parametrize("num_epochs, classes, printed", [(80, 2, 60.2), (60, 2, 45.1), (40, 1, 30.1), (25, 2, 18.9)])
+def test_lora_cells_of_table_3_follow_from_this_rule_and_not_from_the_literal_floor(num_epochs, classes, printed):
+    head = ("classification", ("a", "b")) if classes == 2 else ("regression", ())
+    config, lora = ARCHITECTURES["roberta-base"].with_head(*head), PeftConfig("lora")
+    ours = updated_parameters(config, make_schedule("shrinking", 12, num_epochs), num_epochs, lora) / 1e6
+    assert ours == pytest.approx(printed, abs=0.1)
+    floor = updated_parameters(config, literal(12, num_epochs), num_epochs, lora)
+    assert floor == updated_parameters(config, make_schedule("full", 12, 1), num_epochs, lora) > 1.1e6 * printed
+
+
+@pytest.mark.parametrize("num_epochs, printed, ours, floor", [(8, 0.5, 0.49, 0.593), (10, 0.6, 0.61, 0.657)])
+def test_bitfit_cells_of_table_3_are_ours_rounded_and_the_literal_floors_cut_off(num_epochs, printed, ours, floor):
+    config, bitfit = ARCHITECTURES["bert-base-uncased"].with_head("classification", ("a", "b")), PeftConfig("bitfit")
+    schedules = make_schedule("shrinking", 12, num_epochs, "never"), literal(12, num_epochs)
+    by_rule, by_floor = (updated_parameters(config, schedule, num_epochs, bitfit) / 1e6 for schedule in schedules)
+    assert (round(by_rule, 2), round(by_floor, 3)) == (ours, floor)
+    assert round(by_rule, 1) == printed != round(by_floor, 1)
+    assert int(10 * by_floor) / 10 == printed
+    for words in (f"{ours:g}", f"{floor:g}"):
+        assert words in partition.__doc__
 
 
 @pytest.mark.parametrize("module", ["partition", "stages"])
