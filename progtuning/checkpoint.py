@@ -231,6 +231,7 @@ def _load_lora(model: Model, config_path: Path, path: Path) -> PeftConfig:
         keys = _internal_names(file.tensors.keys(), model.config, path, prefix=_LORA_PREFIX)
         settings = {key: values.get(key) for key in ("lora_alpha", "lora_dropout")}
         settings |= {"method": "lora", "lora_r": values.get("r"), "lora_targets": _lora_targets(keys, path)}
+        settings["lora_pooler"] = _POOLER in keys  # peft trains what it saves
         peft, held = _method(settings, model.config, keys, config_path)
         if not values.get("modules_to_save") and all("lora_" in name for name in keys):
             held = {name: shape for name, shape in held.items() if "lora_" in name}  # the head is the base's

@@ -126,7 +126,7 @@ def build_parser() -> Parser:
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output-dir")
     train.add_argument("--max-train-rows", type=int, metavar="N", help="train on a sample of N rows")
     train.add_argument(
-        "--recipe", choices=("paper",), help="the values of the method's authors for all options not given"
+        "--recipe", choices=("paper",), help="for all options not given what the method's authors have, and E always"
     )
     train.add_argument(
         "--merge", action="store_true", help="write a whole model, the PEFT method's update merged into it"
@@ -223,7 +223,9 @@ OPTIONS = {
         ("batch-tokens", "batch_tokens", "instead, tokens an optimizer step, padding included"),
         ("accumulation-steps", "accumulation_steps", "pieces that a batch is processed in, to save memory"),
         ("lr", "lr", "peak learning rate"),
+        ("lr-schedule", "lr_schedule", "linear, which falls to 0 after the warm-up, or constant"),
         ("weight-decay", "weight_decay", "AdamW's decay of weights, not of biases and LayerNorms"),
+        ("adam-epsilon", "adam_epsilon", "AdamW's epsilon"),
         ("warmup", "warmup", "share of the steps in which the learning rate rises"),
         ("max-grad-norm", "max_grad_norm", "clip the gradient's norm; 0 does not"),
         ("max-length", "max_length", "tokens a sequence (128, of SQuAD 384, or what the model takes)"),
@@ -246,10 +248,13 @@ OPTIONS = {
         ("adapter-size", "adapter_size", "width of the bottleneck"),
         ("adapter-activation", "adapter_activation", "gelu, gelu_new or relu"),
         ("adapter-layer-norms", "adapter_layer_norms", "train the blocks' LayerNorms with the adapters"),
+        ("adapter-embedding-layer-norm", "adapter_embedding_layer_norm", "and E's, in the stages that train E"),
+        ("adapter-init-std", "adapter_init_std", "deviation of the weights at the start"),
         ("lora-r", "lora_r", "rank"),
         ("lora-alpha", "lora_alpha", "the update is scaled by alpha / r"),
         ("lora-dropout", "lora_dropout", "dropout before A"),
         ("lora-targets", "lora_targets", f"comma-separated, of {', '.join(BLOCK_LINEARS)}"),
+        ("lora-pooler", "lora_pooler", "train BERT's pooler with the head"),
         ("bitfit-biases", "bitfit_biases", "all, or query,intermediate"),
         ("spafit-bounds", "spafit_bounds", "N1,N2, or 4-9 or 4-14 (of 24 blocks) (4-9)"),
     ),
@@ -301,9 +306,9 @@ def split_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
 
-def train_config(args: argparse.Namespace, num_blocks: int, task: str | None = None) -> TrainConfig:
+def train_config(args: argparse.Namespace, num_blocks: int, task: str | None = None, num_rows: int = 0) -> TrainConfig:
     """Build the settings from the options given. Where none is given, the task's own values stand, and with
-    `--recipe paper` the authors' before them."""
+    `--recipe paper` the authors' for `num_rows` training rows before them."""
     given = {
         settings: {field: getattr(args, option) for option, field, _ in options if hasattr(args, option)}
         for settings, options in OPTIONS.items()
@@ -318,7 +323,7 @@ def train_config(args: argparse.Namespace, num_blocks: int, task: str | None = N
         given[TrainConfig]["cache_limit"] = parse_size("--cache-limit", given[TrainConfig]["cache_limit"])
     peft, dps = PeftConfig(**given[PeftConfig]), DPSConfig(**given[DPSConfig])
     if getattr(args, "recipe", None) == "paper":
-        values = recipe(peft.method, task, dps.mode)
+        values = recipe(peft.method, task, dps.mode, num_rows, given[TrainConfig])
         dps_values = {key.removeprefix("dps_"): value for key, value in values.items() if key.startswith("dps_")}
         for settings, known in ((TrainConfig, values), (PeftConfig, values), (DPSConfig, dps_values)):
             names = {field.name for field in fields(settings)}
@@ -375,7 +380,8 @@ def run_train(args: argparse.Namespace) -> None:
         splits = world.first_alone(lambda: load_splits(args.task, args.data))
         with world.agreed():
             num_blocks = BertConfig.from_json(folder / "config.json").num_hidden_layers
-            settings = train_config(args, num_blocks, args.task)
+            num_rows = min(len(splits.train), args.max_train_rows or len(splits.train))
+            settings = train_config(args, num_blocks, args.task, num_rows)
             if args.max_train_rows is not None:
                 splits = limit_train(splits, args.max_train_rows, settings.seed)
         output, tell = args.output_dir, say if world.is_main else lambda text: None

@@ -1,4 +1,4 @@
-"""The optimizer: torch's AdamW with BERT's parameter groups, and one linear learning-rate schedule over all stages."""
+"""The optimizer: torch's AdamW with BERT's parameter groups, and one learning-rate schedule over all stages."""
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +15,25 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.01) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, lr: float, weight_decay: float = 0.01, epsilon: float = 1e-8
+) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019), torch's fused kernel, over what requires a gradient in `model` now."""
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, eps=epsilon, fused=True)
 
 
-def linear_schedule(optimizer: torch.optim.Optimizer, num_steps: int, warmup_steps: int) -> LambdaLR:
-    """Rise linearly from 0 over `warmup_steps` optimizer steps, then fall linearly to 0 at step `num_steps`."""
+def learning_rate_schedule(
+    optimizer: torch.optim.Optimizer, num_steps: int, warmup_steps: int, shape: str = "linear"
+) -> LambdaLR:
+    """Rise linearly from 0 over `warmup_steps` optimizer steps; then fall linearly to 0 at step `num_steps`, or stay.
+
+    `shape` is one of config.LR_SCHEDULES: "linear" falls, "constant" stays.
+    """
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return step / warmup_steps
-        return max(0.0, (num_steps - step) / max(1, num_steps - warmup_steps))
+        return 1.0 if shape == "constant" else max(0.0, (num_steps - step) / max(1, num_steps - warmup_steps))
 
     return LambdaLR(optimizer, factor)
 

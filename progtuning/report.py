@@ -126,11 +126,12 @@ def paper_table(rows: Iterable[dict]) -> str:
     rows = list(rows)
     words = {True: "yes", False: "no", None: "not printed"}
     cells = [
-        [row["table"], row["row"], row["task"], row["epochs"], f"{row['ours']:.2f}", row["paper"], words[row["agrees"]]]
+        [*(row[key] for key in ("table", "row", "model", "task", "epochs")), f"{row['ours']:.2f}", row["paper"]]
+        + [words[row["agrees"]]]
         for row in rows
     ]
     notes = dict.fromkeys(f"{row['row']}: {row['note']}." for row in rows if "note" in row)
-    header = ["where", "row", "task", "epochs", "ours, M", "paper, M", "agrees"]
+    header = ["where", "row", "model", "task", "epochs", "ours, M", "paper, M", "agrees"]
     return "\n".join([table(header, cells), *(["", *notes] if notes else [])])
 
 
@@ -150,7 +151,8 @@ def card(summary: dict) -> str:
             "",
             f"Schedule {settings['schedule']} in {len(summary['stages'])} stages over {settings['epochs']} epochs, "
             f"embeddings {settings['embeddings']}, {summary['train_rows']:,} training rows, batch {batch}, "
-            f"learning rate {settings['lr']:g}, seed {settings['seed']}, {settings['precision']}, "
+            f"learning rate {settings['lr']:g} ({settings['lr_schedule']}), seed {settings['seed']}, "
+            f"{settings['precision']}, "
             f"on {summary['device']}.",
             "",
             table(["metric", "value"], metrics),

@@ -27,7 +27,7 @@ from progtuning.dps import DPS
 from progtuning.engine import EMBEDDINGS, StageEngine, compile_blocks, unit_of
 from progtuning.errors import InputError, RunError
 from progtuning.measure import Clock, peak_bytes, reset_peak_bytes
-from progtuning.optim import FiniteCheck, build_optimizer, linear_schedule
+from progtuning.optim import FiniteCheck, build_optimizer, learning_rate_schedule
 from progtuning.resume import random_states, set_random_states
 from progtuning.stages import AdaptiveSchedule, Stage, embeddings_train, make_schedule
 from progtuning.unpad import unpad
@@ -135,10 +135,10 @@ class Trainer:
         self.schedule = make(self.model.num_blocks, settings.num_stages, settings.embeddings)
         self.batches = make_batches(self.data.lengths, settings)
         self.num_steps = settings.epochs * len(self.batches)
-        self.optimizer = build_optimizer(self.model, settings.lr, settings.weight_decay)
+        self.optimizer = build_optimizer(self.model, settings.lr, settings.weight_decay, settings.adam_epsilon)
         # The first step of a warm-up has the learning rate 0: a run of one step would train nothing.
         warmup_steps = math.ceil(settings.warmup * self.num_steps) if self.num_steps > 1 else 0
-        self.lr_schedule = linear_schedule(self.optimizer, self.num_steps, warmup_steps)
+        self.lr_schedule = learning_rate_schedule(self.optimizer, self.num_steps, warmup_steps, settings.lr_schedule)
         self.dps = DPS(self.model, settings.dps, self.num_steps, settings.seed) if settings.dps.mode != "off" else None
         self.engine = StageEngine(self.model, self.optimizer, settings.drops_out_prefix)
         self.engine.cache = self.open_cache()

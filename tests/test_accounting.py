@@ -91,8 +91,10 @@ def pefts(draw, config: BertConfig) -> PeftConfig:
         adapter_size=draw(st.integers(1, 3)),
         adapter_activation=draw(st.sampled_from(tuple(ACTIVATIONS))),
         adapter_layer_norms=draw(st.booleans()),
+        adapter_embedding_layer_norm=draw(st.booleans()),
         lora_r=draw(st.integers(1, min(config.hidden_size, config.intermediate_size))),
         lora_dropout=draw(st.sampled_from((0.0, 0.25))),
+        lora_pooler=draw(st.booleans()),
         lora_targets=tuple(sorted(draw(st.sets(st.sampled_from(tuple(BLOCK_LINEARS)), min_size=1)))),
         bitfit_biases=draw(st.sampled_from(("all", "query,intermediate"))),
         spafit_bounds=draw(st.none() | st.just(tuple(bounds))),
@@ -256,6 +258,17 @@ def test_lora_trains_its_two_matrices_and_the_classifier_but_not_the_pooler():
     assert trainable_of(PeftConfig("lora", lora_r=4)) == {"E": set(), **dict.fromkeys("012", matrices), "H": CLASSIFIER}
 
 
+def test_by_option_lora_trains_berts_pooler_too():
+    trained = trainable_of(PeftConfig("lora", lora_r=4, lora_pooler=True))
+    assert trained["H"] == CLASSIFIER | {"pooler.dense.weight", "pooler.dense.bias"} and trained["E"] == set()
+
+
+def test_by_option_adapters_train_the_layer_norm_of_the_embeddings_too():
+    trained = trainable_of(PeftConfig("adapter", adapter_layer_norms=False, adapter_embedding_layer_norm=True))
+    assert trained["E"] == {"LayerNorm.weight", "LayerNorm.bias"}
+    assert not any("LayerNorm" in name for name in trained["0"])
+
+
 def test_adapters_train_with_the_layer_norms_of_the_blocks_by_option():
     adapters = {
         f"{place}.adapter.{layer}.{kind}"
@@ -372,18 +385,46 @@ def test_every_paper_row_agrees_but_adapter_with_progtuning_which_says_why():
     rows = paper_rows()
     assert len(rows) == 2 * len(FIGURES)
     assert {frozenset(row) - {"note"} for row in rows} == {
-        frozenset(("table", "row", "task", "epochs", "ours", "paper", "agrees"))
+        frozenset(("table", "row", "model", "task", "epochs", "ours", "paper", "agrees"))
     }
     assert {(row["row"], row["epochs"]) for row in rows if row["agrees"] is False} == {
         ("Adapter + Progtuning", 16),
         ("Adapter + Progtuning", 20),
     }
     for row in rows:
-        assert ("note" in row) == (row["agrees"] is False)
+        assert ("note" in row) == (row["agrees"] is False or row["row"].startswith("LoRA"))
         if row["paper"] is None:
             assert row["agrees"] is None
         else:
             assert row["agrees"] == (abs(row["ours"] - row["paper"]) <= 0.1)
+
+
+def test_every_paper_row_names_the_model_that_its_figure_is_of():
+    models = {row["row"].removesuffix(" + Progtuning"): row["model"] for row in paper_rows()}
+    assert models == {
+        "bert-base": "bert-base-uncased",
+        "bert-large": "bert-large-uncased",
+        "roberta-base": "roberta-base",
+        "Adapter": "bert-base-uncased",
+        "BitFit": "bert-base-uncased",
+        "LoRA": "roberta-base",
+    }
+
+
+def test_the_lora_rows_are_bert_bases_where_its_pooler_trains_and_are_not_where_it_does_not():
+    for row in paper_rows():
+        if not row["row"].startswith("LoRA"):
+            continue
+        classes = {"MNLI": 3, "STS-B": 1}.get(row["task"], 2)
+        config = BERT_BASE.with_head("classification" if classes > 1 else "regression", ("a", "b", "c")[:classes])
+        schedule = make_schedule("shrinking" if "Progtuning" in row["row"] else "full", 12, row["epochs"], "always")
+        counted, plain = (
+            updated_parameters(config, schedule, row["epochs"], PeftConfig("lora", lora_pooler=pooler)) / 1e6
+            for pooler in (True, False)
+        )
+        assert counted == row["ours"]
+        assert plain < 0.6 * row["paper"]
+        assert "--lora-pooler" in row["note"]
 
 
 def test_no_equal_division_gives_adapter_with_progtuning_less_than_half():

@@ -7,10 +7,11 @@ from torch.nn import functional as F
 
 from progtuning.bert import Model
 from progtuning.config import ARCHITECTURES, PeftConfig
+from progtuning.engine import StageEngine
 from progtuning.errors import InputError
 from progtuning.optim import build_optimizer
 from progtuning.peft import apply_peft
-from progtuning.peft.adapter import Adapter
+from progtuning.stages import EMBEDDING_POLICIES, Stage, embeddings_train
 from tests.models import gradients, tiny_batch, tiny_model
 
 ACTIVATIONS = {"gelu": nn.GELU(), "gelu_new": nn.GELU(approximate="tanh"), "relu": nn.ReLU()}
@@ -74,12 +75,14 @@ def test_the_start_is_near_the_base_model_but_both_projections_are_drawn():
     assert 0 < difference < 1e-2
 
 
-def test_projections_start_as_a_normal_of_deviation_a_hundredth_cut_at_two_deviations_and_biases_at_zero():
-    adapter = Adapter(400, 100, "gelu", torch.Generator().manual_seed(0))
-    for layer in (adapter.down, adapter.up):
-        assert 0.0199 < layer.weight.abs().max() <= 0.02
-        assert layer.weight.std().item() == pytest.approx(0.87963e-2, rel=0.02)  # of a normal cut at 2 deviations
-        assert abs(layer.weight.mean().item()) < 2e-4
+@pytest.mark.parametrize("changes, std", [({}, 1e-2), ({"adapter_init_std": 1e-3}, 1e-3)])
+def test_projections_start_as_a_normal_of_the_deviation_cut_at_two_deviations_and_biases_at_zero(changes, std):
+    model = tiny_model(hidden_size=400)
+    apply_peft(model, PeftConfig("adapter", adapter_size=100, **changes))
+    for layer in (model.encoder.layer[1].output.adapter.down, model.encoder.layer[2].attention.output.adapter.up):
+        assert 1.99 * std < layer.weight.abs().max() <= 2 * std
+        assert layer.weight.std().item() == pytest.approx(0.87963 * std, rel=0.02)  # of a normal cut at 2 deviations
+        assert abs(layer.weight.mean().item()) < 0.02 * std
         assert not layer.bias.any()
 
 
@@ -108,6 +111,22 @@ def test_a_step_moves_adapters_and_head_and_by_option_the_blocks_layer_norms_and
     assert moved == expected == set(gradients(model))
 
 
+@pytest.mark.parametrize("policy", EMBEDDING_POLICIES)
+@pytest.mark.parametrize("boundary", [0, 2, 4])
+def test_by_option_the_layer_norm_of_the_embeddings_trains_where_the_embeddings_do_and_then_nothing_is_cut(
+    policy, boundary
+):
+    peft = PeftConfig("adapter", adapter_size=2, adapter_embedding_layer_norm=True)
+    model = tiny_model()
+    apply_peft(model, peft)
+    engine, trains = StageEngine(model), embeddings_train(policy, boundary)
+    engine.enter(Stage(0, 4, boundary, trains))
+    engine(**tiny_batch(model.config)).sum().backward()
+    of_embeddings = {name for name in gradients(model) if name.startswith("embeddings.")}
+    assert of_embeddings == ({"embeddings.LayerNorm.weight", "embeddings.LayerNorm.bias"} if trains else set())
+    assert engine.cut == (None if trains else boundary)
+
+
 def test_bert_base_with_a_bottleneck_of_48_has_1789056_adapter_parameters():
     with torch.device("meta"):
         model = Model(ARCHITECTURES["bert-base-uncased"].with_head("classification", ("no", "yes")))
@@ -123,6 +142,7 @@ def test_bert_base_with_a_bottleneck_of_48_has_1789056_adapter_parameters():
     [
         ({"adapter_size": 0}, "--adapter-size must be an integer in 1..65536, got 0"),
         ({"adapter_size": 10**12}, "--adapter-size must be an integer in 1..65536"),
+        ({"adapter_init_std": 0}, "--adapter-init-std must be a number in 1e-08..1, got 0"),
         ({"adapter_activation": "swish"}, "--adapter-activation must be one of gelu, gelu_new, relu, got 'swish'"),
     ],
 )

@@ -287,12 +287,52 @@ def test_a_recipe_sets_what_is_not_given_and_nothing_else(tiny_folder, tiny_task
     assert status == 0, err
     settings = json.loads(out)["settings"]
     assert {key: settings[key] for key in ("lr", "batch_size", "epochs")} == {"lr": 1e-3, "batch_size": 8, "epochs": 2}
+    assert (settings["lr_schedule"], settings["adam_epsilon"], settings["warmup"]) == ("constant", 1e-6, 0)
+    assert "learning rate 0.001 (constant)" in (tmp_path / "bitfit" / "README.md").read_text()
     arguments = ["--recipe", "paper", "--dps", "dense", "--dps-p", "0.4", "--epochs", "5", "--max-length", "16"]
     status, out, err = call("train", *task, *arguments, "--output-dir", tmp_path / "dps")
     assert status == 0, err
     settings = json.loads(out)["settings"]
     assert settings["dps"] == {"mode": "dense", "p": 0.4, "update_ratio": 0.05}
     assert (settings["batch_size"], settings["hidden_dropout_prob"]) == (16, 0.0)
+
+
+@pytest.mark.parametrize("rows, dropout", [("48", 0.0), ("64", 0.1)])  # 6 and 8 steps
+def test_the_recipe_of_dps_counts_the_steps_over_the_rows_that_train(
+    rows, dropout, tiny_folder, tiny_task, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("progtuning.config._DPS_DENSE_DROPS_OUT_FROM", 8)
+    task = ["--model", tiny_folder, "--task", "classification", "--data", tiny_task, "--max-train-rows", rows, "--json"]
+    options = [
+        "--recipe",
+        "paper",
+        "--dps",
+        "dense",
+        "--dps-update-ratio",
+        "0.5",
+        "--epochs",
+        "2",
+        "--max-length",
+        "16",
+    ]
+    status, out, err = call("train", *task, *options, "--output-dir", tmp_path / "run")
+    assert status == 0, err
+    assert json.loads(out)["settings"]["hidden_dropout_prob"] == dropout
+
+
+@pytest.mark.parametrize("schedule", ["shrinking", "without-low-blocks", "growing"])
+def test_the_recipe_trains_e_in_every_stage_as_the_paper_and_in_its_ablations_too(
+    schedule, tiny_folder, tiny_task, tmp_path
+):
+    task = ["--model", tiny_folder, "--task", "classification", "--data", tiny_task, "--max-train-rows", "64", "--json"]
+    arguments = ["--recipe", "paper", "--schedule", schedule, "--max-length", "16", "--output-dir", tmp_path / "run"]
+    status, out, err = call("train", *task, *arguments)
+    assert status == 0, err
+    summary = json.loads(out)
+    assert [stage["embeddings"] for stage in summary["stages"]] == [True, True, True]
+    assert (summary["settings"]["embeddings"], summary["settings"]["adam_epsilon"]) == ("always", 1e-6)
+    line = refused(*call("train", *task, *arguments[:-1], tmp_path / "cached", "--cache", "memory"))
+    assert ("--embeddings always" in line) == (schedule != "growing")
 
 
 BAD_DATA = {
@@ -355,6 +395,11 @@ BAD_OPTIONS = {
     "dps and peft": (["--peft", "lora", "--dps", "dense"], "--dps masks weights that --peft lora freezes"),
     "dps window": (["--dps", "mix", "--dps-update-ratio", "0.0001"], "--dps-update-ratio 0.0001 of 120 steps"),
     "recipe": (["--recipe", "paper", "--peft", "spafit"], "--recipe paper has values for"),
+    "recipe without a batch": (
+        ["--recipe", "paper", "--dps", "dense", "--batch-size", "0"],
+        "--batch-size must be an integer in 1..16777216, got 0",
+    ),
+    "rate's line": (["--lr-schedule", "cosine"], "--lr-schedule must be one of linear, constant, got 'cosine'"),
     "merge": (["--peft", "adapter", "--merge"], "--merge needs --peft lora, bitfit or spafit, got adapter"),
     "device": (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
     "task": (["--task", "wnli"], "--task must be one of"),
@@ -509,11 +554,11 @@ def test_plan_answers_in_under_three_seconds_without_torch_and_without_network()
 def test_paper_prints_every_row_and_says_which_disagree():
     status, out, _ = call("paper", "--json")
     rows = json.loads(out)["rows"]
-    keys = {"table", "row", "task", "epochs", "ours", "paper", "agrees"}
+    keys = {"table", "row", "model", "task", "epochs", "ours", "paper", "agrees"}
     assert status == 0 and all(set(row) >= keys for row in rows)
     assert {row["row"] for row in rows if row["agrees"] is False} == {"Adapter + Progtuning"}
     status, out, _ = call("paper")
-    assert status == 0 and "Adapter + Progtuning: " in out
+    assert status == 0 and "Adapter + Progtuning: " in out and "LoRA: the paper says BERT-base" in out
 
 
 def test_the_installed_command_and_python_m_are_the_same_program():

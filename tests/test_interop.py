@@ -3,12 +3,14 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from progtuning.accounting import units
 from progtuning.bert import Model
 from progtuning.checkpoint import base_digest, base_model_name, load_model, load_peft, save_peft, save_pretrained
 from progtuning.config import BLOCK_LINEARS, BertConfig, PeftConfig
@@ -165,6 +167,25 @@ def test_the_keys_are_those_that_peft_writes(folders):
     written = json.loads((tuned / "adapter_config.json").read_text())
     assert written.keys() <= json.loads((theirs / "adapter_config.json").read_text()).keys()
     assert written["target_modules"] == ["query", "value"] and written["base_model_name_or_path"] == "some/base"
+
+
+def test_a_pooler_that_lora_trains_goes_to_peft_and_back(folders):
+    peft = pytest.importorskip("peft")
+    base, tuned = folders
+    theirs, settings = tuned.parent / "theirs", replace(LORA, lora_pooler=True)
+    model, again = base_model(), base_model()
+    before = model.pooler.dense.weight.clone()
+    save_pretrained(model, base)
+    save_peft(train(model, settings), tuned, settings, str(base))
+    assert not torch.equal(model.pooler.dense.weight, before)
+    twin = peft.PeftModel.from_pretrained(their_base(base, "classification"), tuned, is_trainable=True)
+    torch.testing.assert_close(their_logits(twin, model.config), logits(model), atol=1e-5, rtol=1e-5)
+    assert sum(p.numel() for p in twin.parameters() if p.requires_grad) == units(model.config, settings).num_trainable
+    twin.save_pretrained(theirs)
+    ours, expected = (load_file(folder / "adapter_model.safetensors") for folder in (tuned, theirs))
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[key], expected[key]) for key in ours)
+    assert load_peft(again, theirs) == settings
+    assert torch.equal(logits(again), logits(model)) and again.pooler.dense.weight.requires_grad
 
 
 def test_a_bare_encoders_lora_goes_through_peft_and_back(folders):

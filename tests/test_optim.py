@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from progtuning.optim import build_optimizer, keep_only, linear_schedule, parameter_groups
+from progtuning.config import LR_SCHEDULES
+from progtuning.optim import build_optimizer, keep_only, learning_rate_schedule, parameter_groups
 from tests.models import tiny_model
 
 
@@ -26,11 +27,17 @@ def test_frozen_parameters_are_in_no_group():
     assert parameter_groups(model, 0.1) == [{"params": [model.classifier.bias], "weight_decay": 0.0}]
 
 
-def test_the_step_is_torchs_adamw():
+@pytest.mark.parametrize("epsilon", [{}, {"epsilon": 1e-1}])
+def test_the_step_is_torchs_adamw(epsilon):
     models = [tiny_model(), tiny_model()]
-    ours = build_optimizer(models[0], lr=1e-2, weight_decay=0.1)
+    ours = build_optimizer(models[0], lr=1e-2, weight_decay=0.1, **epsilon)
     theirs = torch.optim.AdamW(
-        parameter_groups(models[1], 0.1), lr=1e-2, betas=(0.9, 0.999), eps=1e-8, foreach=False, fused=False
+        parameter_groups(models[1], 0.1),
+        lr=1e-2,
+        betas=(0.9, 0.999),
+        eps=epsilon.get("epsilon", 1e-8),
+        foreach=False,
+        fused=False,
     )
     for seed in range(3):
         for model, optimizer in zip(models, (ours, theirs)):
@@ -42,8 +49,9 @@ def test_the_step_is_torchs_adamw():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", LR_SCHEDULES)
 @pytest.mark.parametrize("num_steps, warmup_steps", [(10, 0), (10, 3), (1, 1), (7, 7), (1, 0)])
-def test_the_learning_rate_is_transformers_linear_schedule(num_steps, warmup_steps):
+def test_the_learning_rate_is_that_of_transformers_schedule_of_the_same_shape(num_steps, warmup_steps, shape):
     transformers = pytest.importorskip("transformers")
 
     def rates(build):
@@ -56,8 +64,10 @@ def test_the_learning_rate_is_transformers_linear_schedule(num_steps, warmup_ste
             schedule.step()
         return seen
 
-    theirs = rates(lambda optimizer: transformers.get_linear_schedule_with_warmup(optimizer, warmup_steps, num_steps))
-    assert rates(lambda optimizer: linear_schedule(optimizer, num_steps, warmup_steps)) == pytest.approx(theirs)
+    name = {"linear": "linear", "constant": "constant_with_warmup"}[shape]
+    theirs = rates(lambda optimizer: transformers.get_scheduler(name, optimizer, warmup_steps, num_steps))
+    ours = rates(lambda optimizer: learning_rate_schedule(optimizer, num_steps, warmup_steps, shape))
+    assert ours == pytest.approx(theirs)
 
 
 def test_what_leaves_loses_its_state_and_no_longer_moves():

@@ -155,9 +155,11 @@ VARIATIONS = [
     *SETTINGS.values(),
     PeftConfig(),
     PeftConfig("adapter", adapter_size=2, adapter_layer_norms=False),
+    PeftConfig("adapter", adapter_size=2, adapter_embedding_layer_norm=True),
     PeftConfig("bitfit", bitfit_biases="query,intermediate"),
     PeftConfig("lora", lora_r=3, lora_targets=tuple(BLOCK_LINEARS)),
     PeftConfig("lora", lora_r=1, lora_targets=("output", "attention-output")),
+    PeftConfig("lora", lora_r=2, lora_pooler=True),
     PeftConfig("spafit", lora_r=2),
     PeftConfig("spafit", lora_r=2, spafit_bounds=(0, 0), lora_targets=("key", "output")),
     PeftConfig("spafit", lora_r=2, spafit_bounds=(2, 4)),
@@ -197,44 +199,89 @@ def test_bert_base_takes_the_flops_of_the_design(peft, forward, backward):
     assert [*counted, counter.get_total_flops() - counted[0]] == [forward, backward]
 
 
-def test_roberta_base_lora_trains_294912_in_blocks_and_the_whole_head():
+@pytest.mark.parametrize("name, pooler", [("roberta-base", False), ("bert-base-uncased", True)])
+def test_lora_trains_294912_in_blocks_and_592130_in_robertas_head_or_in_berts_with_its_pooler(name, pooler):
     with torch.device("meta"):
-        model = Model(ARCHITECTURES["roberta-base"].with_head("classification", ("no", "yes")))
-    apply_peft(model, PeftConfig("lora", lora_r=8))
+        model = Model(ARCHITECTURES[name].with_head("classification", ("no", "yes")))
+    apply_peft(model, PeftConfig("lora", lora_r=8, lora_pooler=pooler))
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     head = sum(size for name, size in sizes.items() if not name.startswith("encoder."))
-    assert (sum(sizes.values()) - head, head) == (294_912, 768 * 768 + 768 + 2 * 768 + 2)
+    assert (sum(sizes.values()) - head, head) == (294_912, 592_130)
 
 
 TASKS = ("cola", "sst-2", "mrpc", "sts-b", "qqp", "mnli", "qnli", "rte")
-PAPER_LORA = {  # Hu et al. 2021, Table 9: learning rate, epochs
-    "mnli": (5e-4, 30),
-    "sst-2": (5e-4, 60),
-    "mrpc": (4e-4, 30),
-    "cola": (4e-4, 80),
-    "qnli": (4e-4, 25),
-    "qqp": (5e-4, 25),
-    "rte": (5e-4, 80),
-    "sts-b": (4e-4, 40),
+# microsoft/LoRA, examples/NLU/roberta_base_*.sh: learning rate, epochs, batch of a GPU and GPUs.
+LORA_SCRIPTS = {
+    "mnli": (5e-4, 30, 16, 8),
+    "sst-2": (5e-4, 60, 16, 8),
+    "mrpc": (4e-4, 30, 16, 8),
+    "cola": (4e-4, 80, 32, 2),
+    "qnli": (4e-4, 25, 32, 8),
+    "qqp": (5e-4, 25, 16, 8),
+    "rte": (5e-4, 80, 32, 8),
+    "sts-b": (4e-4, 40, 16, 8),
 }
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_recipes_are_the_papers_and_fit_the_settings(task):
+def test_recipes_are_the_authors_and_fit_the_settings(task):
     full, adapter, bitfit, lora = (recipe(method, task) for method in ("none", "adapter", "bitfit", "lora"))
-    dps = recipe("none", task, "mix")
+    dps = recipe("none", task, "mix", num_rows=10**6)
     assert (full["lr"], full["batch_size"], full["epochs"]) == (2e-5, 32, 3)
-    assert (adapter["adapter_size"], adapter["lr"]) == (64, 3e-4)
+    assert (adapter["lr"], adapter["batch_size"], adapter["epochs"]) == (3e-4, 32, 5)
+    assert (adapter["adapter_activation"], adapter["adapter_init_std"]) == ("gelu_new", 1e-3)
     assert (bitfit["lr"], bitfit["epochs"], bitfit["batch_size"]) == (1e-3, 16, 8)
+    assert (bitfit["lr_schedule"], bitfit["warmup"], bitfit["weight_decay"]) == ("constant", 0, 0)
     assert (lora["lora_r"], lora["lora_alpha"], lora["warmup"], lora["weight_decay"]) == (8, 16, 0.06, 0.1)
-    assert (lora["lr"], lora["epochs"]) == PAPER_LORA[task]
+    lr, epochs, of_gpu, num_gpus = LORA_SCRIPTS[task]
+    assert (lora["lr"], lora["epochs"], lora["batch_size"]) == (lr, epochs, of_gpu * num_gpus)
     assert (dps["lr"], dps["batch_size"], dps["dps_p"], dps["dps_update_ratio"]) == (2e-5, 16, 0.3, 0.05)
+    assert (dps["warmup"], dps["weight_decay"], dps["epochs"], dps["hidden_dropout_prob"]) == (0.1, 0.01, 3, 0.0)
+    epsilons = [values.get("adam_epsilon", 1e-8) for values in (full, adapter, bitfit, lora, dps)]
+    assert epsilons == [1e-6, 1e-6, 1e-6, 1e-8, 1e-8]
     for values in (full, adapter, bitfit, lora, dps):
+        assert values["embeddings"] == "always"
         model = {key: values.pop(key) for key in list(values) if key.endswith("_prob")}
         peft = {key: values.pop(key) for key in list(values) if key.startswith(("lora_", "adapter_"))}
         chosen = {key.removeprefix("dps_"): values.pop(key) for key in list(values) if key.startswith("dps_")}
         TrainConfig(**values, peft=PeftConfig(**peft), dps=DPSConfig(**chosen))
         tiny_model(**model)
+
+
+# The training rows of GLUE, and max_steps of script/run_glue.sh, which has the four small tasks alone.
+GLUE_ROWS = {"mrpc": 3668, "rte": 2490, "sts-b": 5749, "cola": 8551, "sst-2": 67349}
+GLUE_ROWS |= {"qnli": 104743, "qqp": 363846, "mnli": 392702}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_dps_dense_drops_out_on_the_four_tasks_of_2000_steps_or_more_and_mix_on_none(task):
+    dense, mix = (recipe("none", task, mode, GLUE_ROWS[task]) for mode in ("dense", "mix"))
+    dropout = 0.1 if task in ("sst-2", "qnli", "qqp", "mnli") else 0.0
+    assert (dense["hidden_dropout_prob"], dense["attention_probs_dropout_prob"]) == (dropout, dropout)
+    assert (mix["hidden_dropout_prob"], mix["attention_probs_dropout_prob"]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "num_rows, given, dropout",
+    [
+        (16 * 666, {}, 0.0),  # 1,998 steps
+        (16 * 666 + 1, {}, 0.1),  # 2,001
+        (16 * 666 + 1, {"epochs": 2}, 0.0),
+        (16 * 666, {"batch_size": 8}, 0.1),
+        (10**6, {"batch_size": 10**5}, 0.0),
+        (0, {"batch_size": 0}, 0.0),  # refused by the settings
+    ],
+)
+def test_dps_dense_drops_out_by_the_steps_of_the_run_that_is_asked_for(num_rows, given, dropout):
+    assert recipe("none", "classification", "dense", num_rows, given)["hidden_dropout_prob"] == dropout
+
+
+def test_the_recipe_of_adapters_trains_what_table_3_counts_and_leaves_the_cut():
+    values = recipe("adapter", "mrpc")
+    peft = PeftConfig("adapter", **{key: value for key, value in values.items() if key.startswith("adapter_")})
+    model = units(ARCHITECTURES["bert-base-uncased"].with_head("classification", ("no", "yes")), peft)
+    assert 16 * model.num_trainable == pytest.approx(28.6e6, abs=1e5)
+    assert model.during(Stage(0, 12, 8, embeddings=True)).cut() == 8
 
 
 def test_a_recipe_can_be_changed_without_changing_the_next_one():

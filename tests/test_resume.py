@@ -56,6 +56,7 @@ VARIANTS = {
     "dps mix, adaptive": {"dps": DPSConfig("mix", update_ratio=0.23), "schedule": "adaptive", "stages": 6},
     "dps mix, growing": {"dps": DPSConfig("mix", update_ratio=0.23), "schedule": "growing"},
     "bf16": {"precision": "bf16"},
+    "constant rate": {"lr_schedule": "constant", "warmup": 0.5, "adam_epsilon": 1e-4},
     "cache": {"cache": "memory"},
     "cache, adaptive": {"cache": "disk", "cache_dtype": "bf16", "schedule": "adaptive", "stages": 6},
 }
@@ -434,6 +435,7 @@ def test_without_resume_the_folder_of_a_stopped_run_is_refused_and_left_alone(st
 OTHERS = {
     "a setting": (["--lr", "0.25"], "--lr was 0.005, now 0.25"),
     "settings": (["--lr", "0.25", "--peft", "lora"], "--lr was 0.005, now 0.25; --peft was none, now lora"),
+    "the rate's line": (["--lr-schedule", "constant"], "--lr-schedule was linear, now constant"),
     "a method's": (
         ["--dps", "dense", "--dps-update-ratio", "0.5"],
         "--dps was off, now dense; --dps-update-ratio was 0.05, now 0.5",

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from progtuning.accounting import spafit_bounds
-from progtuning.config import BLOCK_LINEARS, PeftConfig
+from progtuning.accounting import spafit_bounds, units
+from progtuning.config import ARCHITECTURES, BLOCK_LINEARS, PeftConfig
 from progtuning.engine import StageEngine
 from progtuning.errors import InputError
 from progtuning.peft import apply_peft, spafit
@@ -75,6 +75,14 @@ def test_blocks_frozen_to_the_top_leave_the_head():
 def test_the_default_bounds_are_4_and_9_of_24_blocks_in_proportion(num_blocks, expected):
     config = replace(TINY, num_hidden_layers=num_blocks)
     assert spafit_bounds(config, PeftConfig("spafit")) == expected == parse_bounds("4-9", num_blocks)
+
+
+@pytest.mark.parametrize("name, percent", [("4-9", 0.21), ("4-14", 0.16)])
+def test_at_the_defaults_the_percents_of_bert_large_that_the_docstring_says_train(name, percent):
+    config = ARCHITECTURES["bert-large-uncased"].with_head("classification", ("a", "b"))
+    model = units(config, PeftConfig("spafit", spafit_bounds=parse_bounds(name, 24)))
+    assert round(100 * model.num_trainable / model.num_parameters, 2) == percent
+    assert f"{percent} %" in spafit.__doc__
 
 
 def test_the_variants_of_the_paper_have_names():

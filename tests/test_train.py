@@ -72,7 +72,7 @@ def test_a_run_is_a_pure_function_of_its_seed():
 def test_accumulation_in_pieces_gives_the_update_of_the_whole_batch(pieces, monkeypatch):
     # SGD: where a gradient is zero, as a key's bias's is, AdamW divides rounding errors by their own size.
     monkeypatch.setattr(
-        "progtuning.train.build_optimizer", lambda model, lr, _: torch.optim.SGD(model.parameters(), lr, 0.9)
+        "progtuning.train.build_optimizer", lambda model, lr, *_: torch.optim.SGD(model.parameters(), lr, 0.9)
     )
     whole, parts = trainer(lr=0.01), trainer(lr=0.01, accumulation_steps=pieces)
     whole.fit()
@@ -111,6 +111,19 @@ def test_one_learning_rate_schedule_spans_all_stages():
     expected = [1e-3 * (60 - step) / (60 - warmup) for step in range(10, 61, 10)]
     assert [row["lr"] for row in logged] == pytest.approx(expected)
     assert [row["stage"] for row in logged] == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_constant_learning_rate_rises_over_the_warm_up_and_stays_over_all_stages():
+    rates, logged = [], []
+    run = trainer(log=logged.append, epochs=6, stages=3, batch_size=4, lr_schedule="constant")
+    run.fit(after_step=lambda ends: rates.append(run.optimizer.param_groups[0]["lr"]))
+    assert rates[: math.ceil(0.1 * 60)] == pytest.approx([1e-3 * step / 6 for step in range(1, 7)])
+    assert set(rates[6:]) == {1e-3} and {row["stage"] for row in logged} == {1, 2, 3}
+
+
+def test_the_epsilon_of_adam_is_that_of_the_settings():
+    assert {group["eps"] for group in trainer(adam_epsilon=1e-3).optimizer.param_groups} == {1e-3}
+    assert {group["eps"] for group in trainer().optimizer.param_groups} == {1e-8}
 
 
 def test_the_logged_loss_is_the_mean_over_the_steps_since_the_last_row():
@@ -424,6 +437,8 @@ def test_a_run_with_prefetched_batches_is_the_run_without(monkeypatch):
         ({"lr": float("nan")}, "--lr must be a number of at least 0, got nan"),
         ({"lr": float("inf")}, "--lr must be a number of at least 0, got inf"),
         ({"warmup": 1.5}, "--warmup must be a number in 0..1, got 1.5"),
+        ({"lr_schedule": "cosine"}, "--lr-schedule must be one of linear, constant, got 'cosine'"),
+        ({"adam_epsilon": 0}, "--adam-epsilon must be a number of at least 1e-30, got 0"),
         ({"precision": "fp16"}, "--precision must be one of fp32, bf16, got 'fp16'"),
         ({"seed": -1}, "--seed must be an integer in 0..9223372036854775807, got -1"),
         ({"evaluate": "never"}, "--evaluate must be one of epoch, end, got 'never'"),

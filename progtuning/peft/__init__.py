@@ -6,8 +6,8 @@ are those of Hugging Face checkpoints; what is inserted stands in its block, as 
 
     method    E                  a block                                                   H
     none      all                all                                                       all
-    adapter   -                  two adapters, the LayerNorms by option                    all but the pooler
-    lora      -                  A and B of the targets                                    all but the pooler
+    adapter   LN by option       two adapters, the LayerNorms by option                    all but the pooler
+    lora      -                  A and B of the targets                                    all, the pooler by option
     bitfit    LayerNorm's bias   biases                                                    all but the pooler's weight
     spafit    -                  by group: nothing; biases; A and B, and other biases      all but the pooler's weight
 
@@ -35,7 +35,7 @@ def apply_peft(model: Model, peft: PeftConfig, seed: int = 0) -> None:
         raise ValueError("the model has adapters or LoRA already")
     generator = torch.Generator().manual_seed(seed)
     if peft.method == "adapter":
-        insert_adapters(model, peft.adapter_size, peft.adapter_activation, generator)
+        insert_adapters(model, peft, generator)
     elif peft.method == "lora":
         insert_lora(model, peft.lora_targets, peft.lora_r, peft.lora_alpha, peft.lora_dropout, generator)
     elif peft.method == "spafit":
@@ -73,7 +73,12 @@ def _outside_blocks_trains(name: str, peft: PeftConfig) -> bool:
     if name.startswith("encoder."):
         return False
     if name.startswith("embeddings."):
-        return peft.method == "bitfit" and bitfit_trains(name, peft.bitfit_biases)
+        layer_norm = peft.method == "adapter" and peft.adapter_embedding_layer_norm
+        return (layer_norm and ".LayerNorm." in name) or (
+            peft.method == "bitfit" and bitfit_trains(name, peft.bitfit_biases)
+        )
     if name.startswith("pooler."):
+        if peft.method == "lora":
+            return peft.lora_pooler
         return peft.method in ("bitfit", "spafit") and bitfit_trains(name, "all")
     return True

@@ -7,6 +7,10 @@ Each half of a block ends with dense -> dropout -> residual sum -> LayerNorm. Th
 
     x -> dense -> dropout -> x + up(f(down(x))) -> + residual -> LayerNorm
                              down: D -> A    up: A -> D
+
+The authors' code (google-research/adapter-bert, modeling.py) computes the same, with f GELU by tanh and a start of
+deviation 1e-3. It trains every LayerNorm, E's too, which lies beneath all blocks, so that no backward pass can be cut.
+Here E's is frozen unless an option says otherwise, and then trains in the stages that train E.
 """
 
 import torch
@@ -14,20 +18,22 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from progtuning.bert import ACTIVATIONS, Model, Output
-
-INIT_STD = 1e-2  # Section 3.6: a zero-mean Gaussian of this deviation, truncated to two deviations
+from progtuning.config import PeftConfig
 
 
 class Adapter(nn.Module):
-    """x + up(f(down(x))): (..., D) -> (..., D). Near the identity at the start: both projections are near zero."""
+    """x + up(f(down(x))): (..., D) -> (..., D). Near the identity at the start: both projections are near zero.
 
-    def __init__(self, hidden_size: int, size: int, activation: str, generator: torch.Generator):
+    They are drawn from a Gaussian of deviation `init_std`, truncated to two deviations (Section 3.6).
+    """
+
+    def __init__(self, hidden_size: int, size: int, activation: str, init_std: float, generator: torch.Generator):
         super().__init__()
         self.down = skip_init(nn.Linear, hidden_size, size)
         self.activation = ACTIVATIONS[activation]
         self.up = skip_init(nn.Linear, size, hidden_size)
         for layer in (self.down, self.up):
-            nn.init.trunc_normal_(layer.weight, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD, generator=generator)
+            nn.init.trunc_normal_(layer.weight, std=init_std, a=-2 * init_std, b=2 * init_std, generator=generator)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,12 +52,13 @@ class AdaptedOutput(nn.Module):
         return self.LayerNorm(self.adapter(self.dropout(self.dense(x))) + residual)
 
 
-def insert_adapters(model: Model, size: int, activation: str, generator: torch.Generator) -> None:
-    """Put an adapter of bottleneck `size` and nonlinearity `activation` in both halves of every block."""
+def insert_adapters(model: Model, peft: PeftConfig, generator: torch.Generator) -> None:
+    """Put an adapter in both halves of every block."""
+    settings = (peft.adapter_size, peft.adapter_activation, peft.adapter_init_std)
     for block in model.encoder.layer:
         for half in (block.attention, block):
             weight = half.output.dense.weight
-            adapter = Adapter(model.config.hidden_size, size, activation, generator)
+            adapter = Adapter(model.config.hidden_size, *settings, generator)
             half.output = AdaptedOutput(half.output, adapter.to(weight.device, weight.dtype))
 
 

@@ -5,8 +5,12 @@
     group 3   blocks N2 .. L-1      LoRA on the targets, the biases of every other layer
 
 H trains too: its last layers, and of the pooler the bias. Under a schedule, a stage trains what it has in common with
-the groups. The paper's variants are named after their bounds, of the 24 blocks of BERT-large; for other depths the
-bounds are in proportion, rounded down.
+the groups. Two variants are named after their bounds, of the 24 blocks of BERT-large; for other depths the bounds are
+in proportion, rounded down.
+
+Of the paper we could read the abstract and summaries, which give the groups; for the bounds, the rank and the pooler's
+bias there was no source, nor is there code of the authors. At our defaults 0.21 % of BERT-large's parameters train
+(4-14: 0.16 %), where summaries of the paper say 1 to 2 %.
 """
 
 import re
