@@ -5,8 +5,7 @@ pearson and spearman. Where a formula divides zero by zero the value is 0, as sc
 constant prediction tells nothing of the labels. NaN is never returned. Every function raises ValueError where the
 shapes differ, there is no row, or a value is not finite (or not an integer, for class indices).
 
-SQuAD's are those of the official evaluate-v2.0.py, as shares of 1 and not in percent. For v1.1 evaluate-v1.1.py gives
-the same, but that it counts gold answers which are nothing but articles and punctuation.
+SQuAD's are those of the official evaluate-v1.1.py and evaluate-v2.0.py, as shares of 1 and not in percent.
 """
 
 import re
@@ -91,21 +90,30 @@ def exact_match(answer: str, gold: str) -> float:
 
 
 def word_f1(answer: str, gold: str) -> float:
-    """2 * shared / (words + words of gold) over the words of the normalised texts; of none and none, 1."""
+    """The harmonic mean of precision and recall over the words of the normalised texts; 0 where they share none."""
     words, gold_words = normalize_answer(answer).split(), normalize_answer(gold).split()
-    if not words or not gold_words:
-        return float(words == gold_words)
     shared = sum((Counter(words) & Counter(gold_words)).values())
-    return 2 * shared / (len(words) + len(gold_words))
+    if not shared:
+        return 0.0
+    precision, recall = shared / len(words), shared / len(gold_words)
+    return 2 * precision * recall / (precision + recall)
 
 
 def squad(answers: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return the means of "f1" and "exact" (match) over n questions, each at the gold answer that fits `answers` best.
+    """Return what evaluate-v1.1.py prints: the means of "f1" and "exact" (match) over n questions.
 
-    Where a question has no gold answer, or none but articles and punctuation, "" is the gold answer. Raises ValueError
-    where the lengths differ or are 0.
+    Each question counts at the gold answer that fits best; all have one or more. A text of nothing but articles and
+    punctuation matches another exactly, at an f1 of 0. Raises ValueError where the lengths differ or are 0, or a
+    question has no gold answer.
     """
-    return {name: float(scores.mean()) for name, scores in _answer_scores(answers, golds).items()}
+    _check_questions(answers, golds)
+    if not all(golds):
+        raise ValueError("golds must be at least one for each question, got none")
+    pairs = list(zip(answers, golds))
+    return {
+        "f1": float(np.mean([max(word_f1(answer, gold) for gold in texts) for answer, texts in pairs])),
+        "exact": float(np.mean([max(exact_match(answer, gold) for gold in texts) for answer, texts in pairs])),
+    }
 
 
 def squad_v2(
@@ -115,50 +123,57 @@ def squad_v2(
 
     `answers` are the best that are not "", which is the answer where null_odds (n,) exceeds `threshold`.
 
-        f1, exact                        as `squad`
+        f1, exact                        the means over all questions, each at the gold answer that fits best
         HasAns_f1, HasAns_exact, ...     the same over the questions that have a gold answer, or (NoAns_) have none
-        best_f1, best_f1_thresh, ...     the highest f1 (exact) of any threshold, and such a threshold
+        best_f1, best_f1_thresh, ...     the highest f1 (exact) of any threshold, and that threshold
 
-    The script's search differs in two corners: it may cut between equal odds, and it counts an answer of nothing but
-    articles as wrong where none is right. Here the best is what `threshold` at that value gives.
-    Raises ValueError as `squad` does.
+    Gold answers of nothing but articles and punctuation do not count: where a question has no others, an answer of
+    that kind is right and "" above the threshold is wrong. The search for the best threshold is the script's too: it
+    begins with no answer to any question (threshold 0), takes every answer that is not "" for wrong where none is
+    right, and may cut between equal odds. Raises ValueError where the lengths differ or are 0.
     """
+    _check_questions(answers, golds)
     odds = np.asarray(null_odds, dtype=np.float64)
-    with_span, with_none = _answer_scores(answers, golds), _answer_scores([""] * len(answers), golds)
     if odds.shape != (len(answers),) or not np.isfinite(odds).all():
         raise ValueError(f"null_odds must be {len(answers)} finite numbers, got {odds.dtype} {odds.shape}")
-    scores = {name: np.where(odds > threshold, with_none[name], with_span[name]) for name in with_span}
     has_answer = np.array([len(texts) > 0 for texts in golds])
+    raw = _raw_scores(answers, golds)
+    scores = {name: np.where(odds > threshold, ~has_answer, raw[name]) for name in raw}
     values = {name: float(scores[name].mean()) for name in scores}
     for prefix, part in (("HasAns_", has_answer), ("NoAns_", ~has_answer)):
         if part.any():
             values |= {prefix + name: float(scores[name][part].mean()) for name in scores}
-    for name in scores:
-        values[f"best_{name}"], values[f"best_{name}_thresh"] = _best_threshold(odds, with_span[name], with_none[name])
+    costs = np.array([-float(answer != "") for answer in answers])
+    for name in raw:
+        gains = np.where(has_answer, raw[name], costs)
+        values[f"best_{name}"], values[f"best_{name}_thresh"] = _best_threshold(odds, gains, np.sum(~has_answer))
     return values
 
 
-def _answer_scores(answers: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
+def _check_questions(answers: Sequence[str], golds: Sequence[Sequence[str]]) -> None:
     if len(answers) != len(golds) or not len(golds):
         raise ValueError(f"answers and golds must be as many and at least one, got {len(answers)} and {len(golds)}")
+
+
+def _raw_scores(answers: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
+    """Return "f1" and "exact" (n,) of evaluate-v2.0.py: as v1.1's, but that "" against "" is an f1 of 1."""
     f1s, exacts = np.empty(len(golds)), np.empty(len(golds))
     for i, (answer, texts) in enumerate(zip(answers, golds)):
         texts = [text for text in texts if normalize_answer(text)] or [""]
-        f1s[i] = max(word_f1(answer, text) for text in texts)
         exacts[i] = max(exact_match(answer, text) for text in texts)
+        f1s[i] = max(exacts[i], *(word_f1(answer, text) for text in texts))
     return {"f1": f1s, "exact": exacts}
 
 
-def _best_threshold(odds: np.ndarray, with_span: np.ndarray, with_none: np.ndarray) -> tuple[float, float]:
-    """Return the highest mean score of any threshold on `odds` (n,), and such a threshold."""
+def _best_threshold(odds: np.ndarray, gains: np.ndarray, score: float) -> tuple[float, float]:
+    """Return the highest mean score of any threshold on `odds` (n,), and that threshold.
+
+    Below all odds the sum of the scores is `score`; a threshold at odds[i] adds gains[i] and those of all lower odds.
+    """
     order = np.argsort(odds, kind="stable")
-    odds, gains = odds[order], (with_span - with_none)[order]
-    # A threshold at odds[i] lets the questions 0 .. i have their span; below all of them no question has.
-    thresholds = np.append(np.nextafter(odds[0], -np.inf), odds)
-    totals = with_none.sum() + np.append(0.0, np.cumsum(gains))
-    possible = np.append(thresholds[1:] > thresholds[:-1], True)  # equal odds fall on one side
-    best = np.argmax(np.where(possible, totals, -np.inf))
-    return float(totals[best] / len(odds)), float(thresholds[best])
+    totals = np.cumsum([score, *gains[order]])
+    best = np.argmax(totals)  # of equal ones the lowest
+    return float(totals[best] / len(odds)), float(odds[order][best - 1]) if best else 0.0
 
 
 def _classes(predictions, labels) -> tuple[np.ndarray, np.ndarray]:

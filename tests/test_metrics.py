@@ -185,8 +185,9 @@ def test_answers_are_normalised_as_the_official_script_does(text, expected):
         ("London", "Paris", 0, 0),
         ("", "Paris", 0, 0),
         ("Paris", "", 0, 0),
-        ("", "", 1, 1),
-        ("the", "", 1, 1),
+        ("", "", 1, 0),  # evaluate-v1.1.py
+        ("the", "", 1, 0),
+        ("the", "a", 1, 0),
     ],
 )
 def test_exact_match_and_f1_of_one_answer(answer, gold, exact, expected):
@@ -200,9 +201,10 @@ answer_texts = words.map(" ".join)
 
 @seeded
 @given(answer_texts, answer_texts)
-def test_f1_is_symmetric_within_0_and_1_and_no_less_than_exact_match(answer, gold):
+def test_f1_is_symmetric_within_0_and_1_and_of_a_word_or_more_no_less_than_exact_match(answer, gold):
     assert word_f1(answer, gold) == word_f1(gold, answer)
-    assert 0 <= exact_match(answer, gold) <= word_f1(answer, gold) <= 1
+    assert 0 <= word_f1(answer, gold) <= 1
+    assert exact_match(answer, gold) <= word_f1(answer, gold) or not normalize_answer(answer)
     assert exact_match(answer, gold) == exact_match(gold, answer)
 
 
@@ -222,10 +224,51 @@ def test_case_articles_punctuation_and_white_space_change_nothing(answer, gold, 
     assert exact_match(text, gold) == exact_match(" ".join(answer), gold)
 
 
-def test_the_gold_that_fits_best_counts_and_without_one_the_empty_answer_is_right():
-    golds = [["Paris", "the city of Paris"], ["x"], [], ["The", "a"]]
-    assert squad(["city of Paris", "y", "", ""], golds) == {"f1": 0.75, "exact": 0.75}
-    assert squad(["in Paris", "y", "z", "an"], golds) == {"f1": pytest.approx((2 / 3 + 0 + 0 + 1) / 4), "exact": 0.25}
+def test_the_gold_that_fits_best_counts_and_articles_match_at_an_f1_of_0_as_in_evaluate_v1():
+    golds = [["Paris", "the city of Paris"], ["x"], ["The", "a"], ["the", "x"]]
+    assert squad(["city of Paris", "y", "", "x"], golds) == {"f1": 0.5, "exact": 0.75}
+    assert squad(["in Paris", "y", "z", "an"], golds) == {"f1": pytest.approx(2 / 3 / 4), "exact": 0.25}
+
+
+V2_CORNERS = {  # answer, odds, golds, (f1, exact) at threshold 0
+    "no answer, rightly": ("x", 1.0, [], (1, 1)),
+    "an answer, wrongly": ("x", -1.0, [], (0, 0)),
+    "an article where none is right": ("the", -1.0, [], (1, 1)),
+    "no span where none is right": ("", -1.0, [], (1, 1)),
+    "no answer, golds of articles": ("x", 1.0, ["a", "The."], (0, 0)),
+    "an article, golds of articles": ("an", -1.0, ["a", "The."], (1, 1)),
+    "an answer, golds of articles": ("x", -1.0, ["a"], (0, 0)),
+    "an article, one gold an article": ("the", -1.0, ["a", "x"], (0, 0)),
+    "no answer, golds of a word": ("x", 1.0, ["x"], (0, 0)),
+    "at the threshold": ("x y", 0.0, ["x", "the"], (2 / 3, 0)),
+}
+
+
+@pytest.mark.parametrize("kind", V2_CORNERS)
+def test_one_question_scores_as_in_evaluate_v2(kind):
+    answer, odds, golds, (f1, exact) = V2_CORNERS[kind]
+    values = squad_v2([answer], [odds], [golds])
+    prefix = "HasAns_" if golds else "NoAns_"
+    assert values["f1"] == values[f"{prefix}f1"] == pytest.approx(f1)
+    assert values["exact"] == values[f"{prefix}exact"] == exact
+
+
+BEST_CORNERS = {  # (answer, odds, golds) of each question; best exact and its threshold
+    "no threshold is better than none": ([("x", -1.0, []), ("y", 2.0, ["z"])], 0.5, 0.0),
+    "of equal thresholds the lowest": ([("x", -2.0, ["x"]), ("y", -1.0, ["z"]), ("z", 0.5, ["q"])], 1 / 3, -2.0),
+    "a cut between equal odds": ([("x", 1.0, ["x"]), ("y", 1.0, [])], 1.0, 1.0),
+    "an article counts as wrong where none is right": ([("the", -1.0, []), ("x", 1.0, ["x"])], 0.5, 0.0),
+    "no span costs nothing": ([("", -1.0, []), ("x", 1.0, ["x"])], 1.0, 1.0),
+    "golds of articles": ([("an", -1.0, ["a"]), ("x", 1.0, [])], 1.0, -1.0),
+}
+
+
+@pytest.mark.parametrize("kind", BEST_CORNERS)
+def test_the_best_threshold_is_that_of_evaluate_v2(kind):
+    rows, best, threshold = BEST_CORNERS[kind]
+    values = squad_v2(*zip(*[(answer, odds, golds) for answer, odds, golds in rows]))
+    assert (values["best_exact"], values["best_exact_thresh"]) == (pytest.approx(best), threshold)
+    assert (values["best_f1"], values["best_f1_thresh"]) == (pytest.approx(best), threshold)
 
 
 def test_squad_v2_breaks_down_by_answerable_and_finds_the_best_threshold():
@@ -258,30 +301,34 @@ questions = st.lists(
 
 @seeded
 @given(questions, st.sampled_from([-3.0, -1.5, 0.0, 0.2, 3.0]))
-def test_squad_v2_equals_squad_of_the_answers_given_and_no_threshold_beats_the_best(rows, threshold):
+def test_squad_v2_equals_the_scores_of_the_answers_given_and_no_threshold_beats_the_best(rows, threshold):
     answers, odds, golds = (list(column) for column in zip(*rows))
 
-    def given(limit):
-        return ["" if value > limit else answer for answer, value in zip(answers, odds)]
+    def mean(limit, keep=lambda texts: True):
+        """The mean f1 where the odds above `limit` give no answer."""
+        scores = []
+        for answer, value, texts in rows:
+            if keep(texts):
+                left = [text for text in texts if normalize_answer(text)] or [""]
+                words = max(max(word_f1(answer, text), exact_match(answer, text)) for text in left)
+                scores.append(float(not texts) if value > limit else words)
+        return pytest.approx(sum(scores) / len(scores)) if scores else None
 
     values = squad_v2(answers, odds, golds, threshold)
-    plain = squad(given(threshold), golds)
-    assert {name: values[name] for name in plain} == pytest.approx(plain)
-    for prefix, keep in (("HasAns_", bool), ("NoAns_", lambda texts: not texts)):
-        part = [(answer, texts) for answer, texts in zip(given(threshold), golds) if keep(texts)]
-        for name in plain:
-            expected = squad(*zip(*part))[name] if part else None
-            assert values.get(prefix + name) == (None if expected is None else pytest.approx(expected))
-    for name in plain:
-        best = max(squad(given(limit), golds)[name] for limit in [-10.0, *odds])
-        assert values[f"best_{name}"] == pytest.approx(best)
-        assert squad(given(values[f"best_{name}_thresh"]), golds)[name] == pytest.approx(best)
+    assert values["f1"] == mean(threshold)
+    assert values.get("HasAns_f1") == mean(threshold, bool)
+    assert values.get("NoAns_f1") == mean(threshold, lambda texts: not texts)
+    wordless = any(not texts and answer and not normalize_answer(answer) for answer, _, texts in rows)
+    for limit in [-10.0, *odds]:
+        assert wordless or mean(limit).expected <= values["best_f1"] + 1e-9
 
 
 def test_squad_metrics_refuse_other_lengths_and_odds_that_are_not_finite():
     for answers, golds in ((["x"], []), ([], []), (["x"], [["x"], []])):
         with pytest.raises(ValueError, match="answers and golds must be as many and at least one"):
             squad(answers, golds)
+    with pytest.raises(ValueError, match="golds must be at least one for each question"):
+        squad(["x", ""], [["x"], []])
     for odds in ([], [0.0, 1.0], [math.nan], [math.inf]):
         with pytest.raises(ValueError, match="null_odds must be 1 finite numbers"):
             squad_v2(["x"], odds, [["x"]])
