@@ -146,7 +146,7 @@ def build_parser() -> Parser:
     text = "TSV with a header, or JSONL, of text and text_pair, or of question and context; - is standard input"
     predict.add_argument("--input", help=text)
     predict.add_argument("--output", help="TSV: label and probability, or score; JSONL: answers; - is standard output")
-    text = "write what the GLUE server takes, for --task and --data, into DIR"
+    text = "write what the GLUE server takes, for --task (ax and wnli too) and --data, into DIR"
     predict.add_argument("--glue-submission", metavar="DIR", help=text)
     add_task_options(predict, required=False)
     add_train_options(predict, only=[row[0] for row in OPTIONS[SquadConfig]])

@@ -1,5 +1,6 @@
 """A whole run: from the names of a model and a task to an output folder, and from there to metrics and predictions."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +30,8 @@ from progtuning.peft.lora import unwrap
 from progtuning.resume import RunFolder, StopSignals, identify
 from progtuning.sources import data_folder, model_folder
 from progtuning.train import LOSSES, Trainer, answer, measure_splits, predict, score_answers
+
+_log = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
 OWN_DATA = ("classification", "regression")  # tasks whose files are the user's
@@ -65,6 +68,10 @@ def load_splits(task: str, data: str | None) -> Splits:
     """
     if task == "movie-reviews":
         return movie_reviews(data_folder(data or "movie-reviews"))
+    if task.lower() in glue.TEST_TASKS:
+        raise InputError(
+            f"--task {task} is for predict --glue-submission alone, expected a task to train or measure on"
+        )
     if task not in (*squad.TASKS, *OWN_DATA) and not glue.is_task(task):
         names = ", ".join((*glue.TASKS, *squad.TASKS, "movie-reviews", *OWN_DATA))
         raise InputError(f"--task must be one of {names}, got {task!r}")
@@ -421,16 +428,23 @@ def write_glue_submission(
 ) -> list[Path]:
     """Predict the test rows of a GLUE task and write the files that the GLUE server expects; return their paths.
 
-    `data` is "hub", or names a folder with the task's test.tsv (MNLI: test_matched.tsv and test_mismatched.tsv).
-    `folder` is made where it does not exist; files of other tasks in it are left alone. Raises InputError.
+    `data` is "hub", or names a folder with the task's test.tsv (MNLI: test_matched.tsv and test_mismatched.tsv; AX:
+    AX.tsv, by a model of MNLI). `folder` is made where it does not exist; files of other tasks in it are left alone.
+    Every row of WNLI has the majority class, whatever the model. Raises InputError.
     """
-    task = glue.glue_task(task_name)
-    check_task(checkpoint, task.task)
+    task = glue.glue_task(task_name, tests=True)
+    if task.constant is None:
+        check_task(checkpoint, task.task)
     tests = load_hub_test(task_name) if data == HUB else glue.load_glue_test(task_name, data_folder(data))
     folder, paths = made_folder(folder, "--glue-submission"), []
     for split, examples in tests.items():
-        rows = encode_examples(examples, checkpoint.tokenizer, checkpoint.max_length)
-        outputs = predict(checkpoint.model, rows, batch_size, device, precision)
-        predictions = outputs[:, 0] if task.task.is_regression else outputs.argmax(axis=1)
+        if task.constant is None:
+            rows = encode_examples(examples, checkpoint.tokenizer, checkpoint.max_length)
+            outputs = predict(checkpoint.model, rows, batch_size, device, precision)
+            predictions = outputs[:, 0] if task.task.is_regression else outputs.argmax(axis=1)
+        else:
+            name = task.task.labels[task.constant]
+            _log.warning("%s: every row has the majority class, %s; the model is not asked", task.task.name, name)
+            predictions = np.full(len(examples), task.constant)
         paths.append(write_submission(task_name, split, predictions, examples, folder))
     return paths

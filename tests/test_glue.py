@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from progtuning.data.glue import TASKS, glue_task, load_glue, read_glue_file
+from progtuning.data.glue import TASKS, TEST_TASKS, glue_task, load_glue, load_glue_test, read_glue_file
 from progtuning.data.text import Example
 from progtuning.errors import InputError
 from progtuning.metrics import METRICS
@@ -176,6 +176,24 @@ def test_task_names_have_aliases_and_an_unknown_one_names_the_option():
         glue_task("wnli")
 
 
+def test_the_diagnostic_set_and_wnli_are_read_for_a_submission_alone(tmp_path):
+    table = 'index\tsentence1\tsentence2\n5\ta\tb\n7\t"c\td\n\n'
+    expected = {"test": [Example("a", "b", None, "5"), Example('"c', "d", None, "7")]}
+    for name, file in (("ax", "diagnostic.tsv"), ("AX", "AX.tsv"), ("wnli", "test.tsv")):
+        (tmp_path / file).write_text(table)
+        assert load_glue_test(name, tmp_path) == expected
+        with pytest.raises(InputError, match=f"^--task must be one of cola, .*, rte, got '{name}'$"):
+            load_glue(name, tmp_path)
+    (tmp_path / "diagnostic.tsv").write_text(table.replace("5", "6"))
+    assert load_glue_test("ax", tmp_path) == expected  # AX.tsv goes before
+    with pytest.raises(InputError, match=r"/none/AX.tsv: cannot be read: No such file"):
+        load_glue_test("ax", tmp_path / "none")
+    with pytest.raises(InputError, match="^--task must be one of cola, .*, rte, ax, wnli, got 'snli'$"):
+        load_glue_test("snli", tmp_path)
+    assert TEST_TASKS["ax"].task.labels == TASKS["mnli"].task.labels
+    assert TEST_TASKS["wnli"].task.labels[TEST_TASKS["wnli"].constant] == "not_entailment"
+
+
 QQP = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
 BROKEN = '7\t1\t2\tOne question?\n"\tAnother question?\t0\n'  # a line feed within question1
 
@@ -211,6 +229,17 @@ def test_broken_rows_elsewhere_and_too_many_of_them_are_errors(tmp_path):
             "line 2: got label 'neutral', expected one of 'ent",
         ),
         ("sst-2", "sentence\tlabel\na\t2\n", "line 2: got label '2', expected one of '0', '1'"),
+        (
+            "sst-2",
+            "sentence\tlabel\na\t1.0\n",
+            "line 2: got label '1.0', expected one of '0', '1'; '1.0' and '1' are one number",
+        ),
+        (
+            "sst-2",
+            "sentence\tlabel\na\t1\nsentence\tlabel\nb\t0\n",
+            "line 3: got the header again (sentence, label), expected a row",
+        ),
+        ("rte", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n\n1\ta\tb\tentailment\n", "line 3: got 1"),
         ("cola", "gj04\t \t\ta\n", "line 1: got label ' ', expected one of '0', '1'"),
         (
             "cola",

@@ -13,6 +13,7 @@ import pytest
 from progtuning.data import hub
 from progtuning.data.glue import TASKS, load_glue, load_glue_test
 from progtuning.data.squad import load_squad
+from progtuning.data.text import Example
 from progtuning.errors import InputError, RunError
 from tests.hub_server import HubServer
 from tests.squad_files import write_squad
@@ -124,7 +125,7 @@ def squad_rows(file: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def server(squad_folder):
     """The three repositories; the rows of GLUE's training in two files, as large sets have them."""
-    files = {"README.md": b"", "ax/test-00000-of-00001.parquet": b"not asked for"}
+    files = {"README.md": b"", "mnli_matched/test-00000-of-00001.parquet": b"not asked for"}
     for task, glue in TASKS.items():
         label = pyarrow.float32() if task == "sts-b" else pyarrow.int64()
         for split in ("train", *glue.dev, *glue.test):
@@ -159,7 +160,18 @@ def test_every_task_has_the_rows_of_its_official_files(server, squad_folder, tmp
         assert found[task] == as_json([load_squad(task, squad_folder), {}])
     fetched = {request.split("/resolve/")[1].split("/", 1)[1] for request in server.requests if "/resolve/" in request}
     assert len(fetched) == 8 * 4 + 2 + 2 * 2
-    assert all(name.endswith(".parquet") and not name.startswith("ax/") for name in fetched)
+    assert all(name.endswith(".parquet") and not name.startswith("mnli_matched/") for name in fetched)
+
+
+@pytest.mark.parametrize(("task", "columns"), [("ax", ("premise", "hypothesis")), ("wnli", ("sentence1", "sentence2"))])
+def test_the_test_rows_of_ax_and_wnli_are_read_for_a_submission(tmp_path, monkeypatch, task, columns):
+    rows = [{**dict(zip(columns, ("a", f"b {i}"))), "label": -1, "idx": i} for i in range(3)]
+    (tmp_path / task).mkdir()
+    (tmp_path / task / "test-00000-of-00001.parquet").write_bytes(parquet_file(rows))
+    monkeypatch.setattr(hub, "data_folder", lambda name, files: tmp_path)
+    assert hub.load_hub_test(task) == {"test": [Example("a", f"b {i}", None, str(i)) for i in range(3)]}
+    with pytest.raises(InputError, match="^--task must be one of cola, .*, rte, got"):
+        hub.load_hub(task)
 
 
 def test_what_is_cached_is_read_without_the_hub_and_what_is_not_is_refused(server, tmp_path):

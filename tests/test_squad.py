@@ -62,6 +62,19 @@ def test_the_official_layout_is_read_with_golds_null_answers_and_code_point_offs
     assert [question.answers for question in read_squad(file, labelled=False)] == [None] * 3
 
 
+def test_ids_may_be_integers_or_missing_and_the_file_may_begin_with_a_byte_order_mark(tmp_path):
+    nameless = {key: value for key, value in entry().items() if key != "id"}
+    value = document(entry(id=700), nameless, entry(id=None), entry(id=-3))
+    value["data"] += document(nameless)["data"]
+    file = tmp_path / "a.json"
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(value).encode())
+    for labelled in (True, False):
+        assert [question.id for question in read_squad(file, labelled=labelled)] == ["700", "1", "2", "-3", "4"]
+    file.write_bytes(b"\xef\xbb\xbf" + b'{"data": ["\xff"]}')
+    with pytest.raises(InputError, match=r"a.json: not UTF-8 \(byte 14\)$"):
+        read_squad(file)
+
+
 @pytest.mark.parametrize(("task", "version"), [("squad", "v1.1"), ("squad_v2", "v2.0")])
 def test_a_task_reads_the_files_of_its_version_before_those_without(tmp_path, task, version):
     for split in ("train", "dev"):
@@ -98,7 +111,15 @@ BAD_FILES = {
     "a blank context": (document(entry(), context=" \n"), "data[0].paragraphs[0]: got nothing but white space"),
     "qas null": ({"data": [{"paragraphs": [{"context": "a", "qas": None}]}]}, ".paragraphs[0]: got None for 'qas'"),
     "no question at all": (document(), "got no questions, expected at least one"),
-    "an id that is a number": (document(entry(id=7)), f"{IN_ENTRY}: got 7 for 'id', expected a string"),
+    "an id that is true": (document(entry(id=True)), f"{IN_ENTRY}: got True for 'id', expected a string"),
+    "an id that is a fraction": (document(entry(id=7.5)), f"{IN_ENTRY}: got 7.5 for 'id', expected a string"),
+    "an id that is empty": (document(entry(id="")), f"{IN_ENTRY}: got nothing but white space for 'id'"),
+    "an id as a number and as text": (document(entry(id=7), entry(id="7")), "got the id '7' twice"),
+    "an id that is another's place": (
+        document(entry(id="1"), {"question": "?", "answers": []}),
+        "got the id '1' twice",
+    ),
+    "an entry that is text": (document("x"), f"{IN_ENTRY}: got 'x', expected a JSON object"),
     "no question": (document({"id": "x"}), f"{IN_ENTRY} (id 'x'): got nothing for 'question', expected a string"),
     "no answers": (document({"id": "x", "question": "?"}), f"{IN_ENTRY} (id 'x'): got nothing for 'answers'"),
     "an answer elsewhere": (
@@ -139,7 +160,7 @@ def test_a_bad_file_is_one_line_with_the_place_in_it(tmp_path, name):
 def test_questions_to_answer_come_from_tsv_jsonl_and_json_without_answers(tmp_path):
     (tmp_path / "a.tsv").write_text(f'question\tcontext\nWho?\t{CONTEXT}\n"When?\ta "b" c\n', encoding="utf-8")
     assert read_questions(tmp_path / "a.tsv") == [Question("0", "Who?", CONTEXT), Question("1", '"When?', 'a "b" c')]
-    (tmp_path / "a.jsonl").write_text('{"id": 5, "context": "two\\nlines", "question": "?"}\n')
+    (tmp_path / "a.jsonl").write_text('\n{"id": 5, "context": "two\\nlines", "question": "?"}\n\n')
     assert read_questions(tmp_path / "a.jsonl") == [Question("5", "?", "two\nlines")]
     write(tmp_path / "a.json", document({"id": "x", "question": "?"}))
     assert read_questions(tmp_path / "a.json") == [Question("x", "?", CONTEXT)]
@@ -152,7 +173,8 @@ def test_questions_to_answer_come_from_tsv_jsonl_and_json_without_answers(tmp_pa
         ("question\tcontext\tlabel\na\tb\tc\n", "line 1: got columns ['question', 'context', 'label'], expected"),
         ("question\tcontext\n \tb\n", "line 2: got nothing but white space for 'question'"),
         ("question\tcontext\tid\na\tb\t1\na\tb\t1\n", "got the id '1' twice, expected each id once"),
-        ("question\tcontext\n", "got no questions, expected at least one"),
+        ("question\tcontext\na\tb\nquestion\tcontext\n", "line 3: got the header again (question, context), expected"),
+        ("question\tcontext\n\n", "got no questions, expected at least one"),
         ('{"question": "a"}\n', "line 1: got keys ['question'], expected question, context"),
         ('{"question": "a", "context": ["b"]}\n', "line 1: got context ['b'], expected a string"),
     ],

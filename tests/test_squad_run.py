@@ -8,7 +8,7 @@ import torch
 
 from progtuning.checkpoint import load_model
 from progtuning.data.squad import read_squad
-from progtuning.metrics import squad
+from progtuning.metrics import squad, squad_v2
 from tests.squad_files import OPINIONS, write_squad
 from tests.test_cli import call, refused
 
@@ -119,7 +119,9 @@ def test_evaluate_writes_the_official_files_and_their_answers_have_its_metrics(t
     assert all(list(content) == [question.id for question in questions] for content in files.values())
     golds = [[gold.text for gold in question.answers] for question in questions]
     values = {name: json.loads(out)["metrics"][name] for name in ("f1", "exact")}
-    assert squad(list(files["predictions.json"].values()), golds) == pytest.approx(values)
+    answers = list(files["predictions.json"].values())
+    scores = squad(answers, golds) if task == "squad" else squad_v2(answers, [0.0] * len(answers), golds)
+    assert {name: scores[name] for name in values} == pytest.approx(values)
     assert max(map(len, files["nbest_predictions.json"].values())) == 3 + (task == "squad_v2")
     line = refused(*call("evaluate", *arguments, "--output-dir", tmp_path / "new"))
     assert "--output-dir must be a new or empty folder" in line
@@ -209,6 +211,36 @@ def test_a_submission_has_the_predictions_for_the_test_rows_by_their_official_nu
     _, plain, _ = call("predict", "--checkpoint", rte / "run", "--input", "-", "--output", "-", stdin=texts.encode())
     assert [row[1] for row in rows[1:]] == [line.split("\t")[0] for line in plain.splitlines()[1:]]
     assert (tmp_path / "submission" / "CoLA.tsv").read_text() == "of another task"
+
+
+def test_a_model_of_mnli_predicts_the_diagnostic_set_and_every_row_of_wnli_has_the_majority_class(
+    tiny_folder, rte, tmp_path, caplog
+):
+    names = ("entailment", "neutral", "contradiction")
+    rows = [f"{7 * i}\tthe film\tis {OPINIONS[i % 8]}" for i in range(12)]
+    for name in ("train", "dev_matched", "dev_mismatched"):
+        lines = ["index\tsentence1\tsentence2\tgold_label", *(f"{row}\t{names[i % 3]}" for i, row in enumerate(rows))]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    tests = "\n".join(["index\tsentence1\tsentence2", *rows]) + "\n"
+    for name in ("test_matched", "test_mismatched", "AX", "test"):
+        (tmp_path / f"{name}.tsv").write_text(tests)
+    run, folder = tmp_path / "run", tmp_path / "submission"
+    arguments = ["--model", tiny_folder, "--task", "mnli", "--data", tmp_path, "--output-dir", run, "--epochs", "1"]
+    assert call("train", *arguments, *FAST)[0] == 0
+    options = ["--data", tmp_path, "--glue-submission", folder, "--device", "cpu"]
+    for task in ("mnli", "ax", "wnli"):
+        status, out, err = call("predict", "--checkpoint", run, "--task", task, *options)
+        assert status == 0, err
+    assert out == f"Written: {folder / 'WNLI.tsv'}\n"
+    assert caplog.messages == ["wnli: every row has the majority class, not_entailment; the model is not asked"]
+    files = {file.name: file.read_text() for file in folder.iterdir()}
+    assert set(files) == {"MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv", "WNLI.tsv"}
+    assert files["AX.tsv"] == files["MNLI-m.tsv"] and set(files["AX.tsv"].split()) & set(names)
+    assert files["WNLI.tsv"] == "index\tprediction\n" + "".join(f"{7 * i}\t0\n" for i in range(12))
+    line = refused(*call("predict", "--checkpoint", rte / "run", "--task", "ax", *options))
+    assert "has the classes entailment, not_entailment, expected those of the task ax: entailment, neutral" in line
+    line = refused(*call("evaluate", "--checkpoint", run, "--task", "wnli", "--data", tmp_path))
+    assert "--task wnli is for predict --glue-submission alone" in line
 
 
 BAD_PREDICT = {

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from progtuning.data.glue import TASKS
+from progtuning.data.glue import TASKS, TEST_TASKS
 from progtuning.data.submission import FILES, write_submission
 from progtuning.data.text import Example
 from progtuning.errors import InputError, RunError
@@ -19,6 +19,8 @@ EXPECTED = {
     ("mnli", "test_mismatched"): ("MNLI-mm.tsv", NLI),
     ("qnli", "test"): ("QNLI.tsv", "entailment not_entailment"),
     ("rte", "test"): ("RTE.tsv", "entailment not_entailment"),
+    ("ax", "test"): ("AX.tsv", NLI),
+    ("wnli", "test"): ("WNLI.tsv", "0 1"),
 }
 
 
@@ -43,8 +45,8 @@ def test_scores_of_sts_b_are_clipped_to_its_0_to_5(tmp_path):
 
 
 def test_every_test_split_of_every_task_has_a_file():
-    assert set(FILES) == {(name, split) for name, task in TASKS.items() for split in task.test}
-    assert len(set(FILES.values())) == 9
+    assert set(FILES) == {(name, split) for name, task in (TASKS | TEST_TASKS).items() for split in task.test}
+    assert len(set(FILES.values())) == 11  # as many as the server wants in a zip
 
 
 def test_predictions_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path):
@@ -61,7 +63,7 @@ def test_predictions_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path
         with pytest.raises(ValueError, match=message):
             write_submission(*arguments, EXAMPLES, tmp_path)
     with pytest.raises(InputError, match="--task must be one of"):
-        write_submission("wnli", "test", [0, 1, 0], EXAMPLES, tmp_path)
+        write_submission("snli", "test", [0, 1, 0], EXAMPLES, tmp_path)
     with pytest.raises(RunError, match="RTE.tsv: cannot be written"):
         write_submission("rte", "test", [0, 1, 0], EXAMPLES, tmp_path / "nowhere")
     assert not list(tmp_path.iterdir())

@@ -1,5 +1,9 @@
 """The GLUE benchmark (Wang et al., 2019, arXiv 1804.07461), all tasks but WNLI, from the official TSV folders.
 
+Of WNLI and of the diagnostic set AX a submission has predictions too, so their test rows are read. A model of MNLI
+predicts AX. WNLI's training rows mislead a model: every row has the majority class, not_entailment, 65 % of the test
+rows (Section 3.3 there).
+
 The files have no quoting. Columns are found by the names in the header, so that MNLI's 12 (train), 16 (dev) and 10
 (test) need no rule of their own; CoLA's train and dev files have no header. Class names and their order are those of
 the data set nyu-mll/glue on the Hugging Face Hub. `file_labels` are the same classes as the files write them, and as a
@@ -9,7 +13,7 @@ The official QQP training file has a few rows broken by a line feed within a que
 nyu-mll/glue, which leaves 363,846. In every other file a wrong number of columns is an error.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from progtuning.data.text import Example, Splits, Task, check_file, class_index, parse_number, read_lines, tsv_rows
@@ -31,6 +35,8 @@ class GlueTask:
     columns: tuple[str, ...] | None = None  # of train and dev files without a header
     dev: tuple[str, ...] = ("dev",)
     test: tuple[str, ...] = ("test",)
+    test_names: tuple[str, ...] = ()  # of the test file, the first that there is; none: that of the split
+    constant: int | None = None  # the class that every row of a submission has; None: what a model predicts
     max_broken_rows: int = 0
 
 
@@ -81,6 +87,23 @@ TASKS = {
         Task("rte", _ENTAILMENT, ("accuracy",)), text="sentence1", text_pair="sentence2", file_labels=_ENTAILMENT
     ),
 }
+# What a submission has beside those.
+TEST_TASKS = {
+    "ax": GlueTask(
+        replace(TASKS["mnli"].task, name="ax"),
+        text="sentence1",
+        text_pair="sentence2",
+        file_labels=_NLI,
+        test_names=("AX", "diagnostic"),  # as it is published, and as GLUE's script for downloads saves it
+    ),
+    "wnli": GlueTask(
+        Task("wnli", ("not_entailment", "entailment"), ("accuracy",)),
+        text="sentence1",
+        text_pair="sentence2",
+        file_labels=_BINARY,
+        constant=0,
+    ),
+}
 _ALIASES = {"sst2": "sst-2", "stsb": "sts-b"}
 
 
@@ -89,11 +112,15 @@ def is_task(name: str) -> bool:
     return _ALIASES.get(name.lower(), name.lower()) in TASKS
 
 
-def glue_task(name: str) -> GlueTask:
-    """Return the task of that name, in any case; `sst2` and `stsb` are names too. Raises InputError for any other."""
-    if not is_task(name):
-        raise InputError(f"--task must be one of {', '.join(TASKS)}, got {name!r}")
-    return TASKS[_ALIASES.get(name.lower(), name.lower())]
+def glue_task(name: str, tests: bool = False) -> GlueTask:
+    """Return the task of that name, in any case, with `tests` one of TEST_TASKS too; `sst2` and `stsb` are names too.
+
+    Raises InputError for any other.
+    """
+    tasks, known = TASKS | (TEST_TASKS if tests else {}), _ALIASES.get(name.lower(), name.lower())
+    if known not in tasks:
+        raise InputError(f"--task must be one of {', '.join(tasks)}, got {name!r}")
+    return tasks[known]
 
 
 def load_glue(name: str, folder: str | Path) -> Splits:
@@ -107,12 +134,16 @@ def load_glue(name: str, folder: str | Path) -> Splits:
 
 
 def load_glue_test(name: str, folder: str | Path) -> dict[str, list[Example]]:
-    """Read test.tsv (MNLI: test_matched.tsv and test_mismatched.tsv) of a task's official folder, by split.
+    """Read test.tsv (MNLI: test_matched.tsv and test_mismatched.tsv, AX: AX.tsv) of a task's official folder, by split.
 
     Raises InputError that names the file and its line.
     """
-    splits = glue_task(name).test
-    return {split: read_glue_file(name, Path(folder) / f"{split}.tsv", labelled=False) for split in splits}
+    glue, tests = glue_task(name, tests=True), {}
+    for split in glue.test:
+        files = [Path(folder) / f"{stem}.tsv" for stem in glue.test_names or (split,)]
+        file = next(filter(Path.exists, files), files[0])
+        tests[split] = read_glue_file(name, file, labelled=False)
+    return tests
 
 
 def read_glue_file(name: str, path: str | Path, *, labelled: bool = True, max_broken_rows: int = 0) -> list[Example]:
@@ -122,7 +153,7 @@ def read_glue_file(name: str, path: str | Path, *, labelled: bool = True, max_br
     number of the row. At most `max_broken_rows` rows with too few columns are passed over. Raises InputError that names
     file and line.
     """
-    glue = glue_task(name)
+    glue = glue_task(name, tests=not labelled)
     texts = [glue.text] + ([glue.text_pair] if glue.text_pair else [])
     rows = tsv_rows(
         path,

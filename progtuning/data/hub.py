@@ -25,6 +25,8 @@ _GLUE = {
     "mnli": ("mnli", ("premise", "hypothesis")),
     "qnli": ("qnli", ("question", "sentence")),
     "rte": ("rte", ("sentence1", "sentence2")),
+    "ax": ("ax", ("premise", "hypothesis")),
+    "wnli": ("wnli", ("sentence1", "sentence2")),
 }
 _SQUAD = {"squad": ("rajpurkar/squad", "plain_text"), "squad_v2": ("rajpurkar/squad_v2", "squad_v2")}
 
@@ -45,13 +47,14 @@ def load_hub(task: str) -> Splits:
 
 
 def load_hub_test(task: str) -> dict[str, list[Example]]:
-    """Download (once) and read the test rows of a GLUE task, by the names of its test splits. Raises as `load_hub`."""
+    """Download (once) and read the test rows of a GLUE task, "ax" and "wnli" too, by the names of its test splits.
+    Raises as `load_hub`."""
     _pyarrow()
-    return {split: _glue_split(task, split, labelled=False) for split in glue_task(task).test}
+    return {split: _glue_split(task, split, labelled=False) for split in glue_task(task, tests=True).test}
 
 
 def _glue_split(task: str, split: str, labelled: bool = True) -> list[Example]:
-    task = glue_task(task).task
+    task = glue_task(task, tests=True).task
     folder, columns = _GLUE[task.name]
     examples = []
     for where, row in _rows(GLUE, folder, split, (*columns, "label", "idx")):
@@ -80,7 +83,8 @@ def _squad_split(task: str, split: str) -> list[squad.Question]:
         context = squad.parse_text(where, row, "context")
         context = contexts.setdefault(context, context)  # one string for all questions of a paragraph
         entry = {**row, "answers": _answers(where, row["answers"])}
-        questions.append(squad.parse_question(where, entry, context, True, squad.TASKS[task].null_answers))
+        null_answers = squad.TASKS[task].null_answers
+        questions.append(squad.parse_question(where, len(questions), entry, context, True, null_answers))
     return squad.check_questions(f"{repository} {split}", questions)
 
 

@@ -5,6 +5,9 @@ A file is one JSON document. `answers` is empty where the context does not answe
     {"data": [{"paragraphs": [{"context": ..., "qas": [{"id": ..., "question": ...,
         "is_impossible": ..., "answers": [{"text": ..., "answer_start": ...}, ...]}]}]}]}
 
+An id is a string or an integer, of which the digits are taken; a question without one has the 0-based number that it is
+in the file.
+
 What a model reads is a question beside a window of its context:
 
     [CLS] question [SEP] window [SEP]       BERT; token types 0 up to the first [SEP], then 1
@@ -103,7 +106,8 @@ def read_squad(path: str | Path, *, labelled: bool = True, null_answers: bool = 
             where = f"{in_article}.paragraphs[{j}]"
             context = parse_text(where, paragraph, "context")
             for k, entry in enumerate(_value(where, paragraph, "qas", list)):
-                questions.append(parse_question(f"{where}.qas[{k}]", entry, context, labelled, null_answers))
+                place = f"{where}.qas[{k}]"
+                questions.append(parse_question(place, len(questions), entry, context, labelled, null_answers))
     return check_questions(path, questions)
 
 
@@ -122,9 +126,10 @@ def read_questions(path: str | Path) -> list[Question]:
     return check_questions(path, questions)
 
 
-def parse_question(where: str, entry, context: str, labelled: bool, null_answers: bool) -> Question:
-    """Return the question that an entry of `qas` is. Raises InputError, beginning with `where`."""
-    identity = parse_text(where, entry, "id")
+def parse_question(where: str, number: int, entry, context: str, labelled: bool, null_answers: bool) -> Question:
+    """Return the question that an entry of `qas` is, the `number`th (0-based). Raises InputError, beginning with
+    `where`."""
+    identity = _question_id(where, number, entry)
     where = f"{where} (id {shorten(identity)})"
     text = parse_text(where, entry, "question", may_be_blank=True)
     if not labelled:
@@ -264,6 +269,13 @@ def _token_span(offsets: np.ndarray, answer: Answer) -> tuple[int, int]:
     first = np.searchsorted(offsets[:, 1], answer.start, side="right")
     last = np.searchsorted(offsets[:, 0], answer.start + len(answer.text), side="left") - 1
     return int(first), int(last)
+
+
+def _question_id(where: str, number: int, entry) -> str:
+    value = entry.get("id") if isinstance(entry, dict) else ""
+    if value is None:
+        return str(number)
+    return str(value) if type(value) is int else parse_text(where, entry, "id")
 
 
 def _answer(where: str, entry, context: str) -> Answer:

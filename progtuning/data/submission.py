@@ -1,7 +1,7 @@
 """What the GLUE server takes: for each test file a TSV of the rows' official numbers and the predictions.
 
-Classes are written as the task's own files write them: 0 and 1, or words for MNLI, QNLI and RTE. STS-B's scores are
-clipped to the 0..5 of its labels.
+Classes are written as the task's own files write them: 0 and 1, or words for MNLI, AX, QNLI and RTE. STS-B's scores are
+clipped to the 0..5 of its labels. The server takes a zip of all eleven files.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,8 @@ FILES = {
     ("mnli", "test_mismatched"): "MNLI-mm.tsv",
     ("qnli", "test"): "QNLI.tsv",
     ("rte", "test"): "RTE.tsv",
+    ("ax", "test"): "AX.tsv",
+    ("wnli", "test"): "WNLI.tsv",
 }
 
 
@@ -37,7 +39,7 @@ def write_submission(
     an unknown task, ValueError where split, number or values of the predictions do not fit, and RunError where the disk
     refuses.
     """
-    glue = glue_task(task)
+    glue = glue_task(task, tests=True)
     if split not in glue.test:
         raise ValueError(f"split must be one of {', '.join(glue.test)}, got {split!r}")
     values = np.asarray(predictions)
