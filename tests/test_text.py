@@ -155,7 +155,7 @@ def test_blank_lines_are_no_rows_in_jsonl_in_one_column_and_at_the_end_of_a_tabl
     assert read_table(path, require_label=False)[1][1] == Example("", "", None, "1")
 
 
-@pytest.mark.parametrize("again", ["text\tlabel", "\ufefftext\tlabel", "label\ttext"])
+@pytest.mark.parametrize("again", ["text\tlabel", "\ufefftext\tlabel", "label\ttext", "Text\tLABEL ", "text\tlabel\r"])
 def test_the_header_again_among_the_rows_is_an_error_with_its_line(tmp_path, again):
     path = write(tmp_path / "a.tsv", f"text\tlabel\na\tx\n{again}\nb\ty\n")
     expected = f"{path}: line 3: got the header again (text, label), expected a row"

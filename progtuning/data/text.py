@@ -361,8 +361,10 @@ def _without_blank(path: str | Path, lines: Iterator[tuple[int, str]]) -> Iterat
 
 
 def _is_header(cells: list[str], columns: list[str]) -> bool:
-    """Say whether a row of several cells is the names of the columns again; a joined file may begin with its mark."""
-    return len(columns) > 1 and sorted([cells[0].removeprefix("\ufeff"), *cells[1:]]) == sorted(columns)
+    """Say whether a row of several cells is the names of the columns again, in any case and order; of joined files
+    each may begin with a byte-order mark."""
+    names = [cell.strip("\ufeff ").casefold() for cell in cells]
+    return len(columns) > 1 and sorted(names) == sorted(column.casefold() for column in columns)
 
 
 def _header(
