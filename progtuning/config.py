@@ -477,9 +477,9 @@ _ADAPTER = {
     "adapter_init_std": 1e-3,
 }
 # Ben Zaken et al. 2022 (arXiv 2106.10199): benzakenelad/BitFit, the defaults of run_glue.py, and of glue_evaluator.py a
-# constant rate, and transformers 4.2.1's AdamW as it comes: no decay, and this epsilon. (Progtuning names a linear decay
-# for its ablations, and for BitFit says only that it keeps to the original.) Its Table 3 counts 8 epochs (MNLI, QNLI
-# and QQP: 10), not these 16: compare by the epoch, or give --epochs.
+# constant rate, and transformers 4.2.1's AdamW as it comes: no decay, and this epsilon. (Progtuning names a linear
+# decay for its ablations, and for BitFit says only that it keeps to the original.) Its Table 3 counts 8 epochs (MNLI,
+# QNLI and QQP: 10), not these 16: compare by the epoch, or give --epochs.
 _BITFIT = {
     "lr": 1e-3,
     "lr_schedule": "constant",
