@@ -6,15 +6,17 @@ head's stand under none.
 
 The folder of a model that a PEFT method trained has `config.json` and only what was trained: LoRA in the format of the
 library peft (`adapter_config.json`, `adapter_model.safetensors`), any other method in `trained.json` and
-`trained.safetensors`. Both name the base model and carry a digest of every base tensor that the method leaves alone, so
-that what is loaded is what was saved, or an error.
+`trained.safetensors`. Both name the base model, and its revision on the Hub, and carry a digest of every base tensor
+that the method leaves alone, so that what is loaded is what was saved, or an error. peft itself writes no digest and no
+`config.json`.
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +35,7 @@ from progtuning.peft.lora import lora_layers
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 LORA_WEIGHTS, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # the names that peft gives them
+LORA_PICKLE = "adapter_model.bin"
 TRAINED_WEIGHTS, TRAINED_CONFIG = "trained.safetensors", "trained.json"
 _BACKBONE = ("embeddings.", "encoder.", "pooler.")  # under the prefix in a file; the rest is the head's last layers
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -112,21 +115,40 @@ _LORA_PREFIX = "base_model.model."
 _POOLER = "pooler.dense.weight"  # the one part of a head that may be frozen, and that a base may lack
 _HEAD_MODULES = {"classification": "classifier", "regression": "classifier", "question-answering": "qa_outputs"}
 _TASK_TYPES = {"classifier": "SEQ_CLS", "qa_outputs": "QUESTION_ANS", None: "FEATURE_EXTRACTION"}
+# How adapter_config.json says which head a model has: by task, or where there is none by the class that was adapted.
+_HEADS_OF_PEFT = {
+    "SEQ_CLS": "classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": None,
+    "ForSequenceClassification": "classification",
+    "ForQuestionAnswering": "question-answering",
+    "Model": None,
+}
+_MAX_OUTPUTS = 100_000
 # Keys of an adapter_config.json that are read elsewhere, or with which a trained LoRA computes the same whatever their
 # value: what is wrapped is read from the tensors.
 _LORA_WITHOUT_EFFECT = frozenset(
     """
-    auto_mapping base_model_name_or_path exclude_modules inference_mode layers_pattern lora_alpha lora_dropout
-    megatron_core modules_to_save peft_type peft_version qalora_group_size r revision target_modules task_type
+    auto_mapping base_model_name_or_path eva_config exclude_modules inference_mode layers_pattern lora_alpha
+    lora_dropout megatron_core modules_to_save peft_type peft_version qalora_group_size r revision target_modules
+    task_type use_rslora
     """.split()
 )
 # Values other than None, false and empty with which a key changes nothing. Any other setting may be another model.
-_LORA_NEUTRAL = {"bias": ("none",), "init_lora_weights": (True, "gaussian")}
+_LORA_NEUTRAL = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva")}
 
 
-def save_peft(model: Model, folder: str | Path, peft: PeftConfig, base_model: str, fresh: Iterable[str] = ()) -> None:
+def save_peft(
+    model: Model,
+    folder: str | Path,
+    peft: PeftConfig,
+    base_model: str,
+    fresh: Iterable[str] = (),
+    revision: str | None = None,
+) -> None:
     """Write what `peft` trained in `model` into an existing folder, with the name of the base model that it belongs to.
 
+    `revision` is that of the base model, where it is one of the Hub.
     LoRA is written as the library peft reads it, other methods in our own format. Merged layers are written as if they
     were not. `fresh` names parameters that the base lacks (`LoadReport.fresh`): they are written too, trained or not.
     Raises ValueError for method "none", which trains whole models, and RunError where the disk refuses.
@@ -137,46 +159,106 @@ def save_peft(model: Model, folder: str | Path, peft: PeftConfig, base_model: st
     digest = base_digest(model, held)
     if peft.method == "lora":
         _save(model, held, folder / LORA_WEIGHTS, prefix=_LORA_PREFIX, **{_DIGEST: digest})
-        write_json(folder / LORA_CONFIG, _lora_config(model.config, peft, base_model, with_pooler=_POOLER in held))
+        values = {"base_model_name_or_path": base_model, "revision": revision}
+        write_json(folder / LORA_CONFIG, values | _lora_config(model.config, peft, with_pooler=_POOLER in held))
     else:
         _save(model, held, folder / TRAINED_WEIGHTS)
         names = sorted(_key(name, model.config) for name in held)
-        values = {"base_model": base_model, _DIGEST: digest, "peft": asdict(peft), "tensors": names}
+        values = {"base_model": base_model, "revision": revision, _DIGEST: digest}
+        values |= {"peft": asdict(peft), "tensors": names}
         write_json(folder / TRAINED_CONFIG, values)
     write_json(folder / CONFIG, model.config.to_dict())
 
 
-def base_model_name(folder: str | Path) -> str | None:
+class BaseName(NamedTuple):
+    """What a folder calls its base model, and the file and its key that say so."""
+
+    name: str
+    revision: str | None  # on the Hub
+    path: Path
+    key: str
+
+
+def peft_file(folder: str | Path) -> Path | None:
+    """Return the file that describes a folder of `save_peft` or of the library peft; None for any other folder."""
+    paths = (Path(folder) / name for name in (LORA_CONFIG, TRAINED_CONFIG))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def base_model_name(folder: str | Path) -> BaseName | None:
     """Return the base model of a folder that `save_peft` or the library peft wrote; None for any other folder.
 
-    Raises InputError where the folder's file is damaged or names none.
+    Raises InputError where the folder's file is damaged, names none, or has settings that are not supported.
     """
-    for name, key in ((LORA_CONFIG, "base_model_name_or_path"), (TRAINED_CONFIG, "base_model")):
-        path = Path(folder) / name
-        if path.is_file():
-            base_model = _read_object(path).get(key)
-            if not isinstance(base_model, str) or not base_model:
-                raise InputError(f"{path}: key {key!r} must name the base model, got {base_model!r}")
-            return base_model
-    return None
+    path = peft_file(folder)
+    if path is None:
+        return None
+    values, key = _read_object(path), "base_model"
+    if path.name == LORA_CONFIG:
+        _check_lora_settings(values, path)
+        key = "base_model_name_or_path"
+    name, revision = values.get(key), values.get("revision")
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{path}: key {key!r} must name the base model, got {name!r}")
+    if not isinstance(revision, str | None):
+        raise InputError(f"{path}: key 'revision' must be a revision of the base model, got {revision!r}")
+    return BaseName(name, revision, path, key)
 
 
-def load_peft(model: Model, folder: str | Path) -> PeftConfig:
+def tuned_config(folder: str | Path, base: str | Path) -> BertConfig:
+    """Return the architecture of a folder that `save_peft` or the library peft wrote, on a base in the folder `base`.
+
+    It is that of the folder's `config.json`. peft writes none: the architecture is then the base's, and so are the
+    names of the classes, where they are as many as the head that the folder holds has outputs (else LABEL_0 ..).
+    Raises InputError.
+    """
+    folder, path = Path(folder), Path(folder) / CONFIG
+    if peft_file(folder).name != LORA_CONFIG:
+        return BertConfig.from_json(path)
+    values = _read_object(folder / LORA_CONFIG)
+    _check_lora_settings(values, folder / LORA_CONFIG)
+    with ExitStack() as stack:
+        file = _open_lora(folder / LORA_WEIGHTS, stack)
+        own = path.exists() or _DIGEST in (file.tensors.metadata() or {})  # save_peft wrote the file, and a config.json
+        config = BertConfig.from_json(path if own else Path(base) / CONFIG)
+        if own and config.head:
+            return config
+        head = _head_of_peft(values, folder / LORA_CONFIG, config.head)
+        if head != "classification":
+            return config if head == config.head else config.with_head(head)
+        count = _saved_outputs(file, config) or len(config.labels)
+    labels = config.labels if count == len(config.labels) else tuple(f"LABEL_{index}" for index in range(count))
+    return config.with_head("regression" if count == 1 else "classification", labels)
+
+
+def load_tuned(folder: str | Path, base: str | Path, config: BertConfig) -> Model:
+    """Load the model of a folder that `save_peft` or the library peft wrote, whose base model's folder is `base`.
+
+    `config` is that of `tuned_config`. Raises InputError as `load_model` and `load_peft` do, and where neither of the
+    two folders has a tensor of the head.
+    """
+    model, loaded = load_model(base, config)
+    load_peft(model, folder, absent=loaded.fresh)
+    return model
+
+
+def load_peft(model: Model, folder: str | Path, absent: Iterable[str] = ()) -> PeftConfig:
     """Apply to a base model what a folder of `save_peft`, or of the library peft with LoRA, holds; return the method.
 
-    `model` is the base model under the head of the folder's `config.json`. Raises InputError where a file is missing or
-    damaged, where a setting is not supported, or where the folder was written for another base; the model is then as it
-    was.
+    `model` is the base model under the head of `tuned_config`, and `absent` names its parameters that the base lacks
+    (`LoadReport.fresh`). Raises InputError where a file is missing or damaged, where a setting is not supported, where
+    the folder was written for another base, or where it lacks a parameter that is absent; the model is then as it was.
     """
     folder = Path(folder)
     if (folder / LORA_CONFIG).is_file():
-        return _load_lora(model, folder / LORA_CONFIG, folder / LORA_WEIGHTS)
+        return _load_lora(model, folder / LORA_CONFIG, folder / LORA_WEIGHTS, absent)
     path = folder / TRAINED_CONFIG
     values = _read_object(path)
     with ExitStack() as stack:
         file = _open(folder / TRAINED_WEIGHTS, stack)
         keys = _internal_names(file.tensors.keys(), model.config, file.path)
         peft, held = _method(values.get("peft"), model.config, keys, path)
+        _check_whole(absent, held, file.path)
         _check_base(model, held, values.get(_DIGEST), folder)
         tensors = _read_held(file, keys, held)
     _apply(model, peft, tensors)
@@ -199,8 +281,8 @@ def base_digest(model: Model, held: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _lora_config(config: BertConfig, peft: PeftConfig, base_model: str, with_pooler: bool) -> dict:
-    """Return the adapter_config.json with which peft rebuilds the model."""
+def _lora_config(config: BertConfig, peft: PeftConfig, with_pooler: bool) -> dict:
+    """Return the adapter_config.json with which peft rebuilds the model, but for the base model's name."""
     head = _HEAD_MODULES.get(config.head)
     targets = []
     for target in sorted(peft.lora_targets):
@@ -212,7 +294,6 @@ def _lora_config(config: BertConfig, peft: PeftConfig, base_model: str, with_poo
     return {
         "peft_type": "LORA",
         "task_type": _TASK_TYPES[head],
-        "base_model_name_or_path": base_model,
         "r": peft.lora_r,
         "lora_alpha": peft.lora_alpha,
         "lora_dropout": peft.lora_dropout,
@@ -223,18 +304,21 @@ def _lora_config(config: BertConfig, peft: PeftConfig, base_model: str, with_poo
     }
 
 
-def _load_lora(model: Model, config_path: Path, path: Path) -> PeftConfig:
+def _load_lora(model: Model, config_path: Path, path: Path, absent: Iterable[str]) -> PeftConfig:
     values = _read_object(config_path)
     _check_lora_settings(values, config_path)
     with ExitStack() as stack:
-        file = _open(path, stack)
+        file = _open_lora(path, stack)
         keys = _internal_names(file.tensors.keys(), model.config, path, prefix=_LORA_PREFIX)
         settings = {key: values.get(key) for key in ("lora_alpha", "lora_dropout")}
         settings |= {"method": "lora", "lora_r": values.get("r"), "lora_targets": _lora_targets(keys, path)}
         settings["lora_pooler"] = _POOLER in keys  # peft trains what it saves
         peft, held = _method(settings, model.config, keys, config_path)
-        if not values.get("modules_to_save") and all("lora_" in name for name in keys):
-            held = {name: shape for name, shape in held.items() if "lora_" in name}  # the head is the base's
+        if values.get("use_rslora"):  # alpha / sqrt(r) is (alpha sqrt(r)) / r
+            peft = replace(peft, lora_alpha=peft.lora_alpha * math.sqrt(peft.lora_r))
+        held = {name: shape for name, shape in held.items() if ".lora_" in name}
+        held |= _saved_head(units(model.config, peft).head.shapes, keys, values.get("modules_to_save"))
+        _check_whole(absent, held, path)
         if digest := (file.tensors.metadata() or {}).get(_DIGEST):  # peft writes none
             _check_base(model, held, digest, path.parent)
         tensors = _read_held(file, keys, held)
@@ -242,9 +326,64 @@ def _load_lora(model: Model, config_path: Path, path: Path) -> PeftConfig:
     return peft
 
 
+def _open_lora(path: Path, stack: ExitStack) -> "_TensorFile":
+    if not path.exists() and path.with_name(LORA_PICKLE).exists():
+        hint = f"{LORA_PICKLE} is a pickle, which is never read: convert it to safetensors"
+        raise InputError(f"{path.parent}: no {path.name} ({hint})")
+    return _open(path, stack)
+
+
+def _head_of_peft(values: Mapping, path: Path, otherwise: str | None) -> str | None:
+    """Return the head that an adapter_config.json says the model has; `otherwise` where it says nothing."""
+    key, said = "task_type", values.get("task_type")
+    if said is None and isinstance(mapping := values.get("auto_mapping"), dict):
+        key, said = "auto_mapping", mapping.get("base_model_class")
+    if said is None:
+        return otherwise
+    for ending, head in _HEADS_OF_PEFT.items():
+        if isinstance(said, str) and said.endswith(ending):
+            return head
+    raise InputError(f"{path}: key {key!r} must be one of {', '.join(_HEADS_OF_PEFT)}, got {said!r}")
+
+
+def _saved_outputs(file: "_TensorFile", config: BertConfig) -> int | None:
+    """Return how many outputs the classifier has that a file of peft holds; None where it holds none."""
+    keys = _internal_names(file.tensors.keys(), config, file.path, prefix=_LORA_PREFIX)
+    key = keys.get("classifier.weight" if config.model_type == "bert" else "classifier.out_proj.weight")
+    if key is None:
+        return None
+    shape = file.tensors.get_slice(key).get_shape()
+    if len(shape) != 2 or not 1 <= shape[0] <= _MAX_OUTPUTS:
+        raise InputError(f"{file.path}: tensor {key!r} has shape {shape}, expected [classes, {config.hidden_size}]")
+    return shape[0]
+
+
+def _saved_head(
+    shapes: Mapping[str, tuple[int, ...]], names: Iterable[str], modules: object
+) -> dict[str, tuple[int, ...]]:
+    """Return which of the head's parameters a file of peft must hold, for the rest is the base's.
+
+    They are the whole of each layer of which it has a tensor, and of each module that `modules_to_save` names.
+    """
+    layers = {name.rpartition(".")[0] for name in names}
+    modules = {module for module in modules if isinstance(module, str)} if isinstance(modules, list) else set()
+    return {
+        name: shape
+        for name, shape in shapes.items()
+        if name.rpartition(".")[0] in layers or modules & set(name.split("."))
+    }
+
+
+def _check_whole(absent: Iterable[str], held: Iterable[str], path: Path) -> None:
+    """Raise InputError where a parameter that the base lacks is not in the file either."""
+    if missing := [name for name in absent if name not in held]:
+        raise InputError(f"{path}: tensor {missing[0]!r} is missing, here and in the base model")
+
+
 def _check_lora_settings(values: Mapping, path: Path) -> None:
     if values.get("peft_type") != "LORA":
         raise InputError(f"{path}: key 'peft_type' must be 'LORA', got {values.get('peft_type')!r}")
+    _head_of_peft(values, path, None)
     for key, value in values.items():
         off = value is None or value is False or value in ("", [], {}, *_LORA_NEUTRAL.get(key, ()))
         if key not in _LORA_WITHOUT_EFFECT and not off:

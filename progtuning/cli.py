@@ -33,6 +33,9 @@ from progtuning.stages import SCHEDULES, make_schedule
 # so that two runs take minutes on two cores.
 DEMO_MODEL, DEMO_DATA, DEMO_ROWS = "minilm-l6", "movie-reviews", 3000
 DEMO_SETTINGS = {"epochs": 3, "batch_size": 32, "lr": 1e-4, "max_length": 64, "evaluate": "end"}
+MODEL_HELP = (
+    "folder, org/name[@revision] or bert-base-uncased and the like on the Hub, pypi:NAME==VERSION, or minilm-l6"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -114,7 +117,7 @@ def build_parser() -> Parser:
     add_run_options(demo)
 
     train = add_command(commands, "train", run_train, "fine-tune a model on a task")
-    train.add_argument("--model", required=True, help="folder, org/name on the Hub, pypi:NAME==VERSION, or minilm-l6")
+    train.add_argument("--model", required=True, help=MODEL_HELP)
     add_task_options(train)
     train.add_argument("--output-dir", required=True, help="a new or empty folder, or with --resume that of the run")
     train.add_argument(
@@ -201,7 +204,9 @@ def add_task_options(parser: Parser, required: bool = True) -> None:
 
 
 def add_checkpoint_options(parser: Parser) -> None:
-    parser.add_argument("--checkpoint", required=True, help="output folder of train")
+    parser.add_argument("--checkpoint", required=True, help="output folder of train, or of the library peft")
+    text = "where the base model of a --checkpoint of --peft is, if no longer where its file says; as --model of train"
+    parser.add_argument("--base-model", metavar="MODEL", help=text)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-length", type=int, help="tokens a sequence (as in training)")
     parser.add_argument("--precision", default="fp32", help="fp32 or bf16")
@@ -405,7 +410,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         check_new_folder(args.output_dir)
     device = choose_device(args.device)
     TrainConfig(batch_size=args.batch_size, precision=args.precision)  # checks both
-    checkpoint = load_checkpoint(Path(args.checkpoint), args.max_length, squad_options(args))
+    checkpoint = load_checkpoint(Path(args.checkpoint), args.max_length, squad_options(args), args.base_model)
     splits = load_held_out(args.task, args.data, checkpoint)
     values = evaluate_checkpoint(checkpoint, splits, device, args.batch_size, args.precision, args.output_dir)
     if args.json:
@@ -420,7 +425,7 @@ def run_predict(args: argparse.Namespace) -> None:
     check_predict_options(args)
     device = choose_device(args.device)
     TrainConfig(batch_size=args.batch_size, precision=args.precision)  # checks both
-    checkpoint = load_checkpoint(Path(args.checkpoint), args.max_length, squad_options(args))
+    checkpoint = load_checkpoint(Path(args.checkpoint), args.max_length, squad_options(args), args.base_model)
     if args.glue_submission is not None:
         arguments = (args.task, args.data, args.glue_submission, device, args.batch_size, args.precision)
         paths = [str(path) for path in write_glue_submission(checkpoint, *arguments)]
@@ -484,11 +489,17 @@ def run_plan(args: argparse.Namespace) -> None:
 
 
 def architecture(name: str) -> BertConfig:
-    """Return a named architecture, or that of a config.json or of the folder it lies in."""
-    if name in ARCHITECTURES:
-        return ARCHITECTURES[name]
+    """Return that of a config.json or of the folder it lies in, or a named architecture.
+
+    As for train, what exists on the disk wins, and a model of the Hub may have its old name or that of today.
+    """
+    from progtuning.sources import today_name
+
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path
+    short = name.rpartition("/")[2]
+    if not path.exists() and short in ARCHITECTURES and name in (short, today_name(short)):
+        return ARCHITECTURES[short]
     if not path.is_file():
         names = ", ".join(ARCHITECTURES)
         raise InputError(f"--model must be one of {names}, a config.json or its folder, got {name!r}")

@@ -235,12 +235,18 @@ def _labels(values: dict) -> tuple[str, ...]:
 
 # For `plan`, which needs no weights: the public config.json of each, as published on the Hugging Face Hub.
 _BERT_BASE = BertConfig(30522, 768, 12, 12, 3072, 512)
+_BERT_LARGE = BertConfig(30522, 1024, 24, 16, 4096, 512)
+_ROBERTA = {"model_type": "roberta", "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 ARCHITECTURES = {
     "bert-base-uncased": _BERT_BASE,
-    "bert-large-uncased": BertConfig(30522, 1024, 24, 16, 4096, 512),
-    "roberta-base": BertConfig(
-        50265, 768, 12, 12, 3072, 514, model_type="roberta", type_vocab_size=1, layer_norm_eps=1e-5
-    ),
+    "bert-base-cased": replace(_BERT_BASE, vocab_size=28996),
+    "bert-large-uncased": _BERT_LARGE,
+    "bert-large-cased": replace(_BERT_LARGE, vocab_size=28996),
+    "bert-base-multilingual-uncased": replace(_BERT_BASE, vocab_size=105879),
+    "bert-base-multilingual-cased": replace(_BERT_BASE, vocab_size=119547),
+    "bert-base-chinese": replace(_BERT_BASE, vocab_size=21128),
+    "roberta-base": BertConfig(50265, 768, 12, 12, 3072, 514, **_ROBERTA),
+    "roberta-large": BertConfig(50265, 1024, 24, 16, 4096, 514, **_ROBERTA),
     "minilm-l6": BertConfig(30522, 384, 6, 12, 1536, 512),
 }
 

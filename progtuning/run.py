@@ -11,7 +11,16 @@ import numpy as np
 import torch
 
 from progtuning.bert import Model
-from progtuning.checkpoint import CONFIG, base_model_name, load_model, load_peft, save_peft, save_pretrained
+from progtuning.checkpoint import (
+    CONFIG,
+    base_model_name,
+    load_model,
+    load_tuned,
+    peft_file,
+    save_peft,
+    save_pretrained,
+    tuned_config,
+)
 from progtuning.config import BertConfig, CheckpointConfig, SquadConfig, TrainConfig
 from progtuning.data import glue, squad
 from progtuning.data.answers import to_jsonl, write_predictions
@@ -20,15 +29,15 @@ from progtuning.data.hub import load_hub, load_hub_test
 from progtuning.data.squad import SquadRows, SquadTask, encode_questions, load_squad, read_questions
 from progtuning.data.submission import write_submission
 from progtuning.data.text import Example, Splits, Task, has_pairs, load_dev, load_folder, movie_reviews, read_table
-from progtuning.data.tokenization import Tokenizer, load_tokenizer
+from progtuning.data.tokenization import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from progtuning.distributed import World
-from progtuning.errors import InputError, Interrupted
+from progtuning.errors import InputError, Interrupted, RunError
 from progtuning.files import made_folder, new_folder, read_json, write_json
 from progtuning.measure import attention_backends, environment
 from progtuning.peft import apply_peft
 from progtuning.peft.lora import unwrap
 from progtuning.resume import RunFolder, StopSignals, identify
-from progtuning.sources import data_folder, model_folder
+from progtuning.sources import data_folder, model_folder, split_revision
 from progtuning.train import LOSSES, Trainer, answer, measure_splits, predict, score_answers
 
 _log = logging.getLogger(__name__)
@@ -245,8 +254,8 @@ def write_model(
         unwrap(model)
         save_pretrained(model, output_dir)
     else:
-        base = str(Path(model_name).resolve()) if Path(model_name).is_dir() else model_name
-        save_peft(model, output_dir, settings.peft, base, fresh)
+        base, revision = split_revision(model_name)
+        save_peft(model, output_dir, settings.peft, base, fresh, revision)
 
 
 def probe(
@@ -289,16 +298,42 @@ class Checkpoint:
         return self.model.config.head
 
 
+def base_folder(folder: Path, base_model: str | None = None) -> Path | None:
+    """Return the folder of a fine-tuned model's base, fetched where need be; None where the model is a whole one.
+
+    `base_model` says where the base is, as --model does; None: as the folder's own file has it. Raises InputError, and
+    RunError where network or disk fail; both say which file and key named the base.
+    """
+    if base_model is not None:
+        if peft_file(folder) is None:
+            raise InputError(
+                f"--base-model is for what a PEFT method trained, and --checkpoint {folder} is a whole model"
+            )
+        return model_folder(base_model, option="--base-model")
+    base = base_model_name(folder)
+    if base is None:
+        return None
+    try:
+        return model_folder(base.name, True, f"{base.path}: key {base.key!r}", base.revision)
+    except (InputError, RunError) as error:
+        raise type(error)(f"{error}; if the base model has moved, give --base-model") from None
+
+
 def load_checkpoint(
-    folder: Path, max_length: int | None = None, squad_options: Mapping = MappingProxyType({})
+    folder: Path,
+    max_length: int | None = None,
+    squad_options: Mapping = MappingProxyType({}),
+    base_model: str | None = None,
 ) -> Checkpoint:
     """Load a fine-tuned model. `max_length` None, and fields of SquadConfig that `squad_options` lacks, are as in its
     training.
 
-    What a PEFT method trained is put on its base model, which is fetched by the name that the folder has for it. Raises
-    InputError where the folder has no head, where a file is missing or damaged, or where an option is out of range.
+    What a PEFT method trained is put on its base model, which `base_folder` finds; where the folder has no tokenizer,
+    it has the base's. Raises InputError where the folder has no head, where a file is missing or damaged, or where an
+    option is out of range.
     """
-    config = BertConfig.from_json(folder / CONFIG)
+    base = base_folder(folder, base_model)
+    config = BertConfig.from_json(folder / CONFIG) if base is None else tuned_config(folder, base)
     if config.head not in LOSSES:
         raise InputError(f"--checkpoint {folder} must have a head for {', '.join(LOSSES)}, got {config.head}")
     path = folder / SUMMARY
@@ -316,13 +351,9 @@ def load_checkpoint(
         raise InputError(f"{path}: settings.squad: {error}") from None
     squad_settings = replace(squad_settings, **squad_options)
     null_answers = task == "squad_v2" or squad_settings.null_threshold is not None
-    base = base_model_name(folder)
-    if base is None:
-        model, _ = load_model(folder, fresh_head=False)
-    else:
-        model, _ = load_model(model_folder(base, wheels_only=True), config)
-        load_peft(model, folder)
-    tokenizer = load_tokenizer(folder, config)
+    model = load_model(folder, fresh_head=False)[0] if base is None else load_tuned(folder, base, config)
+    own_tokenizer = base is None or any((folder / name).exists() for name in TOKENIZER_FILES)
+    tokenizer = load_tokenizer(folder if own_tokenizer else base, config)
     try:
         max_length = tokenizer.check_max_length(length if max_length is None else max_length)
     except InputError as error:

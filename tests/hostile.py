@@ -1074,7 +1074,6 @@ DAMAGED_ADAPTERS = {
         "alpha infinite": with_values(lora_alpha=math.inf),
         "alpha a list": with_values(lora_alpha=[16]),
         "dropout 2": with_values(lora_dropout=2),
-        "rank-stabilised": with_values(use_rslora=True),
         "a key twice": with_member('"r": 8'),
     },
     "lora/adapter_model.safetensors": {

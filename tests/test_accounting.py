@@ -307,9 +307,8 @@ def test_spafit_bounds_default_to_4_and_9_of_24_blocks_and_scale_with_depth():
     peft = PeftConfig("spafit")
     found = {name: accounting.spafit_bounds(config, peft) for name, config in ARCHITECTURES.items()}
     assert found == {
-        "bert-base-uncased": (2, 4),
-        "bert-large-uncased": (4, 9),
-        "roberta-base": (2, 4),
+        **dict.fromkeys((name for name in ARCHITECTURES if "-base-" in name or name == "roberta-base"), (2, 4)),
+        **dict.fromkeys(("bert-large-uncased", "bert-large-cased", "roberta-large"), (4, 9)),
         "minilm-l6": (1, 2),
     }
 

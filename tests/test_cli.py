@@ -516,6 +516,35 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     assert (status, out) == (2, "") and str(tmp_path / "file") in err.splitlines()[-1]
 
 
+def test_every_command_that_reads_a_model_of_few_parameters_takes_the_place_of_its_base(tiny_folder, tmp_path):
+    base, run, data = tmp_path / "base", tmp_path / "run", tmp_path / "RTE"
+    shutil.copytree(tiny_folder, base)
+    data.mkdir()
+    rows = [f"{i}\tthe film\tgood\t{'not_' * (i % 2)}entailment" for i in range(4)]
+    for split in ("train", "dev"):
+        (data / f"{split}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n")
+    (data / "test.tsv").write_text("index\tsentence1\tsentence2\n0\tthe film\tgood\n")
+    (tmp_path / "in.tsv").write_text("text\ttext_pair\nthe film\tgood\n")
+    task = ["--task", "rte", "--data", data]
+    arguments = [*task, "--peft", "lora", "--lora-r", 2, *FAST[2:], "--epochs", 1]
+    status, _, err = call("train", "--model", base, *arguments, "--output-dir", run)
+    assert status == 0, err
+    commands = (
+        ["evaluate", *task, "--json"],
+        ["predict", "--input", tmp_path / "in.tsv", "--output", "-"],
+        ["predict", *task, "--glue-submission", tmp_path / "submission", "--json"],
+    )
+    before = [call(*command, "--checkpoint", run) for command in commands]
+    assert [status for status, _, _ in before] == [0, 0, 0]
+    base.rename(tmp_path / "moved")
+    for command, expected in zip(commands, before):
+        line = refused(*call(*command, "--checkpoint", run))
+        assert f"{run / 'adapter_config.json'}: key 'base_model_name_or_path' '{base}': no such folder" in line
+        assert call(*command, "--checkpoint", run, "--base-model", tmp_path / "moved") == expected
+    line = refused(*call("train", "--model", run, *arguments, "--output-dir", tmp_path / "again"))
+    assert f"--model '{run}': is no whole model: adapter_config.json says what was trained beside one" in line
+
+
 def test_predict_leaves_an_old_output_file_where_the_input_is_bad(trained, tmp_path):
     source, target = tmp_path / "in.tsv", tmp_path / "out.tsv"
     target.write_text("old")
@@ -540,6 +569,19 @@ def test_plan_reads_a_config_json_or_its_folder(tiny_folder):
     tables = {call("plan", "--model", path)[1] for path in (tiny_folder, tiny_folder / "config.json")}
     assert len(tables) == 1 and "1-4, H" in tables.pop()
     assert "--model must be one of bert-base-uncased" in refused(*call("plan", "--model", "gpt2"))
+
+
+def test_plan_takes_the_names_of_models_that_train_takes_and_a_folder_of_that_name_before_them(
+    tiny_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for short, today in (("roberta-large", "FacebookAI/roberta-large"), ("bert-base-chinese", None)):
+        names = [short, today or f"google-bert/{short}"]
+        plans = [json.loads(call("plan", "--model", name, "--json")[1]) for name in names]
+        assert [plan.pop("model") for plan in plans] == names and plans[0] == plans[1]
+    assert "--model must be one of" in refused(*call("plan", "--model", "other/bert-base-chinese"))
+    Path("bert-base-chinese").symlink_to(tiny_folder)
+    assert "1-4, H" in call("plan", "--model", "bert-base-chinese")[1]
 
 
 def test_plan_answers_in_under_three_seconds_without_torch_and_without_network():

@@ -12,11 +12,22 @@ from safetensors.torch import load_file, save_file
 
 from progtuning.accounting import units
 from progtuning.bert import Model
-from progtuning.checkpoint import base_digest, base_model_name, load_model, load_peft, save_peft, save_pretrained
-from progtuning.config import BLOCK_LINEARS, BertConfig, PeftConfig
+from progtuning.checkpoint import (
+    base_digest,
+    base_model_name,
+    load_model,
+    load_peft,
+    load_tuned,
+    save_peft,
+    save_pretrained,
+    tuned_config,
+)
+from progtuning.config import BLOCK_LINEARS, BertConfig, PeftConfig, TrainConfig
 from progtuning.errors import InputError, RunError
 from progtuning.peft import apply_peft, trainable_names
 from progtuning.peft.lora import merge, unwrap
+from progtuning.run import load_checkpoint, write_model
+from tests.conftest import WORDS
 from tests.models import TINY, tiny_batch, tiny_model
 
 ALL_TARGETS = tuple(BLOCK_LINEARS)
@@ -148,7 +159,7 @@ def test_what_peft_writes_loads_here_with_equal_logits(model_type, head, targets
     twin.save_pretrained(tuned)
     loaded = load_peft(model, tuned)
     assert loaded == PeftConfig("lora", lora_r=3, lora_alpha=5, lora_dropout=0.1, lora_targets=targets)
-    assert base_model_name(tuned) == str(base)
+    assert base_model_name(tuned)[:2] == (str(base), None)
     torch.testing.assert_close(logits(model), their_logits(twin, model.config), atol=1e-5, rtol=1e-5)
 
 
@@ -266,7 +277,6 @@ def test_a_merged_and_unwrapped_model_is_a_plain_transformers_model(lora_folder)
     "changes, message",
     [
         ({"use_dora": True}, "key 'use_dora' changes what LoRA computes and is not supported, got True"),
-        ({"use_rslora": True}, "'use_rslora'"),
         ({"bias": "all"}, "'bias' .* got 'all'"),
         ({"bias": "lora_only"}, "'bias'"),
         ({"lora_bias": True}, "'lora_bias'"),
@@ -355,7 +365,7 @@ def test_exactly_what_was_trained_is_written_and_comes_back_bit_for_bit(peft, ch
     prefix = f"{model.config.model_type}."
     assert {key.removeprefix("base_model.model.").removeprefix(prefix) for key in written} == names
     config = BertConfig.from_json(tuned / "config.json")
-    assert config.to_dict() == model.config.to_dict() and base_model_name(tuned) == "some/base"
+    assert config.to_dict() == model.config.to_dict() and base_model_name(tuned).name == "some/base"
     assert load_peft(base, tuned) == peft
     assert not base.training and not any(module.training for module in base.modules())
     assert {n for n, p in base.named_parameters() if p.requires_grad} == names
@@ -521,3 +531,333 @@ def test_a_disk_that_refuses_leaves_no_half_written_file(tmp_path):
     with pytest.raises(RunError, match="adapter_config.json: cannot be written"):
         save_peft(model, tmp_path, LORA, "some/base")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+# Folders as peft writes them: which head they have, and on which base
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> str:
+    return "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n"
+
+
+@pytest.fixture
+def their_folder(folders, vocabulary):
+    """Make a base from a model of ours, and beside it the folder that peft writes of a LoRA on it; return peft's model.
+
+    `without` are the parts of the tensors' names that the base's file is to lack.
+    """
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+
+    def make(model: Model, name: str, without=(), config=None, labels=None, **settings):
+        base, tuned = folders
+        save_pretrained(model, base)
+        (base / "vocab.txt").write_text(vocabulary)
+        rewrite(base / "model.safetensors", lambda t: [t.pop(k) for k in list(t) if any(part in k for part in without)])
+        options = {"num_labels": labels} if labels else {}
+        torch.manual_seed(0)
+        theirs = getattr(transformers, name).from_pretrained(base, ignore_mismatched_sizes=True, **options)
+        values = {"task_type": "SEQ_CLS", "r": 3, "lora_alpha": 5, "target_modules": ["query", "value"], **settings}
+        twin = peft.get_peft_model(theirs, (config or peft.LoraConfig)(**values)).eval()
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.3 * torch.randn(parameter.shape))
+        twin.save_pretrained(tuned)
+        return twin
+
+    return make
+
+
+CLASSIFIER = "AutoModelForSequenceClassification"
+NO_HEAD = {"without": ("classifier",)}
+
+
+@pytest.mark.parametrize(
+    "changes, settings, missing",
+    [
+        ({}, {"task_type": None, **NO_HEAD}, "classifier.weight"),
+        ({}, {"task_type": None, "without": ("classifier", "pooler")}, "pooler.dense.weight"),
+        ({}, {"without": ("classifier", "pooler")}, "pooler.dense.weight"),
+        (
+            {},
+            {"task_type": None, "modules_to_save": ["pooler"], "without": ("classifier", "pooler")},
+            "classifier.weight",
+        ),
+        ({"model_type": "roberta"}, {"task_type": None, **NO_HEAD}, "classifier.dense.weight"),
+    ],
+)
+@pytest.mark.parametrize("with_config", [True, False])
+def test_a_tensor_of_the_head_that_neither_adapter_nor_base_has_is_an_error(
+    changes, settings, missing, with_config, their_folder, folders
+):
+    _, tuned = folders
+    model = base_model(pad_token_id=1, **changes)
+    their_folder(model, CLASSIFIER, **settings)
+    if with_config:
+        (tuned / "config.json").write_text(json.dumps(model.config.to_dict()))
+    with pytest.raises(InputError, match=f"adapter_model.safetensors: tensor '{missing}' is missing") as error:
+        load_checkpoint(tuned)
+    assert str(tuned) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_head_that_the_base_has_for_other_classes_than_the_adapters_is_missing(their_folder, folders):
+    _, tuned = folders
+    their_folder(base_model(), CLASSIFIER, task_type=None, labels=2)
+    config = TINY.with_head("classification", ("yes", "no"))
+    (tuned / "config.json").write_text(json.dumps(config.to_dict()))
+    with pytest.raises(InputError, match="tensor 'classifier.weight' is missing, here and in the base model"):
+        load_checkpoint(tuned)
+
+
+@pytest.mark.parametrize("peft", SETTINGS, ids=lambda peft: peft.method)
+def test_a_base_that_has_lost_its_pooler_is_an_error_that_names_it(peft, poolerless, folders):
+    _, tuned = folders
+    save_peft(train(base_model(), peft), tuned, peft, str(poolerless))
+    with pytest.raises(
+        InputError, match="trained.safetensors: tensor 'pooler.dense.weight' is missing, here and in the"
+    ):
+        load_tuned(tuned, poolerless, tuned_config(tuned, poolerless))
+
+
+@pytest.mark.parametrize("modules", [None, ["pooler"], ["classifier"], ["pooler", "classifier"]], ids=str)
+def test_what_of_the_head_an_adapter_leaves_out_is_the_bases(modules, their_folder, folders):
+    twin = their_folder(base_model(), CLASSIFIER, task_type=None, modules_to_save=modules)
+    checkpoint = load_checkpoint(folders[1])
+    assert checkpoint.model.config.labels == ("a", "b", "c")
+    torch.testing.assert_close(logits(checkpoint.model), their_logits(twin, TINY), atol=1e-5, rtol=1e-5)
+
+
+def test_a_module_that_the_adapter_says_it_saved_and_has_not_is_missing_though_the_base_has_one(their_folder, folders):
+    _, tuned = folders
+    their_folder(base_model(), CLASSIFIER)
+    rewrite(tuned / "adapter_model.safetensors", lambda t: [t.pop(key) for key in list(t) if "classifier" in key])
+    with pytest.raises(InputError, match="tensor 'classifier.bias' is missing"):
+        load_checkpoint(tuned)
+
+
+@pytest.mark.parametrize(
+    "changes, name, settings, labels",
+    [
+        ({"head": None}, CLASSIFIER, {"labels": 4}, tuple(f"LABEL_{i}" for i in range(4))),
+        ({}, CLASSIFIER, {}, ("a", "b", "c")),
+        ({}, CLASSIFIER, {"labels": 2}, ("LABEL_0", "LABEL_1")),
+        ({"model_type": "roberta"}, CLASSIFIER, {"labels": 5}, tuple(f"LABEL_{i}" for i in range(5))),
+        (
+            {"head": None},
+            CLASSIFIER,
+            {"task_type": None, "modules_to_save": ["classifier"]},
+            tuple(f"LABEL_{i}" for i in range(3)),
+        ),
+        ({"head": "regression"}, CLASSIFIER, {}, ("LABEL_0",)),
+        ({"head": "question-answering"}, "AutoModelForQuestionAnswering", {"task_type": "QUESTION_ANS"}, ()),
+        ({"head": None}, "AutoModelForQuestionAnswering", {"task_type": "QUESTION_ANS", "labels": 2}, ()),
+        ({}, "AutoModelForQuestionAnswering", {"task_type": None, "modules_to_save": ["qa_outputs"], "labels": 2}, ()),
+    ],
+)
+def test_a_folder_of_peft_without_config_json_has_the_head_that_transformers_gives_it(
+    changes, name, settings, labels, their_folder, folders, vocabulary
+):
+    _, tuned = folders
+    model = base_model(**{"pad_token_id": 1, "head": "classification", **changes})
+    if model.config.head is None:  # its file has no pooler, and transformers would draw one
+        model = under_head(model, "classification", ("a", "b", "c"))
+        settings = {**settings, "without": ("classifier",)}
+    twin = their_folder(model, name, **settings)
+    if changes.get("head", "") is None:
+        edit(folders[0] / "config.json", architectures=["BertModel"], problem_type=None, id2label=None)
+    assert not (tuned / "config.json").exists() and not (tuned / "vocab.txt").exists()
+    checkpoint = load_checkpoint(tuned)
+    config = checkpoint.model.config
+    torch.testing.assert_close(logits(checkpoint.model), their_logits(twin, config), atol=1e-5, rtol=1e-5)
+    assert checkpoint.tokenizer.source.parent == folders[0]
+    if name == CLASSIFIER:
+        assert config.head == ("regression" if len(labels) == 1 else "classification") and config.labels == labels
+    else:
+        assert config.head == "question-answering"
+
+
+def test_a_folder_of_ours_without_its_config_json_is_an_error(folders, vocabulary):
+    base, tuned = folders
+    for peft in (LORA, PeftConfig("bitfit")):
+        save_pretrained(base_model(), base)
+        save_peft(train(base_model(), peft), tuned, peft, str(base))
+        (tuned / "config.json").unlink()
+        with pytest.raises(InputError, match="config.json: cannot be read"):
+            load_checkpoint(tuned)
+        shutil.rmtree(tuned)
+        tuned.mkdir()
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("settings", [{"use_rslora": True}, {"r": 4, "init_lora_weights": "orthogonal"}], ids=str)
+def test_rank_stabilised_lora_and_other_starts_have_pefts_logits(model_type, settings, their_folder, folders):
+    twin = their_folder(base_model(model_type=model_type, pad_token_id=1), CLASSIFIER, **settings)
+    checkpoint = load_checkpoint(folders[1])
+    expected = their_logits(twin, checkpoint.model.config)
+    torch.testing.assert_close(logits(checkpoint.model), expected, atol=1e-5, rtol=1e-5)
+    merge(checkpoint.model)
+    torch.testing.assert_close(logits(checkpoint.model), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method, settings, message",
+    [
+        ("LoraConfig", {"use_dora": True}, "key 'use_dora' changes what LoRA computes"),
+        ("LoraConfig", {"rank_pattern": {"value": 2}}, "key 'rank_pattern'"),
+        ("LoraConfig", {"alpha_pattern": {"value": 2}}, "key 'alpha_pattern'"),
+        ("LoraConfig", {"layers_to_transform": [1]}, "key 'layers_to_transform'"),
+        ("LoraConfig", {"bias": "lora_only"}, "key 'bias'"),
+        ("LoraConfig", {"task_type": "TOKEN_CLS"}, "key 'task_type' must be one of SEQ_CLS, .*, got 'TOKEN_CLS'"),
+        ("IA3Config", {"feedforward_modules": []}, "key 'peft_type' must be 'LORA', got 'IA3'"),
+        ("PromptTuningConfig", {"num_virtual_tokens": 2}, "key 'peft_type' must be 'LORA', got 'PROMPT_TUNING'"),
+        ("VeraConfig", {"r": 2}, "key 'peft_type' must be 'LORA', got 'VERA'"),
+    ],
+)
+def test_what_peft_writes_of_other_methods_is_refused_by_name(method, settings, message, their_folder, folders):
+    peft, _ = pytest.importorskip("peft"), folders
+
+    def config(**values):
+        kept = ("task_type", "target_modules") if method != "PromptTuningConfig" else ("task_type",)
+        kept = values if method == "LoraConfig" else {key: values[key] for key in (*kept, *settings)}
+        return getattr(peft, method)(**kept)
+
+    name = "AutoModelForTokenClassification" if settings.get("task_type") == "TOKEN_CLS" else CLASSIFIER
+    their_folder(base_model(), name, config=config, **settings)
+    with pytest.raises(InputError, match=f"adapter_config.json: {message}"):
+        load_checkpoint(folders[1])
+
+
+def test_an_adapter_of_a_class_with_another_head_is_refused_without_a_task_type(their_folder, folders):
+    their_folder(base_model(), "AutoModelForTokenClassification", task_type=None, modules_to_save=["classifier"])
+    with pytest.raises(InputError, match="key 'auto_mapping' must be one of .*, got 'BertForTokenClassification'"):
+        load_checkpoint(folders[1])
+
+
+def test_an_adapter_that_is_a_pickle_is_refused(their_folder, folders):
+    their_folder(base_model(), CLASSIFIER)
+    (folders[1] / "adapter_model.safetensors").rename(folders[1] / "adapter_model.bin")
+    with pytest.raises(InputError, match="no adapter_model.safetensors .adapter_model.bin is a pickle, which is never"):
+        load_checkpoint(folders[1])
+
+
+# Where the base is
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch, vocabulary):
+    """huggingface_hub's cache with org/base at two revisions, `main` and `v1`, of other weights; no network."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    cache = tmp_path / "hub"
+    repository = cache / "models--org--base"
+    (repository / "refs").mkdir(parents=True)
+    models = {"main": base_model(), "v1": base_model()}
+    with torch.no_grad():
+        models["main"].embeddings.word_embeddings.weight.mul_(-1)
+    for revision, sha in (("main", "0" * 40), ("v1", "1" * 40)):
+        folder = repository / "snapshots" / sha
+        folder.mkdir(parents=True)
+        save_pretrained(models[revision], folder)
+        (folder / "vocab.txt").write_text(vocabulary)
+        (repository / "refs" / revision).write_text(sha)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return cache
+
+
+def test_the_revision_of_the_base_that_peft_writes_is_the_one_that_is_loaded(hub_cache, their_folder, folders):
+    _, tuned = folders
+    twin = their_folder(base_model(), CLASSIFIER, revision="v1")
+    edit(tuned / "adapter_config.json", base_model_name_or_path="org/base")
+    assert base_model_name(tuned)[:2] == ("org/base", "v1")
+    expected = their_logits(twin, TINY)
+    torch.testing.assert_close(logits(load_checkpoint(tuned).model), expected, atol=1e-5, rtol=1e-5)
+    edit(tuned / "adapter_config.json", revision=None)  # then it is main's, which is another model
+    assert not torch.allclose(logits(load_checkpoint(tuned).model), expected, atol=1e-2)
+    for revision, message in (("v2", "'org/base@v2'"), (7, "key 'revision' must be")):
+        edit(tuned / "adapter_config.json", revision=revision)
+        with pytest.raises(InputError, match=message):
+            load_checkpoint(tuned)
+
+
+@pytest.mark.parametrize("peft", [LORA, PeftConfig("bitfit")], ids=lambda peft: peft.method)
+def test_the_revision_is_written_apart_from_the_name_and_read_again_here_and_by_peft(peft, hub_cache, folders):
+    library = pytest.importorskip("peft")
+    _, tuned = folders
+    model = train(base_model(), peft)
+    expected = logits(model)
+    write_model(model, tuned, TrainConfig(peft=peft), "org/base@v1", merge=False, fresh=())
+    assert base_model_name(tuned)[:2] == ("org/base", "v1")
+    torch.testing.assert_close(logits(load_checkpoint(tuned).model), expected, atol=0, rtol=0)
+    if peft.method == "lora":
+        load = library.AutoPeftModelForSequenceClassification.from_pretrained
+        twin = load(tuned, cache_dir=hub_cache, local_files_only=True, num_labels=3)
+        torch.testing.assert_close(their_logits(twin, TINY), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_base_at_an_old_revision_that_stands_in_its_name_is_still_found(hub_cache, folders):
+    _, tuned = folders
+    save_peft(train(base_model(), LORA), tuned, LORA, "org/base@v1")
+    edit(tuned / "adapter_config.json", revision=None)
+    assert torch.equal(logits(load_checkpoint(tuned).model), logits(train(base_model(), LORA)))
+
+
+@pytest.fixture
+def moved(folders, vocabulary, monkeypatch):
+    """What a method trained, of which the base has moved: a function of the method that returns where it is now."""
+    base, tuned = folders
+
+    def make(peft: PeftConfig):
+        save_pretrained(base_model(), base)
+        (base / "vocab.txt").write_text(vocabulary)
+        write_model(train(base_model(), peft), tuned, TrainConfig(peft=peft), f"{base}/", merge=False, fresh=())
+        return base.rename(base.with_name("moved"))
+
+    return make
+
+
+@pytest.mark.parametrize("peft", [LORA, *SETTINGS[1:5:2]], ids=lambda peft: peft.method)
+def test_a_base_that_has_moved_is_named_with_file_and_key_and_may_be_given(peft, moved, folders):
+    base, tuned = folders
+    place = moved(peft)
+    key = "adapter_config.json: key 'base_model_name_or_path'" if peft == LORA else "trained.json: key 'base_model'"
+    with pytest.raises(InputError, match=f"{key} '{base}': no such folder; .* give --base-model$") as error:
+        load_checkpoint(tuned)
+    assert str(tuned) in str(error.value) and "--model" not in str(error.value)
+    expected = logits(train(base_model(), peft))
+    for name in (str(place), f"{place}/"):
+        assert torch.equal(logits(load_checkpoint(tuned, base_model=name).model), expected)
+    with pytest.raises(InputError, match="^--base-model '.*gone': no such folder"):
+        load_checkpoint(tuned, base_model=str(base.with_name("gone")))
+    with pytest.raises(
+        InputError, match="^--base-model '.*tuned': is no whole model: .* says what was trained beside one"
+    ):
+        load_checkpoint(tuned, base_model=str(tuned))
+    rewrite(place / "model.safetensors", lambda t: t["bert.embeddings.LayerNorm.weight"].add_(1))
+    with pytest.raises(InputError, match="another base model: .* SHA-256 .*, those of the given base"):
+        load_checkpoint(tuned, base_model=str(place))
+
+
+def test_a_base_without_a_name_and_an_adapter_whose_base_is_a_link_or_relative(moved, folders, monkeypatch):
+    base, tuned = folders
+    place = moved(LORA)
+    expected = logits(train(base_model(), LORA))
+    edit(tuned / "adapter_config.json", base_model_name_or_path=None)
+    with pytest.raises(InputError, match="key 'base_model_name_or_path' must name the base model, got None"):
+        load_checkpoint(tuned)
+    assert torch.equal(logits(load_checkpoint(tuned, base_model=str(place)).model), expected)
+    base.symlink_to(place)
+    edit(tuned / "adapter_config.json", base_model_name_or_path=str(base), revision="of no meaning for a folder")
+    assert torch.equal(logits(load_checkpoint(tuned).model), expected)
+    monkeypatch.chdir(base.parent)  # transformers too reads a relative name from where one is
+    edit(tuned / "adapter_config.json", base_model_name_or_path="./base")
+    assert torch.equal(logits(load_checkpoint(tuned).model), expected)
+
+
+def test_a_whole_model_has_no_base_to_be_given(folders):
+    base, _ = folders
+    save_pretrained(base_model(), base)
+    with pytest.raises(
+        InputError, match="--base-model is for what a PEFT method trained, and --checkpoint .*base is a"
+    ):
+        load_checkpoint(base, base_model="org/base")

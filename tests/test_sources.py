@@ -29,7 +29,7 @@ from progtuning import sources
 from progtuning.checkpoint import save_pretrained
 from progtuning.errors import InputError, RunError
 from progtuning.run import load_checkpoint
-from progtuning.sources import cache_root, data_folder, model_folder
+from progtuning.sources import OLD_NAMES, cache_root, data_folder, model_folder, split_revision
 from tests.hub_server import HubServer
 from tests.models import tiny_model
 
@@ -95,12 +95,49 @@ def write_files(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["minilm-l6", "org/name", "pypi:x==1", "a/b/c"])
+@pytest.mark.parametrize("name", ["minilm-l6", "org/name", "pypi:x==1", "a/b/c", "bert-base-uncased"])
 def test_an_existing_folder_wins_over_every_other_reading_of_its_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_files(tmp_path / name, MODEL)
     assert model_folder(name) == Path(name)
     assert data_folder(name) == Path(name)
+
+
+@pytest.mark.parametrize(
+    "name, repository, revision",
+    [
+        ("bert-base-uncased", "google-bert/bert-base-uncased", None),
+        ("bert-base-multilingual-cased@v1", "google-bert/bert-base-multilingual-cased", "v1"),
+        ("roberta-large", "FacebookAI/roberta-large", None),
+        ("distilroberta-base", "distilbert/distilroberta-base", None),
+        ("google-bert/bert-base-cased", "google-bert/bert-base-cased", None),
+        ("other/bert-base-cased@main", "other/bert-base-cased", "main"),
+    ],
+)
+def test_the_old_name_of_a_model_is_asked_for_by_that_of_today(name, repository, revision, tmp_path, monkeypatch):
+    asked, folder = [], write_files(tmp_path, MODEL)
+    monkeypatch.setattr(sources, "_from_hub", lambda *arguments: asked.append(arguments[:2]) or folder)
+    assert model_folder(name) == folder
+    short, _, given = name.partition("@")
+    assert model_folder(short, revision=given or None) == folder
+    assert asked == [(repository, revision)] * 2 and split_revision(name) == (repository, revision)
+    with pytest.raises(InputError, match="no such folder"):
+        data_folder("bert-base-uncased")  # is no data set
+
+
+def test_the_old_names_are_those_of_berts_and_robertas_with_an_organisation_before_each():
+    assert len(OLD_NAMES) == 19 and all(name.rpartition("/")[2] == old for old, name in OLD_NAMES.items())
+    assert {name.partition("/")[0] for name in OLD_NAMES.values()} == {"google-bert", "FacebookAI", "distilbert"}
+
+
+def test_what_a_file_calls_a_model_is_its_absolute_path_or_its_name_without_the_revision(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "link").symlink_to("base")
+    for name in ("base", "./base/", "link", str(tmp_path / "base")):
+        assert split_revision(name) == (str(tmp_path / "base"), None)
+    for name in ("minilm-l6", "pypi:x==1!a@b/c", "org/name"):
+        assert split_revision(name) == (name, None)
 
 
 def test_data_may_be_a_file_and_a_model_may_not(tmp_path):
