@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -45,8 +46,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**values, allow_abbrev=False)
 
     def error(self, message: str):
-        if several_processes():
-            refuse(message)
+        let_first_speak()
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
@@ -58,7 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
         if several_processes() and args.run is not run_train:
-            refuse("torchrun starts several processes, which train alone makes use of: give this command without it")
+            let_first_speak()
+            raise InputError(
+                "RANK and WORLD_SIZE are set, as torchrun sets them for several processes, which train alone makes use "
+                "of: give this command without torchrun, or unset them"
+            )
         args.run(args)
         sys.stdout.flush()
     except InputError as error:
@@ -80,16 +84,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def several_processes() -> bool:
-    """Whether torchrun has started this process as one of several."""
+    """Whether the environment says, as torchrun's does, that this process is one of several."""
     return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def refuse(message: str) -> None:
-    """Raise InputError in the first of several processes, and let the others exit in silence with its status."""
-    from progtuning.distributed import join
-
-    with join() as world, world.agreed():
-        raise InputError(message)
+def let_first_speak() -> None:
+    """Before an error that all processes of a torchrun meet, wait in all but its first: once that one has ended with
+    the error, torchrun ends the others. Elsewhere, as where torchrun's variables are left in a shell, do nothing."""
+    if several_processes() and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") != "0":
+        time.sleep(10)
 
 
 def fail(status: int, error: object) -> int:
@@ -372,15 +375,18 @@ def run_demo(args: argparse.Namespace) -> None:
 def run_train(args: argparse.Namespace) -> None:
     from progtuning.data.text import limit_train
     from progtuning.distributed import join
+    from progtuning.engine import check_compiler
     from progtuning.resume import check_output_folder
     from progtuning.sources import model_folder
     from progtuning.run import choose_device, fine_tune, load_splits
 
-    with join() as world:
+    with join(say) as world:
         with world.agreed():
             checkpoints = CheckpointConfig(args.save_every, args.keep_checkpoints, args.resume)
             check_output_folder(args.output_dir, args.resume)
             device = choose_device(args.device, world)
+            if getattr(args, "compile", False):
+                check_compiler(device)
         folder = world.first_alone(lambda: model_folder(args.model))
         splits = world.first_alone(lambda: load_splits(args.task, args.data))
         with world.agreed():
@@ -513,12 +519,16 @@ def run_paper(args: argparse.Namespace) -> None:
 
 def run_probe(args: argparse.Namespace) -> None:
     from progtuning.data.text import limit_train
+    from progtuning.engine import check_compiler
     from progtuning.measure import environment
     from progtuning.run import choose_device, load_splits, probe
     from progtuning.sources import model_folder
 
     check_new_folder(args.output_dir)
-    folder, device = model_folder(args.model), choose_device(args.device)
+    device = choose_device(args.device)
+    if getattr(args, "compile", False):
+        check_compiler(device)
+    folder = model_folder(args.model)
     splits = load_splits(args.task, args.data)
     args.schedule = "full"
     if not hasattr(args, "embeddings"):

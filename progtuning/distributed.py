@@ -23,6 +23,7 @@ import gc
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from progtuning.errors import InputError, RunError
 # The longest that a rank waits for one that is alive: a step, a download, what rank 0 writes. A dead one is noticed at
 # once.
 TIMEOUT = timedelta(minutes=10)
+PATIENCE = 10  # seconds that a rank waits for the others to start before it says so
 Result = TypeVar("Result")
 
 
@@ -211,12 +213,13 @@ class Replica:
 
 
 @contextmanager
-def join() -> Iterator[World]:
+def join(say: Callable[[str], None] = lambda text: None) -> Iterator[World]:
     """Join the processes that torchrun started, for the length of the block; without torchrun, give a world of one.
 
     Must be called in the main thread. After an error SIGINT and SIGTERM have no effect any more: the process is to end.
-    GPUs communicate by NCCL, tensors on the CPU by gloo. Raises InputError where torchrun's environment is incomplete,
-    and RunError where another process of the run ends or does not answer.
+    GPUs communicate by NCCL, tensors on the CPU by gloo. `say` is told where the others are long in coming. Raises
+    InputError where torchrun's environment is incomplete, and RunError where another process of the run ends or does
+    not answer.
     """
     world = _launched()
     if world.size == 1:
@@ -224,7 +227,8 @@ def join() -> Iterator[World]:
         return
     with_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if with_nccl else "gloo", timeout=TIMEOUT)
+        with _waiting(world, say):
+            dist.init_process_group("cpu:gloo,cuda:nccl" if with_nccl else "gloo", timeout=TIMEOUT)
         yield world
     except BaseException as error:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -243,8 +247,29 @@ def join() -> Iterator[World]:
     dist.destroy_process_group()  # after other errors it might wait for a process that is no more
 
 
+@contextmanager
+def _waiting(world: World, say: Callable[[str], None]) -> Iterator[None]:
+    """Say where the block takes long that it waits for the other processes, which perhaps nobody has started."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    text = (
+        f"Rank {world.rank} waits at {where} for the other processes of {world.size}, at most {TIMEOUT}. "
+        "To train in one process unset RANK and WORLD_SIZE."
+    )
+    timer = threading.Timer(PATIENCE, say, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _launched() -> World:
-    """Return the world that torchrun's environment variables describe."""
+    """Return the world that torchrun's environment variables describe.
+
+    RANK, WORLD_SIZE and the address may be those of a job in whose shell one types; LOCAL_RANK only a launcher sets,
+    which tells each process its GPU.
+    """
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return World()
     names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "0"}
@@ -255,6 +280,10 @@ def _launched() -> World:
     rank, size, local_rank, local_size, _ = map(int, texts.values())
     if rank >= size:
         raise InputError(f"torchrun sets RANK to less than WORLD_SIZE, got {rank} and {size}")
-    if size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise InputError("torchrun sets MASTER_ADDR and MASTER_PORT beside RANK and WORLD_SIZE, got none")
+    missing = [name for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if size > 1 and missing:
+        raise InputError(
+            f"RANK={rank} and WORLD_SIZE={size} are set, but not {', '.join(missing)}, as torchrun sets them for each "
+            "process: unset them to train in one process, or start train by torchrun"
+        )
     return World(rank, size, local_rank, local_size)

@@ -6,7 +6,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -124,21 +125,65 @@ def attention_backends(config: BertConfig, device: torch.device, precision: str)
 def free_memory() -> int | None:
     """Return the bytes of memory that this process may still take, None where the system does not tell.
 
-    Linux tells: what is available, or what the control group leaves where that is less.
+    Linux tells: what is available, or what a control group leaves where that is less, the process's own or one above
+    it, as SLURM, systemd and containers limit a job.
     """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
+    return max(0, min([available, *(left for group in _memory_groups() for left in group.left())]))
+
+
+@dataclass(frozen=True)
+class _MemoryGroup:
+    """A control group of Linux: a folder, and the names under which its version keeps limits and use there, in bytes.
+
+    See the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
+    """
+
+    folder: Path
+    limits: tuple[str, ...]
+    used: str
+    cached: str  # files kept in memory, which make room when it is needed; a line of memory.stat
+
+    def left(self) -> Iterator[int]:
+        """Yield what each limit leaves; nothing where the group has none, or is hidden from this process."""
+        statistics = dict(line.split(maxsplit=1) for line in self._read("memory.stat").splitlines())
+        used, cached = self._read(self.used), statistics.get(self.cached, "0")
+        limits = [self._read(name) for name in self.limits]
+        limits.append(statistics.get("hierarchical_memory_limit", ""))  # version 1: the least of those above, too
+        for limit in limits:
+            if limit.isdecimal() and used.isdecimal():  # "max" is none
+                yield int(limit) - int(used) + int(cached)
+
+    def _read(self, name: str) -> str:
+        try:
+            return (self.folder / name).read_text().strip()
+        except OSError:
+            return ""
+
+
+def _memory_groups() -> Iterator[_MemoryGroup]:
+    """Yield the control groups that may limit this process's memory: its own, and those above it up to the root.
+
+    A container may show its own group as the root while the path is that of the whole machine: a folder of the path
+    is missing then, and the root has the limit.
+    """
+    v1 = (Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
+    v2 = (Path("/sys/fs/cgroup"), ("memory.max", "memory.high"), "memory.current", "inactive_file")
     try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no control group of version 2, or one without a limit ("max")
-        return available
-    used -= int(statistics.get("inactive_file", 0))  # cached files, which make room when it is needed
-    return min(available, max(0, limit - used))
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:  # such as 9:memory:/docker/12ab of version 1, and 0::/user.slice of version 2
+        _, controllers, path = line.split(":", 2)
+        if not controllers or "memory" in controllers.split(","):
+            root, *names = v1 if controllers else v2
+            group = PurePosixPath(path)
+            for above in (group, *group.parents):
+                yield _MemoryGroup(root / above.relative_to("/"), *names)
 
 
 def free_disk(folder: str | Path) -> int:

@@ -31,6 +31,7 @@ from progtuning.data.submission import write_submission
 from progtuning.data.text import Example, Splits, Task, has_pairs, load_dev, load_folder, movie_reviews, read_table
 from progtuning.data.tokenization import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from progtuning.distributed import World
+from progtuning.engine import reporting_compiler
 from progtuning.errors import InputError, Interrupted, RunError
 from progtuning.files import made_folder, new_folder, read_json, write_json
 from progtuning.measure import attention_backends, environment
@@ -201,7 +202,7 @@ def fine_tune(
 
         of_squad = isinstance(train_rows, SquadRows)
         shape = {"train_windows": len(train_rows)} if of_squad else {"pairs": has_pairs(splits.train)}
-        with signals.held():
+        with signals.held(), reporting_compiler():
             fit_and_save(trainer, measure, run, signals)
             summary = {
                 "model": model_name,
@@ -273,10 +274,11 @@ def probe(
         model, _ = load_model(folder, config, settings.seed)
         for other, block in enumerate(model.encoder.layer):
             block.requires_grad_(other == index)
-        Trainer(model, train_rows, settings, device).fit()
-        values = measure_splits(
-            model, dev_rows, splits.task, settings.batch_size, device, settings.precision, settings.squad
-        )
+        with reporting_compiler():
+            Trainer(model, train_rows, settings, device).fit()
+            values = measure_splits(
+                model, dev_rows, splits.task, settings.batch_size, device, settings.precision, settings.squad
+            )
         rows.append({"block": index + 1, "metrics": values})
     return rows
 

@@ -10,12 +10,14 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from progtuning.config import PeftConfig
-from progtuning.engine import StageEngine, compile_blocks
+from progtuning.engine import StageEngine, check_compiler, compile_blocks, reporting_compiler
+from progtuning.errors import InputError
 from progtuning.optim import build_optimizer
 from progtuning.peft import apply_peft
 from progtuning.stages import Stage, make_schedule
 from progtuning.train import Trainer
 from tests.models import gradients, tiny_batch, tiny_model
+from tests.test_cli import call, refused
 from tests.test_train import CPU, SETTINGS, rows
 
 METHODS = {
@@ -99,6 +101,7 @@ def test_a_compiled_run_with_a_cache_has_the_losses_of_the_run_without_either(mo
 def test_generated_code_computes_the_same():
     eager, compiled = (StageEngine(tiny_model(num_hidden_layers=1)) for _ in range(2))
     compile_blocks(compiled.model)
+    counters.clear()  # of the check for a compiler
     inputs = tiny_batch(eager.model.config)
     for engine in (eager, compiled):
         engine.enter(Stage(0, 1, 0, embeddings=False))
@@ -106,3 +109,78 @@ def test_generated_code_computes_the_same():
     for name, gradient in gradients(eager.model).items():
         torch.testing.assert_close(gradients(compiled.model)[name], gradient, rtol=1e-4, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def arguments(tiny_folder, tiny_task, output) -> list:
+    fixed = (
+        "--task classification --epochs 3 --batch-size 32 --max-train-rows 64 --max-length 16 --device cpu --compile"
+    )
+    return ["train", "--model", tiny_folder, "--data", tiny_task, "--output-dir", output, *fixed.split()]
+
+
+@pytest.fixture
+def without_compiled_code(tmp_path, monkeypatch):
+    """A machine on which nothing has been compiled yet."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    check_compiler.cache_clear()
+
+
+# A compiler that says its version, and finds no header of Python's.
+BROKEN = """#!/bin/sh
+[ "$1" = --version ] && echo g++ 13 && exit 0
+echo "In file included from x.cpp:
+x.cpp:1:10: fatal error: Python.h: No such file" >&2
+exit 1
+"""
+
+
+@pytest.mark.parametrize(
+    "script, message", [(None, "No working C++ compiler found in"), (BROKEN, "x.cpp:1:10: fatal error: Python.h: No")]
+)
+def test_where_no_code_can_be_compiled_one_line_says_so_before_anything_is_read_or_made(
+    script, message, tiny_task, tmp_path, without_compiled_code
+):
+    compiler = tmp_path / "g++"
+    if script:
+        compiler.write_text(script)
+        compiler.chmod(0o755)
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(compiler)), "compile_threads": 1}):
+        line = refused(*call(*arguments("org/never-asked-for", tiny_task, tmp_path / "run")))
+    assert line.startswith(f"progtuning: error: --compile: torch.compile does not work here: {message}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_triton_the_line_is_that_of_pytorch(monkeypatch, without_compiled_code):
+    def compiled(function):
+        raise RuntimeError("\nCannot find a working triton installation. Either it is too old\nor not there.")
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    with pytest.raises(
+        InputError,
+        match="^--compile: torch.compile does not work here: Cannot find a working triton installation[^\n]+old$",
+    ):
+        compile_blocks(tiny_model())
+
+
+def test_a_compiler_that_fails_in_a_later_stage_ends_the_run_with_one_line(
+    tiny_folder, tiny_task, tmp_path, monkeypatch
+):
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        if len(made) > 2:
+            raise RuntimeError("C++ compile error\n\nCommand:\ng++ x.cpp\n\nOutput:\nx.cpp:9:1: error: no room\nmore")
+        return graph.forward
+
+    monkeypatch.setattr("progtuning.engine.check_compiler", lambda device: None)
+    monkeypatch.setattr("progtuning.train.compile_blocks", partial(compile_blocks, backend=backend))
+    status, out, err = call(*arguments(tiny_folder, tiny_task, tmp_path / "run"))
+    assert (status, out) == (1, "") and "Traceback" not in err
+    assert err.splitlines()[-1] == "progtuning: error: --compile: torch.compile failed: x.cpp:9:1: error: no room"
+    assert len(made) == 3 and err.count("error: ") == 2
+
+
+def test_an_error_that_is_not_the_compilers_passes():
+    with pytest.raises(RuntimeError, match="out of memory"), reporting_compiler():
+        raise torch.OutOfMemoryError("out of memory")

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from progtuning.cache import PrefixCache
 from progtuning.cli import main
 from progtuning.data.batching import TrainBatches
 from progtuning.distributed import TIMEOUT, World, join, shares
-from progtuning.errors import InputError
+from progtuning.errors import InputError, RunError
 from progtuning.run import choose_device
 from tests import distributed_worker
 from tests.distributed_worker import CASES, NUM_ROWS, make_trainer, rows
@@ -222,11 +223,14 @@ def test_a_process_alone_communicates_nothing(monkeypatch):
         ({"RANK": "x"}, "RANK to a number, got 'x'"),
         ({"WORLD_SIZE": "-2"}, "WORLD_SIZE to a number, got '-2'"),
         ({"RANK": "2"}, "RANK to less than WORLD_SIZE, got 2 and 2"),
-        ({}, "MASTER_ADDR and MASTER_PORT"),
+        ({}, "RANK=1 and WORLD_SIZE=2 are set, but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT, as torchrun sets them"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}, "but not LOCAL_RANK, as .+: unset them to train in one"),
+        ({"LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ""}, "MASTER_PORT to a number, got ''"),
     ],
 )
 def test_an_environment_that_is_not_torchruns_is_refused(variables, message, monkeypatch):
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in ({"RANK": "1", "WORLD_SIZE": "2"} | variables).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message):
@@ -285,20 +289,87 @@ def test_wrong_use_is_said_once_and_every_process_ends_with_2(tiny_folder, tiny_
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command, message", [("paper", "train alone"), ("train --bach-size 8", "required: --model")])
-def test_several_processes_agree_on_a_command_line_that_is_wrong(command, message, monkeypatch, capsys):
-    agreed = []
+# Each with what is said of it where RANK and WORLD_SIZE are those of several processes.
+WRONG = {
+    "paper --json": "RANK and WORLD_SIZE are set, .+ train alone .+ without torchrun, or unset them",
+    "plan --model bert-base": "train alone",
+    "predict --checkpoint nowhere --input x --output -": "train alone",
+    "evaluate --checkpoint nowhere --task mrpc": "train alone",
+    "report nowhere -o x": "train alone",
+    "demo": "train alone",
+    "train --bach-size 8": "required: --model",
+    "train --model x --task mrpc --data y --output-dir z": "but not LOCAL_RANK",
+    "": "required: COMMAND",
+}
 
-    class Two(World):
-        def agreed(self):
-            agreed.append(command)
-            return super().agreed()
 
-    monkeypatch.setattr("progtuning.distributed.join", lambda: nullcontext(Two()))
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(command.split()) == 2
-    assert re.fullmatch(rf"progtuning: error: .*{message}.*\n", capsys.readouterr().err) and agreed == [command]
+@pytest.fixture
+def left_over(monkeypatch) -> pytest.MonkeyPatch:
+    """The environment of a shell beside a job of several processes; to speak to another process is a failure."""
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: pytest.fail("waits"))
+    return monkeypatch
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_where_variables_of_several_processes_are_left_in_the_shell_one_line_says_so_at_once(
+    command, left_over, tmp_path, capsys
+):
+    left_over.chdir(tmp_path)
+    left_over.setattr("time.sleep", lambda seconds: pytest.fail("waits"))
+    try:
+        status = main(command.split())
+    except SystemExit as stop:  # of argparse
+        status = stop.code
+    assert status == 2 and not list(tmp_path.iterdir())
+    assert re.fullmatch(rf"progtuning.*: error: .*{WRONG[command]}.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("command", ["paper", "train --bach-size 8"])
+def test_under_torchrun_the_first_process_speaks_at_once_and_the_others_wait_to_be_ended(command, left_over, capsys):
+    left_over.setenv("TORCHELASTIC_RUN_ID", "none")
+    for local_rank, expected in (("0", []), ("1", [10])):
+        waited = []
+        left_over.setattr("time.sleep", waited.append)
+        left_over.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(SystemExit) if "--" in command else nullcontext():
+            assert main(command.split()) == 2
+        assert waited == expected
+    assert capsys.readouterr().err.count("error: ") == 2
+
+
+def test_torchrun_of_another_command_says_once_that_train_alone_takes_it(tmp_path):
+    begin = time.monotonic()
+    ran = subprocess.run([*TORCHRUN, "-m", "progtuning", "paper"], env=ENVIRONMENT, cwd=tmp_path, capture_output=True)
+    print(f"torchrun ended {time.monotonic() - begin:.1f} s after its start")
+    assert ran.returncode == 1 and ran.stderr.count(b"progtuning: error: RANK and WORLD_SIZE") == 1
+
+
+def test_a_process_whose_fellows_nobody_starts_says_that_it_waits(monkeypatch):
+    said = []
+    for name, value in {
+        "RANK": 0,
+        "WORLD_SIZE": 2,
+        "LOCAL_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 0,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("progtuning.distributed.PATIENCE", 0.1)
+    monkeypatch.setattr("progtuning.distributed.TIMEOUT", timedelta(seconds=2))
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with pytest.raises(RunError, match="rank 0 of 2: another process has ended or does not answer"):
+            with join(said.append):
+                pass
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+            signal.signal(number, handler)
+    text = "Rank 0 waits at 127.0.0.1:0 for the other processes of 2, at most 0:00:02. "
+    assert said == [text + "To train in one process unset RANK and WORLD_SIZE."]
 
 
 def test_an_error_of_any_process_is_raised_by_the_first_and_ends_the_others_in_silence(launched):
