@@ -100,7 +100,7 @@ MODEL = Kind(
     "--model",
     files=(
         *("config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"),
-        *("special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt"),
+        *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt"),
     ),
     ignored=("*/*",),
     built_in={

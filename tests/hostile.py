@@ -724,8 +724,10 @@ def tokenizer_json(in_model: dict | None = None, **changes) -> str:
     """A tokenizer.json that is good but for the changes, of its model or of all."""
     special = {name: {"id": name, "ids": [SPECIAL.index(name)], "tokens": [name]} for name in ("[CLS]", "[SEP]")}
     cls, sep = ({"SpecialToken": {"id": name, "type_id": 0}} for name in ("[CLS]", "[SEP]"))
-    text, pair = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    template = {"type": "TemplateProcessing", "single": [cls, text, sep], "pair": [cls, text, sep, pair, sep]}
+    text, pair = ({"Sequence": {"id": name, "type_id": type_id}} for type_id, name in enumerate("AB"))
+    last = {"SpecialToken": {"id": "[SEP]", "type_id": 1}}
+    template = {"type": "TemplateProcessing", "single": [cls, text, sep], "pair": [cls, text, sep, pair, last]}
+    cleaning = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True}
     vocab = {token: i for i, token in enumerate([*SPECIAL, *WORDS])}
     wordpiece = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
     wordpiece["max_input_chars_per_word"] = 100
@@ -734,7 +736,7 @@ def tokenizer_json(in_model: dict | None = None, **changes) -> str:
         "truncation": None,
         "padding": None,
         "added_tokens": [],
-        "normalizer": {"type": "Lowercase"},
+        "normalizer": {"type": "BertNormalizer", **cleaning},
         "pre_tokenizer": {"type": "BertPreTokenizer"},
         "post_processor": {**template, "special_tokens": special},
         "decoder": None,
@@ -792,7 +794,6 @@ TOKENIZERS = {
         "ids negative": tokenizer_json({"vocab": {**_SMALL_VOCAB, "x": -1}}),
         "ids of 2**32": tokenizer_json({"vocab": {**_SMALL_VOCAB, "x": 2**32}}),
         "an id beyond the model's": tokenizer_json({"vocab": {**_SMALL_VOCAB, "x": 99}}),
-        "no special tokens": tokenizer_json(post_processor=None),
         "a template without its text": tokenizer_json(
             post_processor={"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}
         ),
@@ -828,6 +829,10 @@ TOKENIZERS = {
         "a special token of a list": b'{"cls_token": ["[CLS]"]}',
         "flags of special tokens a list": b'{"added_tokens_decoder": ["[CLS]"]}',
         "a setting twice": b'{"do_lower_case": true, "do_lower_case": false}',
+        "a class that is a number": b'{"tokenizer_class": 7}',
+        "a class of another language": b'{"tokenizer_class": "BertJapaneseTokenizer"}',
+        "names of inputs that are none": b'{"model_input_names": 7}',
+        "ids of added tokens that are words": b'{"added_tokens_decoder": {"x": {"content": "x"}}}',
         "100 MB of empty lists": Sparse(100 << 20, b"["),
         "a pipe": FIFO,
     },
@@ -856,7 +861,7 @@ VALID_TOKENIZERS = {
         "with a token twice": vocabulary().replace("film", "good"),
         "with CRLF": vocabulary().replace("\n", "\r\n"),
     },
-    "tokenizer.json": {"good": tokenizer_json()},
+    "tokenizer.json": {"good": tokenizer_json(), "no special tokens": tokenizer_json(post_processor=None)},
     "special_tokens_map.json": {"empty object": b"{}"},
     "tokenizer_config.json": {
         "an unknown flag": b'{"added_tokens_decoder": {"2": {"content": "[CLS]", "elephant": 1}}}'

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 from progtuning import sources
 from progtuning.checkpoint import save_pretrained
+from progtuning.data.tokenization import TOKENIZER_FILES
 from progtuning.errors import InputError, RunError
 from progtuning.run import load_checkpoint
 from progtuning.sources import OLD_NAMES, cache_root, data_folder, model_folder, split_revision
@@ -35,6 +36,7 @@ from tests.models import tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = {"config.json": b'{"a": 1}', "model.safetensors": bytes(range(256)) * 40, "vocab.txt": b"[PAD]\n"}
+MODEL |= {"added_tokens.json": b"{}"}
 NOT_READ = {"pytorch_model.bin": b"pickle", "modeling.py": b"raise SystemExit", "x/model.safetensors": b"", "a.md": b""}
 NO_RUST = {"RUSTUP_HOME": os.devnull}  # pip runs rustc to tell the index its version, and rustup makes itself a home
 
@@ -230,6 +232,10 @@ def test_a_model_of_the_hub_is_fetched_once_and_only_the_files_that_are_read(hub
     hub.requests.clear()
     assert fetch("model_folder", "org/name", tmp_path, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1") == ("path", first)
     assert not hub.requests
+
+
+def test_every_file_of_a_tokenizer_is_among_those_that_are_fetched():
+    assert all(map(sources.MODEL.takes, TOKENIZER_FILES))
 
 
 def test_a_data_set_of_the_hub_is_fetched_with_its_folders(hub, tmp_path):

@@ -162,10 +162,11 @@ def both(request, tmp_path_factory):
 
 
 def assert_equal(ours, theirs, texts, pairs, max_length):
-    expected = theirs(texts, pairs, truncation="longest_first", max_length=max_length, return_token_type_ids=True)
+    expected = theirs(texts, pairs, truncation="longest_first", max_length=max_length)
     encodings = ours.encode(texts, pairs, max_length=max_length)
     assert [e.input_ids.tolist() for e in encodings] == expected["input_ids"]
-    assert [e.token_type_ids.tolist() for e in encodings] == expected["token_type_ids"]
+    types = expected.get("token_type_ids") or [[0] * len(ids) for ids in expected["input_ids"]]
+    assert [e.token_type_ids.tolist() for e in encodings] == types
 
 
 @pytest.mark.parametrize("max_length", [5, 6, 9, 24, 64])
@@ -197,25 +198,12 @@ def test_a_saved_folder_gives_transformers_the_same_ids(both, tmp_path):
     assert_equal(ours, theirs, TEXTS, TEXTS[::-1], 64)
     again = load_tokenizer(tmp_path, config)
     assert_equal(again, theirs, TEXTS, TEXTS[::-1], 64)
-    assert theirs.pad_token_id is not None or ours.settings.get("tokenizer_class") == "PreTrainedTokenizerFast"
+    assert theirs.pad_token_id is not None or ours.class_name == "PreTrainedTokenizerFast"
     for name in TOKENIZER_FILES:
         if name != "tokenizer_config.json":
             assert (tmp_path / name).exists() == (folder / name).exists()
             assert not (folder / name).exists() or (tmp_path / name).read_bytes() == (folder / name).read_bytes()
     assert {path.name for path in tmp_path.iterdir()} <= {*TOKENIZER_FILES, "config.json"}  # no temporary file
-
-
-def test_a_cased_tokenizer_json_alone_stays_cased_when_saved(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    folder, config = tokenizer_json(tmp_path / "model", wordpiece(lowercase=False), "bert")
-    ours = load_tokenizer(folder, config)
-    text = ["The Straße of İstanbul, 漢字"]
-    cased = wordpiece(lowercase=False).encode(text[0]).ids
-    assert ours.encode(text)[0].input_ids.tolist() == cased
-    (tmp_path / "saved").mkdir()
-    finish(tmp_path / "saved", config)
-    ours.save(tmp_path / "saved")
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")(text)["input_ids"] == [cased]
 
 
 def test_complete_files_are_saved_byte_for_byte(tmp_path):
@@ -293,13 +281,13 @@ def test_a_pair_of_long_texts_is_cut_in_bounded_memory(bert):
 
 
 def test_roberta_gets_no_second_token_type_and_bert_does(bert, tmp_path):
-    folder, config = vocab_txt(tmp_path / "model")
-    for roberta in (
-        config_for(config.vocab_size, "roberta"),
-        config_for(config.vocab_size, "roberta", type_vocab_size=2),
-    ):
-        assert load_tokenizer(folder, roberta).encode(["a"], ["b"])[0].token_type_ids.max() == 0
     assert bert.encode(["a"], ["b"])[0].token_type_ids.max() == 1
+    folder, config = vocab_txt(tmp_path / "model", tokenizer_class="BertTokenizer")
+    one_type = config_for(config.vocab_size, "roberta")  # with BERT's own tokenizer
+    assert load_tokenizer(folder, one_type).encode(["a"], ["b"])[0].token_type_ids.max() == 0
+    folder, config = vocab_and_merges(tmp_path / "roberta")
+    two_types = config_for(config.vocab_size, "roberta", type_vocab_size=2)
+    assert load_tokenizer(folder, two_types).encode(["a"], ["b"])[0].token_type_ids.max() == 0
 
 
 @pytest.mark.parametrize("max_length", [2, 1, 0, -5, 67, 10**9])
@@ -352,11 +340,6 @@ BAD_FILES = {
     "nested JSON": ("tokenizer.json", "[" * 100_000, NO_TOKENIZER),
     "truncated": ("tokenizer.json", GOOD_JSON[: len(GOOD_JSON) // 2], NO_TOKENIZER),
     "no model": ("tokenizer.json", good_json_with(model=None), NO_TOKENIZER),
-    "no special tokens": (
-        "tokenizer.json",
-        good_json_with(post_processor=None),
-        "got ['a'] for a text of 'a', expected special tokens around each text",
-    ),
     "no template for one text": (
         "tokenizer.json",
         template_with(single=[]),
@@ -365,7 +348,7 @@ BAD_FILES = {
     "special token far out": (
         "tokenizer.json",
         template_with(special_tokens=FAR_SPECIAL),
-        "got token id 99999, expected",
+        "got other special tokens around a text for tokenizer_class BertTokenizer, which has its own",
     ),
     "settings a list": ("tokenizer_config.json", "[1]", "got [1], expected a JSON object"),
     "settings no JSON": ("tokenizer_config.json", "{", "line 1: not JSON"),
@@ -387,7 +370,7 @@ BAD_FILES = {
     "vocab.txt longer than the model's": (
         "vocab.txt",
         "\n".join([*VOCAB, *map(str, range(1000))]),
-        f"got token id {len(VOCAB) + 999}, expected less than the model's vocab_size {len(VOCAB)}",
+        f"got token id {len(VOCAB) + 999} for '999', expected less than the model's vocab_size {len(VOCAB)}",
     ),
 }
 # The same where it makes vocab.txt unusable, and that is named.
@@ -398,17 +381,17 @@ BAD_SPECIAL_TOKENS = {
     "added by a file": (
         "added_tokens.json",
         '{"<new>": 250}',
-        "got the added token '<new>' beside it, expected a tokenizer",
+        f"got token id {len(VOCAB)} for '<new>', expected less than the model's vocab_size {len(VOCAB)}",
     ),
     "added by settings": (
         "tokenizer_config.json",
         '{"added_tokens_decoder": {"300": {"content": "<new>"}}}',
-        "got the added token '<new>' beside it",
+        f"got token id {len(VOCAB)} for '<new>', expected less",
     ),
     "added by a list": (
         "tokenizer_config.json",
         '{"additional_special_tokens": ["<new>"]}',
-        "got the added token '<new>' beside it",
+        f"got token id {len(VOCAB)} for '<new>', expected less",
     ),
 }
 
@@ -441,6 +424,321 @@ def test_special_tokens_that_the_vocabulary_lacks_are_one_line(tmp_path, kind):
     assert one_line_error(folder, config).startswith(f"{folder}/vocab.txt: {expected}")
 
 
+# ---- folders of every other make, each against AutoTokenizer before and after it is saved
+
+HARD_TEXTS = [
+    *TEXTS,
+    "the <e1> film, a<e1>b <E2>painter </e1>The",
+    "Xa\x1c c\x85d e\u2028f g\x0bh Xa the\x1d\x1e\x1f",
+    "\ufeff[PAD] <mask>word  <mask> [MASK]the",
+    "die\u0301 A\u030a Ｆｕｌｌ ẞ \u0130 각 𠀀 ｶﾞ a\u200d\u00ad\u202eb",
+]
+NAMES = {"[CLS]": "<s>", "[SEP]": "</s>", "[PAD]": "<pad>", "[UNK]": "<unk>", "[MASK]": "<mask>"}
+OTHER_NAMES = {
+    "cls_token": "<s>",
+    "sep_token": "</s>",
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+}
+SWAPPED = {"cls_token": "[SEP]", "sep_token": "[CLS]"}
+ANY = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "token_type_ids"]}
+LOWER = {"do_lower_case": True}
+
+
+def a_token(content, **flags):
+    return {**dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False), "content": content, **flags}
+
+
+def json_with(tokenizer=None, **parts):
+    """A tokenizer.json, BERT's in lower case if none is given, with other parts than its own."""
+    tokenizer = LibraryTokenizer.from_str((tokenizer or wordpiece(True)).to_str())
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    return tokenizer.to_str()
+
+
+def cut_from_left():
+    tokenizer = wordpiece(True)
+    tokenizer.enable_truncation(12, direction="left")
+    tokenizer.enable_padding(direction="left", pad_token="<none>")
+    return tokenizer.to_str()
+
+
+def georgian():
+    """A BPE of letters without an unknown token: "a" has no token."""
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *sorted({*"ეს ფილმი კარგია"} - {" "})])}
+    tokenizer = LibraryTokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = LibraryTokenizer.from_str(GOOD_JSON).post_processor
+    return tokenizer
+
+
+def merges_as(change):
+    return {"vocab.json": ROBERTA_FILES["vocab.json"], "merges.txt": change(ROBERTA_FILES["merges.txt"])}
+
+
+VOCAB_TXT = "\n".join(VOCAB) + "\n"
+TRAPS = [
+    *("x\x1c", "Xa\x1d", "x\x1e", "x\x1f", "c\x85d", "e\u2028f", "g\x0bh", "b\x0c", "q\u3000 ", "\u00a0"),
+    "",
+    "the",
+]
+_BPE = json.loads(byte_level_bpe().to_str())["model"]
+ROBERTA_FILES = {
+    "vocab.json": json.dumps(_BPE["vocab"]),
+    "merges.txt": "".join(["#version: 0.2\n", *(" ".join(pair) + "\n" for pair in _BPE["merges"])]),
+}
+# The files by which a make differs; values that are no text are written as JSON.
+BASES = {
+    "vocab.txt": {"vocab.txt": VOCAB_TXT},
+    "BERT's tokenizer.json": {"tokenizer.json": wordpiece(True).to_str()},
+    "any tokenizer.json": {"tokenizer.json": wordpiece(True).to_str(), "tokenizer_config.json": ANY},
+    "vocab.json": {**ROBERTA_FILES, "config.json": {"model_type": "roberta"}},
+}
+NEW = len(VOCAB)
+ROUTES = {
+    "added_tokens_decoder": {
+        "tokenizer_config.json": {
+            "added_tokens_decoder": {
+                str(NEW + 1): a_token("<e1>", special=True),
+                str(NEW): a_token("<E2>", lstrip=True),
+            }
+        }
+    },
+    "additional_special_tokens": {"tokenizer_config.json": {"additional_special_tokens": ["<E2>", "painter"]}},
+    "extra_special_tokens": {"tokenizer_config.json": {"extra_special_tokens": {"image_token": "<e1>"}}},
+    "added_tokens.json": {"added_tokens.json": {"<e1>": NEW, "<E2>": NEW + 1}},
+    "special_tokens_map.json": {
+        "special_tokens_map.json": {
+            "additional_special_tokens": ["<e1>"],
+            "mask_token": a_token("<mask>", lstrip=True),
+        }
+    },
+    "several": {
+        "special_tokens_map.json": {"extra_special_tokens": ["<E2>", a_token("</e1>", rstrip=True)]},
+        "added_tokens.json": {"<E2>": NEW, "<e1>": NEW + 1},
+        "tokenizer_config.json": {"image_token": "painter"},
+    },
+}
+MAKES = {
+    **{
+        f"{route} beside {base}": {**BASES[base], **ROUTES[route], "tokenizer_config.json": {
+            **BASES[base].get("tokenizer_config.json", {}), **ROUTES[route].get("tokenizer_config.json", {})
+        }}
+        for base in BASES for route in ROUTES
+    },
+    **{
+        f"{name} of {file}": {"vocab.txt": VOCAB_TXT, file: {"model_type": "bert", "tokenizer_class": name}}
+        for name in ("DistilBertTokenizer", "ElectraTokenizerFast", "MobileBertTokenizer", "DPRContextEncoderTokenizer")
+        for file in ("config.json", "tokenizer_config.json")
+    },
+    "RoBERTa's under another name": {
+        **BASES["vocab.json"], "tokenizer_config.json": {"tokenizer_class": "LongformerTokenizerFast"}
+    },
+    "RoBERTa with BERT's": {
+        "vocab.txt": VOCAB_TXT, "config.json": {"model_type": "roberta", "tokenizer_class": "BertTokenizer"}
+    },
+    "BERT with RoBERTa's": {
+        **ROBERTA_FILES, "tokenizer_config.json": {"tokenizer_class": "RobertaTokenizer"}, "vocab.txt": VOCAB_TXT,
+        "config.json": {"model_type": "bert"},
+    },
+    "a class that transformers lacks": {
+        "tokenizer.json": wordpiece(False).to_str(), "tokenizer_config.json": {"tokenizer_class": "KoBertTokenizer"}
+    },
+    "a generic class without types": {
+        "tokenizer.json": wordpiece(True).to_str(), "tokenizer_config.json": {"tokenizer_class": "TokenizersBackend"}
+    },
+    "no types by name": {
+        "vocab.txt": VOCAB_TXT, "tokenizer_config.json": {"model_input_names": ["input_ids", "attention_mask"]}
+    },
+    "lines that other splitters cut": {"vocab.txt": VOCAB_TXT + "\n".join(TRAPS) + "\n\n\n"},
+    "a blank last line that the model has no row for": {"vocab.txt": VOCAB_TXT + "\n" * 30},
+    "CRLF and no last line end": {"vocab.txt": VOCAB_TXT.strip().replace("\n", "\r\n")},
+    "a byte-order mark": {"vocab.txt": "\ufeff" + VOCAB_TXT},
+    "no mask token": {"vocab.txt": VOCAB_TXT.replace("[MASK]", "mask")},
+    "names in tokenizer_config.json": {
+        "vocab.txt": "\n".join(NAMES.get(token, token) for token in VOCAB), "tokenizer_config.json": OTHER_NAMES
+    },
+    "names in special_tokens_map.json": {
+        "vocab.txt": "\n".join(NAMES.get(token, token) for token in VOCAB), "special_tokens_map.json": OTHER_NAMES
+    },
+    "special tokens swapped": {"vocab.txt": VOCAB_TXT, "special_tokens_map.json": SWAPPED},
+    "a map that added_tokens_decoder replaces": {
+        "vocab.txt": VOCAB_TXT, "special_tokens_map.json": SWAPPED,
+        "tokenizer_config.json": {"added_tokens_decoder": {"3": a_token("[SEP]", special=True)}},
+    },
+    "no post-processor": {"tokenizer.json": good_json_with(post_processor=None)},
+    "added by tokenizer.json alone": {
+        "tokenizer.json": good_json_with(added_tokens=[{"id": NEW, **a_token("<e1>", special=False)}])
+    },
+    "added by tokenizer.json, not by added_tokens_decoder": {
+        "tokenizer.json": good_json_with(added_tokens=[{"id": NEW, **a_token("<e1>", special=False)}]),
+        "tokenizer_config.json": {"added_tokens_decoder": {}},
+    },
+    "cut from the left by tokenizer.json": {"tokenizer.json": cut_from_left()},
+    "cut from the left by any tokenizer.json": {"tokenizer.json": cut_from_left(), "tokenizer_config.json": ANY},
+    "special tokens split": {"vocab.txt": VOCAB_TXT, "tokenizer_config.json": {"split_special_tokens": True}},
+    "settings without effect": {
+        "vocab.txt": VOCAB_TXT,
+        "tokenizer_config.json": {
+            **{"do_basic_tokenize": False, "never_split": ["painter"], "clean_up_tokenization_spaces": True},
+            **{"model_max_length": 16, "add_bos_token": True, "padding_side": "left", "return_token_type_ids": False},
+        },
+    },
+    "merges without a header": merges_as(lambda text: text.split("\n", 1)[1]),
+    "merges with CRLF": merges_as(lambda text: text.replace("\n", "\r\n")),
+    "offsets not trimmed": {
+        **ROBERTA_FILES, "tokenizer_config.json": {"trim_offsets": False, "add_prefix_space": True}
+    },
+}  # fmt: skip
+
+
+def a_folder(folder, files):
+    folder.mkdir()
+    is_roberta = "vocab.json" in files
+    for name, content in {"config.json": {"model_type": "roberta" if is_roberta else "bert"}, **files}.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / name).write_bytes(text.encode())
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    size = NEW if "no row" in folder.name else max(NEW, len(_BPE["vocab"])) + 20
+    return folder, config_for(size, model_type, type_vocab_size=2)
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_a_folder_of_any_make_gives_the_ids_and_types_of_transformers_and_so_does_what_is_saved(tmp_path, make):
+    transformers = pytest.importorskip("transformers")
+    folder, config = a_folder(tmp_path / make.replace("/", ""), MAKES[make])
+    ours, theirs = load_tokenizer(folder, config), transformers.AutoTokenizer.from_pretrained(folder)
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    finish(saved, config)
+    ours.save(saved)
+    again = transformers.AutoTokenizer.from_pretrained(saved)
+    for tokenizer in (theirs, again):
+        assert_equal(ours, tokenizer, HARD_TEXTS, None, 64)
+        assert_equal(ours, tokenizer, HARD_TEXTS, HARD_TEXTS[4:] + HARD_TEXTS[:4], 9)
+
+
+def test_question_offsets_are_trimmed_as_tokenizer_config_says(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for name in ("offsets not trimmed", "merges with CRLF"):
+        folder, config = a_folder(tmp_path / name, MAKES[name])
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        for text, (_, offsets) in zip(CORPUS, load_tokenizer(folder, config).tokens(CORPUS)):
+            expected = theirs(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            assert list(map(tuple, offsets.tolist())) == expected
+
+
+def test_a_vocabulary_without_latin_letters_is_taken(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder, config = a_folder(tmp_path / "model", {"tokenizer.json": georgian().to_str(), "tokenizer_config.json": ANY})
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert_equal(load_tokenizer(folder, config), theirs, ["ეს ფილმი კარგია", "ფილმი a ცუდია"], None, 64)
+
+
+def named(name, **files):
+    return {"vocab.txt": VOCAB_TXT, **ROBERTA_FILES, "tokenizer_config.json": {"tokenizer_class": name}, **files}
+
+
+CASED = normalizers.BertNormalizer(lowercase=False)
+JAPANESE = named("BertJapaneseTokenizer")
+OWN = "tokenizer_class BertTokenizer, which has its own; expected in tokenizer_config.json the tokenizer_class Pre"
+# What transformers would read in another way than the folder says, and the error after the folder's name.
+REFUSED = {
+    "Japanese": (JAPANESE, "/tokenizer_config.json: got tokenizer_class BertJapaneseTokenizer, whose rules are Python"),
+    "Japanese by config.json": (
+        {"vocab.txt": VOCAB_TXT, "config.json": {"model_type": "bert", "tokenizer_class": "BertJapaneseTokenizer"}},
+        "/config.json: got tokenizer_class BertJapaneseTokenizer, whose rules are Python code",
+    ),
+    "Japanese with tokenizer.json": (
+        {**JAPANESE, "tokenizer.json": GOOD_JSON},
+        "/tokenizer_config.json: got tokenizer_class BertJapaneseTokenizer",
+    ),
+    **{
+        f"{name} alone": (named(name), f": got no tokenizer for tokenizer_class {name}, expected tokenizer.json")
+        for name in ("HerbertTokenizer", "KoBertTokenizer", "MPNetTokenizerFast", "CLIPTokenizer", *ANY.values())
+        if isinstance(name, str)
+    },
+    "RoBERTa with vocab.txt alone": (
+        {"vocab.txt": VOCAB_TXT, "config.json": {"model_type": "roberta"}},
+        ": got no tokenizer for tokenizer_class RobertaTokenizer, expected tokenizer.json or vocab.json and merges.txt",
+    ),
+    "BERT with vocab.json alone": (
+        {**ROBERTA_FILES, "config.json": {"model_type": "bert"}},
+        ": got no tokenizer for tokenizer_class BertTokenizer, expected tokenizer.json or vocab.txt",
+    ),
+    "case said by tokenizer.json alone": (
+        {"tokenizer.json": json_with(normalizer=CASED)},
+        "/tokenizer.json: got lowercase false, expected do_lower_case in tokenizer_config.json too: without it "
+        "BertTokenizer takes true",
+    ),
+    "prefix space said by tokenizer.json alone": (
+        {
+            "tokenizer.json": json_with(
+                byte_level_bpe(), pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)
+            ),
+            "config.json": {"model_type": "roberta"},
+        },
+        "/tokenizer.json: got add_prefix_space true, expected add_prefix_space in tokenizer_config.json too",
+    ),
+    "a normalizer of another kind": (
+        {"tokenizer.json": json_with(normalizer=normalizers.Lowercase())},
+        f"/tokenizer.json: got the normalizer Lowercase for {OWN}",
+    ),
+    "text not cleaned": (
+        {"tokenizer.json": json_with(normalizer=normalizers.BertNormalizer(clean_text=False))},
+        f"/tokenizer.json: got clean_text false for {OWN}",
+    ),
+    "a pre-tokenizer of another kind": (
+        {"tokenizer.json": json_with(pre_tokenizer=pre_tokenizers.Whitespace())},
+        f"/tokenizer.json: got the pre_tokenizer Whitespace for {OWN}",
+    ),
+    "a model of another kind": (
+        {"tokenizer.json": byte_level_bpe().to_str()},
+        f"/tokenizer.json: got another model for {OWN}",
+    ),
+    "longer words": (
+        {"tokenizer.json": json_with(model=models.WordPiece({"[UNK]": 0}, max_input_chars_per_word=50))},
+        f"/tokenizer.json: got another model for {OWN}",
+    ),
+    "other tokens around a text": (
+        {"tokenizer.json": template_with(single=json.loads(GOOD_JSON)["post_processor"]["single"][:2])},
+        f"/tokenizer.json: got other special tokens around a text for {OWN}",
+    ),
+    "files that contradict each other": (
+        {
+            "tokenizer.json": GOOD_JSON,
+            "tokenizer_config.json": {"tokenizer_class": "KoBertTokenizer", "do_lower_case": False},
+        },
+        "/tokenizer.json: got lowercase true, expected false as tokenizer_config.json has it for do_lower_case",
+    ),
+    "no special tokens": (
+        {"tokenizer.json": good_json_with(post_processor=None), "tokenizer_config.json": ANY},
+        "/tokenizer.json: got ['a'] for a text of 'a', expected special tokens around each text",
+    ),
+    "a class without a name": (
+        {"vocab.txt": VOCAB_TXT, "tokenizer_config.json": {"tokenizer_class": 3}},
+        "/tokenizer_config.json: got 3 for tokenizer_class, expected a name",
+    ),
+    "inputs no list": (
+        {"vocab.txt": VOCAB_TXT, "tokenizer_config.json": {"model_input_names": "input_ids"}},
+        "/tokenizer_config.json: got 'input_ids' for model_input_names, expected a list of names",
+    ),
+    "added tokens a list": (
+        {"vocab.txt": VOCAB_TXT, "added_tokens.json": ["<e1>"]},
+        "/added_tokens.json: got ['<e1>'], expected a JSON object",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_transformers_would_read_in_another_way_is_refused_by_name(tmp_path, kind):
+    files, expected = REFUSED[kind]
+    folder, config = a_folder(tmp_path / "model", {"config.json": {"model_type": "bert"}, **files})
+    assert one_line_error(folder, config).startswith(f"{folder}{expected}")
+
+
 @pytest.mark.parametrize(
     ("vocab", "merges"),
     [
@@ -460,8 +758,10 @@ def test_vocab_json_and_merges_that_do_not_fit_are_one_line(tmp_path, vocab, mer
 
 def test_no_tokenizer_half_of_one_and_a_folder_in_its_place_are_named(tmp_path):
     config = config_for(len(VOCAB))
-    expected = f"{tmp_path}: got no tokenizer, expected tokenizer.json, or vocab.txt, or vocab.json and merges.txt"
+    expected = f"{tmp_path}: got no tokenizer for tokenizer_class BertTokenizer, expected tokenizer.json or vocab.txt"
     assert one_line_error(tmp_path, config) == expected
+    roberta = one_line_error(tmp_path, config_for(len(VOCAB), "roberta"))
+    assert roberta.endswith("tokenizer_class RobertaTokenizer, expected tokenizer.json or vocab.json and merges.txt")
     (tmp_path / "vocab.json").write_text("{}")
     assert one_line_error(tmp_path, config) == expected
     (tmp_path / "tokenizer.json").mkdir()
@@ -489,10 +789,13 @@ def test_token_ids_and_types_that_the_model_lacks_are_refused(tmp_path):
     folder, config = tokenizer_json(tmp_path / "model", wordpiece(lowercase=True), "bert")
     message = one_line_error(folder, config_for(len(VOCAB) - 1))
     last = len(VOCAB) - 1
-    assert message == f"{folder}/tokenizer.json: got token id {last}, expected less than the model's vocab_size {last}"
+    where, token = f"{folder}/tokenizer.json", VOCAB[-1]
+    assert message == f"{where}: got token id {last} for {token!r}, expected less than the model's vocab_size {last}"
     values = json.loads(GOOD_JSON)
     values["post_processor"]["pair"][-1]["SpecialToken"]["type_id"] = 2
     write_json(folder / "tokenizer.json", values)
+    names = {"model_input_names": ["input_ids", "token_type_ids"]}
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
     message = one_line_error(folder, config)
     assert message == f"{folder}/tokenizer.json: got token type 2, expected less than the model's 2"
 

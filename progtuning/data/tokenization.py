@@ -1,15 +1,19 @@
 """Texts to token ids, by the `tokenizers` library, from the tokenizer files of a Hugging Face model folder.
 
-The first of these that the folder has is read:
+`tokenizer_class` of tokenizer_config.json, else that of config.json, else the model's type says what is read:
 
-    tokenizer.json           all of it; the padding and truncation that it may carry are switched off
-    vocab.txt                BERT's WordPiece, with do_lower_case, strip_accents and tokenize_chinese_chars of
-                             tokenizer_config.json
-    vocab.json, merges.txt   RoBERTa's byte-level BPE, with add_prefix_space of tokenizer_config.json
+    BERT's own class, or another name of it     the WordPiece vocabulary of tokenizer.json, else of vocab.txt, with
+                                                do_lower_case, strip_accents and tokenize_chinese_chars
+    RoBERTa's own class, or another name of it  the byte-level BPE of tokenizer.json, else of vocab.json and merges.txt,
+                                                with add_prefix_space and trim_offsets
+    any other class                             tokenizer.json alone, whole
 
-Ids equal those of transformers' AutoTokenizer for the same folder. As there, tokenizer_config.json wins where it has
-one of these four settings and tokenizer.json says otherwise (unless its tokenizer_class takes tokenizer.json as it is).
-Unlike there, a setting that tokenizer_config.json lacks is what tokenizer.json says, and not transformers' default.
+Settings are those of tokenizer_config.json. Special and added tokens come from it, special_tokens_map.json,
+added_tokens.json and tokenizer.json. Padding and truncation that tokenizer.json may carry are switched off.
+
+Ids and token types equal those of transformers' AutoTokenizer (version 5.23) for the same folder. There a class of BERT
+or RoBERTa keeps nothing of tokenizer.json but vocabulary and added tokens. So where tokenizer.json says something else
+than the class does, and tokenizer_config.json does not decide it, the folder is refused.
 """
 
 import hashlib
@@ -18,6 +22,8 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -45,18 +51,47 @@ MAX_FILE_BYTES = 64 << 20  # several times the largest tokenizer.json of a publi
 _BATCH_ROWS = 1000
 _BATCH_CHARACTERS = 1 << 18
 _MAX_GROWTH = 16  # times that a normalizer may make a text longer
-_SETTINGS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars", "add_prefix_space")
+# Of tokenizer_config.json, and what a part of a tokenizer.json calls it.
+_SETTINGS = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+    "add_prefix_space": "add_prefix_space",
+    "trim_offsets": None,
+    "split_special_tokens": None,
+}
+# Names of tokenizer_class, a final "Fast" left out, for which transformers builds BERT's or RoBERTa's own tokenizer.
+_BERT_CLASSES = (
+    *("BertTokenizer", "ConvBertTokenizer", "DistilBertTokenizer", "DPRContextEncoderTokenizer"),
+    *("DPRQuestionEncoderTokenizer", "ElectraTokenizer", "LayoutLMTokenizer", "LxmertTokenizer"),
+    *("MobileBertTokenizer", "SqueezeBertTokenizer"),
+)
+_ROBERTA_CLASSES = ("RobertaTokenizer", "BartTokenizer", "LEDTokenizer", "LongformerTokenizer", "MvpTokenizer")
+# Names of classes that split words by rules of their own, written in Python, and read no tokenizer.json.
+_PYTHON_CLASSES = (
+    *("BertGenerationTokenizer", "BertJapaneseTokenizer", "BertweetTokenizer", "CanineTokenizer", "EsmTokenizer"),
+    *("FlaubertTokenizer", "PhobertTokenizer", "ProphetNetTokenizer", "RoCBertTokenizer", "TapasTokenizer"),
+    "XLMTokenizer",
+)
+_ANY_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")  # take any tokenizer.json as it is
 # The library prints other flags on standard output.
-_TOKEN_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized")
-_BERT_SPECIAL = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
+_TOKEN_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_BERT_SPECIAL = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
 _ROBERTA_SPECIAL = {
-    "bos": "<s>",
-    "eos": "</s>",
-    "unk": "<unk>",
-    "sep": "</s>",
-    "pad": "<pad>",
-    "cls": "<s>",
-    "mask": "<mask>",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "sep_token": "</s>",
+    "pad_token": "<pad>",
+    "cls_token": "<s>",
+    "mask_token": "<mask>",
 }
 
 
@@ -87,13 +122,21 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, config: BertConfig, source: Path, files: dict[str, bytes], settings: dict
+        self,
+        backend: tokenizers.Tokenizer,
+        config: BertConfig,
+        source: Path,
+        files: dict[str, bytes],
+        settings: dict,
+        class_name: str,
     ):
         self.backend = backend
         self.config = config
         self.source = source  # the file that errors name
         self.settings = settings  # tokenizer_config.json
+        self.class_name = class_name  # as transformers calls it
         self._files = files
+        self._has_types = config.type_vocab_size > 1 and _gives_types(settings, class_name)
         self._templates = {False: _template(backend, source, False), True: _template(backend, source, True)}
         self._check_ids()
 
@@ -153,15 +196,13 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files into an existing model folder, each byte for byte as it was read.
 
-        tokenizer_config.json alone is completed where it lacks a setting or the class, for which transformers would
-        take a default of its own. Raises RunError where the disk refuses.
+        tokenizer_config.json alone is completed where it lacks the class. Raises RunError where the disk refuses.
         """
         for name, content in self._files.items():
             with replacing(Path(folder) / name) as temporary:
                 temporary.write_bytes(content)
-        missing = {key: value for key, value in self._implied_settings().items() if key not in self.settings}
-        if missing:
-            write_json(Path(folder) / "tokenizer_config.json", {**self.settings, **missing})
+        if self.settings.get("tokenizer_class") != self.class_name:
+            write_json(Path(folder) / "tokenizer_config.json", {**self.settings, "tokenizer_class": self.class_name})
 
     def digest(self) -> str:
         """Return the SHA-256, in hexadecimal, of the tokenizer's files."""
@@ -178,16 +219,18 @@ class Tokenizer:
         return [ids[len(ids) - keep :] if from_left else ids[:keep] for ids, keep in zip(texts, kept)]
 
     def _type_id(self, part: _Part) -> int:
-        one_type = self.config.model_type == "roberta" or self.config.type_vocab_size == 1
-        return 0 if one_type else part.type_id
+        return part.type_id if self._has_types else 0
 
     def _check_ids(self) -> None:
         """Hold that all ids and token types which the tokenizer can give are within the model's embeddings."""
         config, parts = self.config, [part for parts in self._templates.values() for part in parts]
-        largest = max([*self.backend.get_vocab().values(), *(part.id for part in parts)])
+        vocab = {**self.backend.get_vocab(), **{self.backend.id_to_token(part.id): part.id for part in parts}}
+        vocab.pop("", None)  # a blank line of vocab.txt: no text gives it
+        token, largest = max(vocab.items(), key=itemgetter(1))
         if largest >= config.vocab_size:
             raise InputError(
-                f"{self.source}: got token id {largest}, expected less than the model's vocab_size {config.vocab_size}"
+                f"{self.source}: got token id {largest} for {shorten(token)}, "
+                f"expected less than the model's vocab_size {config.vocab_size}"
             )
         largest = max(map(self._type_id, parts))
         if largest >= config.type_vocab_size:
@@ -195,52 +238,26 @@ class Tokenizer:
                 f"{self.source}: got token type {largest}, expected less than the model's {config.type_vocab_size}"
             )
 
-    def _implied_settings(self) -> dict:
-        """Return what transformers must find in tokenizer_config.json to build the same tokenizer."""
-        normalizer, pre_tokenizer = self.backend.normalizer, self.backend.pre_tokenizer
-        template = self.backend.encode("", "").tokens
-        if isinstance(normalizer, normalizers.BertNormalizer) and template == ["[CLS]", "[SEP]", "[SEP]"]:
-            return {
-                "tokenizer_class": "BertTokenizer",
-                "do_lower_case": normalizer.lowercase,
-                "strip_accents": normalizer.strip_accents,
-                "tokenize_chinese_chars": normalizer.handle_chinese_chars,
-            }
-        if isinstance(pre_tokenizer, pre_tokenizers.ByteLevel) and template == ["<s>", "</s>", "</s>", "</s>"]:
-            return {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": pre_tokenizer.add_prefix_space}
-        return {"tokenizer_class": "PreTrainedTokenizerFast"}  # takes tokenizer.json as it is
-
 
 def load_tokenizer(folder: str | Path, config: BertConfig) -> Tokenizer:
     """Read the tokenizer of a model folder. `config` is the model's, with which its ids must agree.
 
-    Raises InputError that names the file: there is none, it is not a tokenizer, it adds no special tokens, or it gives
-    ids (or token types) for which the model has no embedding.
+    Raises InputError that names the file: there is none for the tokenizer's class, it is not a tokenizer or not one of
+    that class, it adds no special tokens, or it gives ids (or token types) for which the model has no embedding.
     """
     folder = Path(folder)
     files = _read_files(folder)
     settings = _read_settings(folder, files)
-    if "tokenizer.json" in files:
-        source = folder / "tokenizer.json"
-        with _library_errors(source):
-            backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
-            backend.no_padding()
-            backend.no_truncation()
-            _apply_settings(backend, settings)
-        _check_growth(backend, source)
-    elif "vocab.txt" in files:
-        source = folder / "vocab.txt"
-        with _library_errors(source):
-            backend = _wordpiece(source, files, settings)
-    elif "vocab.json" in files and "merges.txt" in files:
-        source = folder / "vocab.json"
-        with _library_errors(source):
-            backend = _byte_level_bpe(source, settings)
-    else:
-        raise InputError(
-            f"{folder}: got no tokenizer, expected tokenizer.json, or vocab.txt, or vocab.json and merges.txt"
-        )
-    return Tokenizer(backend, config, source, files, settings)
+    class_name = _class_name(folder, settings, config)
+    source = _source(folder, files, class_name)
+    with _library_errors(source):
+        if source.name == "tokenizer.json":
+            backend, side = _from_json(source, files, settings, class_name, config.vocab_size)
+            settings = {"truncation_side": side, **settings} if side else settings
+        else:
+            backend = _own_class(source, settings, class_name, config.vocab_size)
+        backend.encode_special_tokens = settings.get("split_special_tokens", False)
+    return Tokenizer(backend, config, source, files, settings, class_name)
 
 
 def _read_files(folder: Path) -> dict[str, bytes]:
@@ -273,22 +290,202 @@ def _read_settings(folder: Path, files: dict[str, bytes]) -> dict:
         raise InputError(
             f"{path}: got {shorten(settings['truncation_side'])} for truncation_side, expected right or left"
         )
+    names = settings.get("model_input_names", [])
+    if not isinstance(names, list):
+        raise InputError(f"{path}: got {shorten(names)} for model_input_names, expected a list of names")
     return settings
 
 
-def _apply_settings(backend: tokenizers.Tokenizer, settings: dict) -> None:
-    """Let what tokenizer_config.json says win over tokenizer.json."""
-    if settings.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend"):
-        return
-    normalizer, pre_tokenizer = backend.normalizer, backend.pre_tokenizer
-    if isinstance(normalizer, normalizers.BertNormalizer):
-        normalizer.lowercase = settings.get("do_lower_case", normalizer.lowercase)
-        normalizer.strip_accents = settings.get("strip_accents", normalizer.strip_accents)
-        normalizer.handle_chinese_chars = settings.get("tokenize_chinese_chars", normalizer.handle_chinese_chars)
-        backend.normalizer = normalizer
-    if isinstance(pre_tokenizer, pre_tokenizers.ByteLevel):
-        pre_tokenizer.add_prefix_space = settings.get("add_prefix_space", pre_tokenizer.add_prefix_space)
-        backend.pre_tokenizer = pre_tokenizer
+def _class_name(folder: Path, settings: dict, config: BertConfig) -> str:
+    """Return the name of transformers' class: what a file says, or the one for the model's type."""
+    name, path = settings.get("tokenizer_class"), folder / "tokenizer_config.json"
+    if name is None and (path := folder / "config.json").exists():
+        values = read_json(path)
+        name = values.get("tokenizer_class") if isinstance(values, dict) else None
+    if name is None:
+        return "RobertaTokenizer" if config.model_type == "roberta" else "BertTokenizer"
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{path}: got {shorten(name)} for tokenizer_class, expected a name")
+    if name.removesuffix("Fast") in _PYTHON_CLASSES:
+        raise InputError(
+            f"{path}: got tokenizer_class {name}, whose rules are Python code of transformers; "
+            "expected one whose tokenizer a tokenizer.json holds"
+        )
+    return name
+
+
+def _is_class(name: str, own: Sequence[str]) -> bool:
+    return name.removesuffix("Fast") in own
+
+
+def _gives_types(settings: dict, class_name: str) -> bool:
+    """Say whether transformers gives a model token types; without them all are 0."""
+    if "model_input_names" in settings:
+        return "token_type_ids" in settings["model_input_names"]
+    return _is_class(class_name, _BERT_CLASSES) and not _is_class(class_name, ("DistilBertTokenizer",))
+
+
+def _source(folder: Path, files: dict[str, bytes], class_name: str) -> Path:
+    """Return the file with the vocabulary."""
+    needed = ()
+    if _is_class(class_name, _BERT_CLASSES):
+        needed = ("vocab.txt",)
+    elif _is_class(class_name, _ROBERTA_CLASSES):
+        needed = ("vocab.json", "merges.txt")
+    if "tokenizer.json" in files:
+        return folder / "tokenizer.json"
+    if needed and files.keys() >= {*needed}:
+        return folder / needed[0]
+    expected = " or ".join(["tokenizer.json", *([" and ".join(needed)] if needed else [])])
+    raise InputError(f"{folder}: got no tokenizer for tokenizer_class {class_name}, expected {expected}")
+
+
+def _from_json(
+    source: Path, files: dict[str, bytes], settings: dict, class_name: str, vocab_size: int
+) -> tuple[tokenizers.Tokenizer, str | None]:
+    """Return the tokenizer of a tokenizer.json, and the side on which it says that texts are cut."""
+    file = tokenizers.Tokenizer.from_str(files[source.name].decode("utf-8"))
+    side, pad = file.truncation and file.truncation["direction"], file.padding and file.padding["pad_token"]
+    file.no_padding()
+    file.no_truncation()
+    _check_growth(file, source)
+    if _is_class(class_name, (*_BERT_CLASSES, *_ROBERTA_CLASSES)):
+        return _own_class(source, settings, class_name, vocab_size, file), side
+    if not _is_class(class_name, _ANY_CLASSES):
+        _check_settings(file, settings, source, class_name)
+    _add_tokens(file, _read_tokens(source, settings, {"pad_token": pad}, file), vocab_size)
+    return file, side
+
+
+def _check_settings(file: tokenizers.Tokenizer, settings: dict, source: Path, class_name: str) -> None:
+    """Raise InputError where tokenizer_config.json contradicts tokenizer.json: which one wins is the class's affair."""
+    for state in (_state(file.normalizer), _state(file.pre_tokenizer)):
+        for key, name in _SETTINGS.items():
+            if name in state and key in settings and state[name] != settings[key]:
+                raise InputError(
+                    f"{source}: got {name} {json.dumps(state[name])}, expected {json.dumps(settings[key])} as "
+                    f"tokenizer_config.json has it for {key} of tokenizer_class {class_name}"
+                )
+
+
+def _own_class(
+    source: Path, settings: dict, class_name: str, vocab_size: int, file: tokenizers.Tokenizer | None = None
+) -> tokenizers.Tokenizer:
+    """Build BERT's or RoBERTa's own tokenizer, on the vocabulary of `file`, a tokenizer.json, or of `source`."""
+    is_bert = _is_class(class_name, _BERT_CLASSES)
+    tokens = _read_tokens(source, settings, _BERT_SPECIAL if is_bert else _ROBERTA_SPECIAL, file)
+    model = file.model if file else _wordpiece(source) if is_bert else _byte_level_bpe(source)
+    _check_model(model, source, class_name)
+    backend = tokenizers.Tokenizer(model)
+    unk, cls, sep = (_known(backend, tokens, role, source) for role in ("unk_token", "cls_token", "sep_token"))
+    model.unk_token = unk if is_bert else None
+    _add_tokens(backend, tokens, vocab_size)
+    around = [(token, backend.token_to_id(token)) for token in (cls, sep)]
+    (_set_bert_parts if is_bert else _set_roberta_parts)(backend, settings, *around)
+    if file:
+        _check_parts(file, backend, settings, source, class_name)
+    return backend
+
+
+def _known(backend: tokenizers.Tokenizer, tokens: "_Tokens", role: str, source: Path) -> str:
+    """Return the token of a role without which no text is encoded."""
+    token = _content(tokens.named[role])
+    if not isinstance(token, str) or (backend.token_to_id(token) is None and token not in tokens.contents):
+        raise InputError(
+            f"{source}: got no token {shorten(token)}, expected it among the {backend.get_vocab_size()} of the file"
+        )
+    return token
+
+
+def _wordpiece(source: Path) -> models.WordPiece:
+    return models.WordPiece(models.WordPiece.read_file(str(source)))
+
+
+def _byte_level_bpe(source: Path) -> models.BPE:
+    return models.BPE.from_file(str(source), str(source.with_name("merges.txt")))
+
+
+def _set_bert_parts(backend: tokenizers.Tokenizer, settings: dict, cls: tuple[str, int], sep: tuple[str, int]) -> None:
+    backend.normalizer = normalizers.BertNormalizer(
+        lowercase=settings.get("do_lower_case", True),
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    single = [cls[0], "$A", sep[0]]
+    backend.post_processor = processors.TemplateProcessing(single, [*single, "$B:1", f"{sep[0]}:1"], [cls, sep])
+
+
+def _set_roberta_parts(
+    backend: tokenizers.Tokenizer, settings: dict, cls: tuple[str, int], sep: tuple[str, int]
+) -> None:
+    add_prefix_space = settings.get("add_prefix_space", False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.RobertaProcessing(
+        sep, cls, settings.get("trim_offsets", True), add_prefix_space
+    )
+
+
+def _check_model(model: models.Model, source: Path, class_name: str) -> None:
+    """Raise InputError where a tokenizer.json has another model than the class builds."""
+    if _is_class(class_name, _BERT_CLASSES):
+        fits = isinstance(model, models.WordPiece) and model.continuing_subword_prefix == "##"
+        fits = fits and model.max_input_chars_per_word == 100
+    else:
+        fits = isinstance(model, models.BPE) and not (model.continuing_subword_prefix or model.end_of_word_suffix)
+        fits = fits and not (model.dropout or model.byte_fallback or model.ignore_merges)
+    if not fits:
+        raise _unlike(source, "another model", class_name)
+
+
+def _check_parts(
+    file: tokenizers.Tokenizer, backend: tokenizers.Tokenizer, settings: dict, source: Path, class_name: str
+) -> None:
+    """Raise InputError where tokenizer.json says something else than the class does, and the settings do not decide."""
+    said = {name for key, name in _SETTINGS.items() if key in settings}
+    for part in ("normalizer", "pre_tokenizer"):
+        got, expected = _state(getattr(file, part)), _state(getattr(backend, part))
+        if got.get("type") != expected.get("type"):
+            raise _unlike(source, f"the {part} {got.get('type')}", class_name)
+        for name in got.keys() - {"trim_offsets"} - said:  # a pre-tokenizer's trim_offsets changes nothing
+            if got[name] != expected[name] and _effect(got, name) != _effect(expected, name):
+                key = next((key for key, other in _SETTINGS.items() if other == name), None)
+                value = json.dumps(got[name])
+                if key is None:
+                    raise _unlike(source, f"{name} {value}", class_name)
+                raise InputError(
+                    f"{source}: got {name} {value}, expected {key} in tokenizer_config.json too: without it "
+                    f"{class_name} takes {json.dumps(expected[name])}"
+                )
+    if file.post_processor is not None:
+        has_types = _gives_types(settings, class_name)
+        for pair in (False, True):
+            got, expected = (_around(_template(tokenizer, source, pair), has_types) for tokenizer in (file, backend))
+            if got != expected:
+                raise _unlike(source, "other special tokens around a text", class_name)
+
+
+def _state(part) -> dict:
+    """Return what tokenizer.json has for a normalizer or a pre-tokenizer."""
+    return {} if part is None else json.loads(part.__getstate__())
+
+
+def _effect(state: dict, name: str):
+    """Return the value of a setting; accents are stripped with lower-casing where nothing is said of them."""
+    return state["lowercase"] if name == "strip_accents" and state[name] is None else state[name]
+
+
+def _around(template: Sequence[_Part], has_types: bool) -> list[tuple]:
+    return [(part.text, part.text is None and part.id, has_types and part.type_id) for part in template]
+
+
+def _unlike(source: Path, what: str, class_name: str) -> InputError:
+    return InputError(
+        f"{source}: got {what} for tokenizer_class {class_name}, which has its own; expected in tokenizer_config.json "
+        "the tokenizer_class PreTrainedTokenizerFast, which takes the file as it is"
+    )
 
 
 def _check_growth(backend: tokenizers.Tokenizer, source: Path) -> None:
@@ -306,81 +503,110 @@ def _check_growth(backend: tokenizers.Tokenizer, source: Path) -> None:
         raise InputError(f"{source}: its normalizer may make a text {_MAX_GROWTH} times longer and more, expected less")
 
 
-def _wordpiece(source: Path, files: dict[str, bytes], settings: dict) -> tokenizers.Tokenizer:
-    lines = files["vocab.txt"].decode("utf-8").removesuffix("\n").split("\n")
-    vocab = {line.rstrip(): i for i, line in enumerate(lines)}
-    special = _special_tokens(source, settings, _BERT_SPECIAL, vocab)
-    cls, sep = special["cls"].content, special["sep"].content
-    backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=special["unk"].content))
-    backend.normalizer = normalizers.BertNormalizer(
-        lowercase=settings.get("do_lower_case", True),
-        strip_accents=settings.get("strip_accents"),
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-    )
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{cls} $A {sep}",
-        pair=f"{cls} $A {sep} $B:1 {sep}:1",
-        special_tokens=[(cls, vocab[cls]), (sep, vocab[sep])],
-    )
-    backend.add_special_tokens(list(special.values()))
-    return backend
+@dataclass(frozen=True)
+class _Tokens:
+    """The tokens that are found whole in a text, as the files beside the vocabulary have them."""
+
+    named: dict[str, AddedToken | str]  # by role, cls_token for one; then those of roles that the library does not know
+    placed: list[AddedToken]  # to which a file gives an id, in the order of the ids
+    extra: list[AddedToken | str]
+
+    @property
+    def contents(self) -> list[str]:
+        return [token.content for token in self.placed]
 
 
-def _byte_level_bpe(source: Path, settings: dict) -> tokenizers.Tokenizer:
-    model = models.BPE.from_file(str(source), str(source.with_name("merges.txt")))
-    backend = tokenizers.Tokenizer(model)
-    vocab = backend.get_vocab()
-    special = _special_tokens(source, settings, _ROBERTA_SPECIAL, vocab)
-    cls, sep = special["cls"].content, special["sep"].content
-    add_prefix_space = settings.get("add_prefix_space", False)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.RobertaProcessing(
-        (sep, vocab[sep]), (cls, vocab[cls]), add_prefix_space=add_prefix_space
-    )
-    backend.add_special_tokens(list(special.values()))
-    return backend
+def _read_tokens(
+    source: Path, settings: dict, defaults: dict[str, str], file: tokenizers.Tokenizer | None = None
+) -> _Tokens:
+    """Read them in transformers' order of precedence: added_tokens_decoder of tokenizer_config.json replaces
+    special_tokens_map.json, added_tokens.json and those of a tokenizer.json."""
+    stated = {key: _token(value) for key, value in settings.items()}
+    if not stated.get("extra_special_tokens") and "additional_special_tokens" in stated:
+        stated["extra_special_tokens"] = stated.pop("additional_special_tokens")
+    if "added_tokens_decoder" in settings:
+        placed = {int(index): _token(token) for index, token in settings["added_tokens_decoder"].items()}
+    else:
+        stated = _with_map(source.with_name("special_tokens_map.json"), stated)
+        special = {*(_content(stated.get(role)) for role in _ROLES), *map(_content, _listed(stated))}
+        placed = {
+            index: AddedToken(content, normalized=content not in special, special=content in special)
+            for content, index in _read_object(source.with_name("added_tokens.json")).items()
+        }
+        placed |= file.get_added_tokens_decoder() if file else {}
+    if "extra_special_tokens" not in stated and "additional_special_tokens" in stated:
+        stated["extra_special_tokens"] = stated["additional_special_tokens"]
+    by_content = {token.content: token for token in placed.values()}
+    named = {role: stated.get(role, defaults.get(role)) for role in _ROLES}
+    named = {role: by_content.get(_content(token), token) for role, token in named.items()}
+    others = {key: value for key, value in stated.items() if key.endswith("_token") and key not in _ROLES}
+    if isinstance(stated.get("extra_special_tokens"), dict):
+        others |= stated["extra_special_tokens"]
+    named |= {key: value for key, value in others.items() if isinstance(value, (str, AddedToken))}
+    return _Tokens(named, [placed[index] for index in sorted(placed)], _listed(stated))
 
 
-def _special_tokens(
-    source: Path, settings: dict, defaults: dict[str, str], vocab: dict[str, int]
-) -> dict[str, AddedToken]:
-    """Return the special tokens by role, of tokenizer_config.json and special_tokens_map.json or the usual ones.
+def _with_map(path: Path, stated: dict) -> dict:
+    """Return what tokenizer_config.json states with what special_tokens_map.json does, which wins."""
+    for key, value in _read_object(path).items():
+        value = _token(value, special=True)
+        if key == "extra_special_tokens" and isinstance(value, list):
+            value = [*_listed(stated), *(token for token in value if token not in _listed(stated))]
+        stated = {**stated, key: value}
+    return stated
 
-    cls, sep and unk must stand in the vocabulary; others that do not are left out. Raises InputError where a file adds
-    further tokens: they come with a tokenizer.json.
+
+def _read_object(path: Path) -> dict:
+    values = read_json(path) if path.exists() else {}
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: got {shorten(values)}, expected a JSON object")
+    return values
+
+
+def _token(value, **flags):
+    """Return the tokens in a value of JSON: an object that has a token's content, and those in a list of them."""
+    if isinstance(value, list):
+        return [_token(item, **flags) for item in value]
+    if not isinstance(value, dict) or "content" not in value:
+        return value
+    return AddedToken(**{**{key: value[key] for key in _TOKEN_FLAGS if key in value}, **flags})
+
+
+def _content(token):
+    return token.content if isinstance(token, AddedToken) else token
+
+
+def _listed(stated: dict) -> list:
+    tokens = stated.get("extra_special_tokens")
+    return tokens if isinstance(tokens, list) else []
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, tokens: _Tokens, vocab_size: int) -> None:
+    """Let the tokens be found whole in a text. Each has its id of the vocabulary, or one after the last.
+
+    A named token that no file places, the usual [MASK] for one, is left out where the model has no embedding for it.
     """
-    map_file, added_file = source.with_name("special_tokens_map.json"), source.with_name("added_tokens.json")
-    settings = {**settings, **(read_json(map_file) if map_file.exists() else {})}
-    flags = {token["content"]: token for token in (settings.get("added_tokens_decoder") or {}).values()}
-    special = {}
-    for role, default in defaults.items():
-        token = settings.get(f"{role}_token", default)
-        token = token if isinstance(token, dict) else {"content": token}
-        token = {**token, **flags.get(token["content"], {})}
-        if token["content"] in vocab:
-            special[role] = AddedToken(**{key: token[key] for key in _TOKEN_FLAGS if key in token}, special=True)
-        elif role in ("cls", "sep", "unk"):
-            raise InputError(
-                f"{source}: got no token {shorten(token['content'])}, expected it among the {len(vocab)} of the file"
-            )
-    added = {*flags, *(read_json(added_file) if added_file.exists() else ())}
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        added.update(token["content"] if isinstance(token, dict) else token for token in settings.get(key) or ())
-    further = sorted(added - {token.content for token in special.values()})
-    if further:
-        raise InputError(
-            f"{source}: got the added token {shorten(further[0])} beside it, expected a tokenizer.json that has it"
-        )
-    return special
+    known = {*(token.content for token in backend.get_added_tokens_decoder().values()), *tokens.contents}
+    new, named = list(tokens.placed), {_content(token) for token in tokens.named.values()}
+    for token in [*tokens.named.values(), *tokens.extra]:
+        if token is None or _content(token) in known or token in new:
+            continue
+        if _content(token) in named and _content(token) not in tokens.extra:
+            unknown = {item for item in map(_content, [*new, token]) if backend.token_to_id(item) is None}
+            if _content(token) in unknown and backend.get_vocab_size() + len(unknown) > vocab_size:
+                continue
+        new.append(token)
+    new = [AddedToken(token, special=True) if isinstance(token, str) else token for token in new]
+    for token in new:
+        token.special = token.special or token.content in named
+    backend.add_tokens(new)
 
 
 def _template(backend: tokenizers.Tokenizer, source: Path, pair: bool) -> tuple[_Part, ...]:
     """Return the parts that the tokenizer puts together for one text or a pair, read off an example."""
     with _library_errors(source):
-        example = backend.encode("a", "a" if pair else None)
+        sample = _example(backend)
+        example = backend.encode(sample, sample if pair else None)
     parts = []
     for text, token, type_id in zip(example.sequence_ids, example.ids, example.type_ids):
         if text is None or not parts or text != parts[-1].text:
@@ -389,9 +615,15 @@ def _template(backend: tokenizers.Tokenizer, source: Path, pair: bool) -> tuple[
     if sorted(texts) != [0, 1][: 1 + pair] or len(parts) == len(texts):
         kind = "pair" if pair else "text"
         raise InputError(
-            f"{source}: got {example.tokens} for a {kind} of 'a', expected special tokens around each text"
+            f"{source}: got {example.tokens} for a {kind} of {sample!r}, expected special tokens around each text"
         )
     return tuple(parts)
+
+
+def _example(backend: tokenizers.Tokenizer) -> str:
+    """Return a text that has tokens: "a", or the first token of the vocabulary that has, as where there is no Latin."""
+    texts = chain(["a"], (token for token, _ in sorted(backend.get_vocab().items(), key=itemgetter(1))))
+    return next((text for text in texts if backend.encode(text, add_special_tokens=False).ids), "a")
 
 
 def _batches(texts: Sequence[str], pairs: Sequence[str | None]) -> Iterator[list[tuple[str, ...]]]:
