@@ -98,11 +98,17 @@ def _save(model: Model, names: Iterable[str], path: Path, prefix: str = "", **me
     """Write the tensors `names` of a model, in fp32, under the keys of Hugging Face with `prefix` before them."""
     state = model.state_dict()
     tensors = {prefix + _key(name, model.config): state[name].float().cpu().contiguous() for name in sorted(names)}
+    save_tensors(tensors, path, {"format": "pt", **metadata})
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write contiguous tensors of the CPU as safetensors, whole or not at all. Raises RunError."""
     with replacing(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+            save_file(dict(tensors), temporary, metadata=metadata)
         except SafetensorError as error:
-            raise RunError(f"{path}: cannot be written: {error}") from None
+            reason = re.search('message: "(.+)"', str(error))  # of an error of the system's, as Rust prints it
+            raise RunError(f"{path}: cannot be written: {reason[1] if reason else error}") from None
 
 
 def _key(name: str, config: BertConfig) -> str:
@@ -512,8 +518,11 @@ def _open(path: Path, stack: ExitStack) -> _TensorFile:
     if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
         raise InputError(f"{path}: not a file, expected safetensors")
     try:
+        open(path, "rb").close()  # safe_open says of every failure that there is no such file
         return _TensorFile(path, stack.enter_context(safe_open(path, framework="pt")))
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
         raise InputError(f"{path}: not a readable safetensors file: {error}") from None
 
 

@@ -7,7 +7,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -27,7 +28,16 @@ from progtuning.config import (
     recipe,
 )
 from progtuning.errors import InputError, Interrupted, RunError
-from progtuning.files import check_new_folder, made_folder, new_folder, write_json, write_text
+from progtuning.files import (
+    check_new_folder,
+    check_no_input,
+    check_output_file,
+    made_folder,
+    new_folder,
+    own_descriptor,
+    write_json,
+    write_text,
+)
 from progtuning.stages import SCHEDULES, make_schedule
 
 # What the demo trains: a learning rate for a small encoder, and a part of the rows
@@ -49,12 +59,17 @@ class Parser(argparse.ArgumentParser):
         let_first_speak()
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
+    def _print_message(self, message: str, file=None) -> None:
+        put(message) if file is sys.stdout else super()._print_message(message, file)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of files and labels may have what the terminal has not
-            stream.reconfigure(errors="backslashreplace")
+    with standard_streams():
+        return run(argv)
+
+
+def run(argv: Sequence[str] | None) -> int:
     try:
         args = build_parser().parse_args(argv)
         if several_processes() and args.run is not run_train:
@@ -63,13 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "RANK and WORLD_SIZE are set, as torchrun sets them for several processes, which train alone makes use "
                 "of: give this command without torchrun, or unset them"
             )
+        if sys.stdout is None and prints_result(args):
+            let_first_speak()
+            raise InputError("standard output is closed, expected a place for the result")
         args.run(args)
-        sys.stdout.flush()
     except InputError as error:
         return fail(2, error)
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except (RunError, MemoryError, OSError) as error:
         return fail(1, error)
     except Interrupted as error:
@@ -81,6 +95,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail(130, "interrupted")
     return 0
+
+
+@contextmanager
+def standard_streams() -> Iterator[None]:
+    """Make standard output UTF-8 and standard error one that loses what it cannot write.
+
+    What was closed when Python began, of which the stream is None, gets the null device as its descriptor: else the
+    next file that is opened would get it, and with it what libraries print there.
+    """
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+            os.set_inheritable(descriptor, True)
+        os.close(descriptor)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # half surrogate pairs, of file names, become JSON's escapes
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    with redirect_stderr(message_stream()):
+        yield
+
+
+class Messages(io.FileIO):
+    """A descriptor for messages. What it does not take is lost: no run should fail for want of somebody who reads."""
+
+    def write(self, data) -> int:
+        written = None
+        with suppress(OSError):
+            written = super().write(data)
+        return len(data) if written is None else written
+
+
+def message_stream() -> io.TextIOBase:
+    """Return a stream of Messages in place of standard error, or that itself where it has no descriptor."""
+    old = sys.stderr
+    try:
+        descriptor = 2 if old is None else old.fileno()
+    except (OSError, AttributeError):
+        return old
+    encoding = getattr(old, "encoding", "utf-8")
+    buffer = io.BufferedWriter(Messages(descriptor, "w", closefd=False))
+    return io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=True)
+
+
+def prints_result(args: argparse.Namespace) -> bool:
+    """Say whether the command's result goes to standard output alone, or is asked for there."""
+    output = getattr(args, "output", None) or ""
+    to_output = output == "-" or own_descriptor(output) == 1
+    return to_output or getattr(args, "json", False) or args.run in (run_evaluate, run_plan, run_paper)
 
 
 def several_processes() -> bool:
@@ -364,12 +424,12 @@ def run_demo(args: argparse.Namespace) -> None:
         print_json({"full": runs[0], "shrinking": runs[1]})
         return
     held_out, where = runs[0]["dev_rows"]["dev"], runs[0]["device"]
-    print(f"\n{DEMO_MODEL} on {DEMO_DATA}: {DEMO_ROWS:,} training rows, {held_out:,} held-out rows, {where}\n")
-    print(report.comparison_table(*runs))
-    print("\nWhat each stage of Progtuning cost, as a share of the same epoch of full fine-tuning:\n")
-    print(report.savings_table(*runs))
+    tell(f"\n{DEMO_MODEL} on {DEMO_DATA}: {DEMO_ROWS:,} training rows, {held_out:,} held-out rows, {where}\n")
+    tell(report.comparison_table(*runs))
+    tell("\nWhat each stage of Progtuning cost, as a share of the same epoch of full fine-tuning:\n")
+    tell(report.savings_table(*runs))
     pictures = " and savings.png" if drawn else " (install matplotlib for a picture)"
-    print(f"\nWritten: {output / 'summary.json'}{pictures}")
+    tell(f"\nWritten: {output / 'summary.json'}{pictures}")
 
 
 def run_train(args: argparse.Namespace) -> None:
@@ -405,8 +465,8 @@ def run_train(args: argparse.Namespace) -> None:
     if args.json:
         print_json(summary)
         return
-    print(report.card(summary))
-    print(f"Written: {args.output_dir}")
+    tell(report.card(summary))
+    tell(f"Written: {args.output_dir}")
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -422,25 +482,28 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if args.json:
         print_json({"task": splits.task.name, "metrics": values})
     else:
-        print(report.table(["metric", splits.task.name], [[name, f"{value:.4f}"] for name, value in values.items()]))
+        put_line(report.table(["metric", splits.task.name], [[name, f"{value:.4f}"] for name, value in values.items()]))
 
 
 def run_predict(args: argparse.Namespace) -> None:
-    from progtuning.run import choose_device, load_checkpoint, predict_file, write_glue_submission
+    from progtuning.run import checkpoint_files, choose_device, load_checkpoint, predict_file, write_glue_submission
 
     check_predict_options(args)
+    if args.output is not None:
+        check_no_input(args.output, (args.input, *checkpoint_files(Path(args.checkpoint))))
     device = choose_device(args.device)
     TrainConfig(batch_size=args.batch_size, precision=args.precision)  # checks both
     checkpoint = load_checkpoint(Path(args.checkpoint), args.max_length, squad_options(args), args.base_model)
     if args.glue_submission is not None:
         arguments = (args.task, args.data, args.glue_submission, device, args.batch_size, args.precision)
         paths = [str(path) for path in write_glue_submission(checkpoint, *arguments)]
-        print_json({"written": paths}) if args.json else print(f"Written: {', '.join(paths)}")
+        print_json({"written": paths}) if args.json else tell(f"Written: {', '.join(paths)}")
         return
     text = predict_file(checkpoint, args.input, device, args.batch_size, args.precision)
     if args.output == "-":
-        sys.stdout.write(text)
+        put(text)
     else:
+        made_folder(Path(args.output).parent, "--output")
         write_text(args.output, text)
         if args.json:
             print_json({"written": [args.output]})
@@ -453,7 +516,7 @@ def squad_options(args: argparse.Namespace) -> dict:
 
 def check_predict_options(args: argparse.Namespace) -> None:
     """Raise InputError unless the options are those of a file, or those of a submission."""
-    if args.json and args.output == "-":
+    if args.json and args.output is not None and (args.output == "-" or own_descriptor(args.output) == 1):
         raise InputError("--json does not go with --output -: standard output then holds the predictions")
     needed, others = ("input", "output"), ("task", "data")
     what = "predict"
@@ -462,11 +525,13 @@ def check_predict_options(args: argparse.Namespace) -> None:
     for name in needed:
         if getattr(args, name) is None:
             raise InputError(f"{what} needs --{name}")
+    if args.input == "-" and sys.stdin is None:
+        raise InputError("--input -: standard input is closed")
     for name in others:
         if getattr(args, name) is not None:
             raise InputError(f"--{name} does not go with {what if args.glue_submission else '--input'}")
     if args.output not in (None, "-"):
-        check_output_file(Path(args.output))
+        check_output_file(args.output)
 
 
 def run_plan(args: argparse.Namespace) -> None:
@@ -491,7 +556,7 @@ def run_plan(args: argparse.Namespace) -> None:
         args.model,
         cache_dtype=settings.cache_dtype,
     )
-    print_json(document) if args.json else print(report.plan_table(document))
+    print_json(document) if args.json else put_line(report.plan_table(document))
 
 
 def architecture(name: str) -> BertConfig:
@@ -514,7 +579,7 @@ def architecture(name: str) -> BertConfig:
 
 def run_paper(args: argparse.Namespace) -> None:
     rows = paper_rows()
-    print_json({"rows": rows}) if args.json else print(report.paper_table(rows))
+    print_json({"rows": rows}) if args.json else put_line(report.paper_table(rows))
 
 
 def run_probe(args: argparse.Namespace) -> None:
@@ -548,27 +613,54 @@ def run_probe(args: argparse.Namespace) -> None:
     }
     write_json(output / "probe.json", document)
     report.draw_probe(document, output / "probe.png")
-    print_json(document) if args.json else print(report.probe_table(document))
+    print_json(document) if args.json else tell(report.probe_table(document))
 
 
 def run_report(args: argparse.Namespace) -> None:
     runs = [report.read_summary(Path(folder)) for folder in args.folders]
     output = Path(args.output)
-    check_output_file(output)
+    check_output_file(args.output)
+    check_no_input(output, (Path(folder) / "summary.json" for folder in args.folders))
+    made_folder(output.parent, "--output")
     write_text(output, report.compare(runs, output))
-    print(f"Written: {output}")
-
-
-def check_output_file(path: Path) -> None:
-    """Raise InputError where a file cannot have this name."""
-    if not path.parent.is_dir():
-        raise InputError(f"--output {path}: {path.parent} is not a folder")
-    if path.is_dir():
-        raise InputError(f"--output {path} is a folder, expected the name of a file")
+    tell(f"Written: {output}")
 
 
 def print_json(value) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    put_line(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def put_line(text: str) -> None:
+    put(text + "\n")
+
+
+def put(text: str) -> None:
+    """Write a result on standard output. Raises RunError where that is closed or full.
+
+    Where its reader has gone, as `head` does, the program ends with status 1.
+    """
+    if sys.stdout is None:
+        raise RunError("standard output is closed")
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        discard_output()
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(1) from None
+        raise RunError(f"standard output: cannot be written: {error.strerror or error}") from None
+
+
+def discard_output() -> None:
+    """Let what standard output still holds, and what is to come, go nowhere: Python writes it when it ends."""
+    with suppress(OSError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def tell(text: str) -> None:
+    """Write on standard output what is kept in a file too: where that cannot be, nothing is lost."""
+    with suppress(RunError, SystemExit):
+        put_line(text)
 
 
 def say(text: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from progtuning.errors import InputError
-from progtuning.files import read_json, replacing
+from progtuning.files import plain_place, read_json, replacing
 
 
 _NUMBER = re.compile(r"[-+]?[\d.,]*(e[-+]?\d+)?")
@@ -230,7 +230,7 @@ def compare(runs: Sequence[dict], path: Path) -> str:
     """Return a Markdown page on several runs and, where matplotlib is installed, draw its pictures beside `path`.
 
     Pictures: the staircase of each run; its measured backward seconds a step beside its FLOPs a step, as shares of
-    those of the first stage; the main metric against all FLOPs.
+    those of the first stage; the main metric against all FLOPs. Beside a device or a pipe none are drawn.
     """
     names = list(dict.fromkeys(name for run in runs for name in run["metrics"]))
     rows = [
@@ -250,7 +250,8 @@ def compare(runs: Sequence[dict], path: Path) -> str:
     parts = ["# Runs", table(header, rows)]
     pictures = {f"{path.stem}-{i + 1}.png": (draw_run, run) for i, run in enumerate(runs)}
     pictures[f"{path.stem}-metric.png"] = (draw_metric, runs)
-    drawn = {name: draw(subject, path.with_name(name)) for name, (draw, subject) in pictures.items()}
+    is_plain = plain_place(path) is not None
+    drawn = {name: is_plain and draw(subject, path.with_name(name)) for name, (draw, subject) in pictures.items()}
     for i, run in enumerate(runs):
         parts += [f"## {run['name']}", stages_table(run)]
         name = f"{path.stem}-{i + 1}.png"

@@ -23,19 +23,18 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from progtuning import __version__
 from progtuning.bert import Model
-from progtuning.checkpoint import base_digest
+from progtuning.checkpoint import base_digest, save_tensors
 from progtuning.config import CheckpointConfig, TrainConfig
 from progtuning.data.batching import EncodedRows
 from progtuning.data.text import Task
@@ -303,7 +302,7 @@ def write_checkpoint(path: Path, state: Mapping) -> None:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file(tensors, temporary / _TENSORS)
+        save_tensors(tensors, temporary / _TENSORS)
         (temporary / _VALUES).write_text(json.dumps(values, allow_nan=False), encoding="utf-8")
         files = {name: _describe(temporary / name) for name in (_TENSORS, _VALUES)}
         manifest = json.dumps({"format": _FORMAT, **files}, indent=2)
@@ -314,9 +313,10 @@ def write_checkpoint(path: Path, state: Mapping) -> None:
             shutil.rmtree(path)
         os.rename(temporary, path)
         _sync(path.parent)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -397,8 +397,16 @@ class RunLog:
     def __call__(self, row: dict) -> None:
         self.rows.append(row)
         if self._file:
-            self._file.write((json.dumps(row, allow_nan=False) + "\n").encode())
-            self._file.flush()
+            with self._writing():
+                self._file.write((json.dumps(row, allow_nan=False) + "\n").encode())
+                self._file.flush()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"{self._file.name}: cannot be written: {error.strerror or error}") from None
 
     def size(self) -> int:
         """Return the length of the file in bytes."""
@@ -406,7 +414,8 @@ class RunLog:
 
     def sync(self) -> int:
         """Wait until the file is on the disk; return its length in bytes."""
-        os.fsync(self._file.fileno())
+        with self._writing():
+            os.fsync(self._file.fileno())
         return self.size()
 
     def rewind(self, size: int) -> None:
@@ -422,7 +431,8 @@ class RunLog:
 
     def close(self) -> None:
         if self._file:
-            self._file.close()
+            with suppress(OSError):  # what could not be written has been told of
+                self._file.close()
 
 
 class StopSignals:

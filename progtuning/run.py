@@ -13,6 +13,8 @@ import torch
 from progtuning.bert import Model
 from progtuning.checkpoint import (
     CONFIG,
+    LORA_CONFIG,
+    TRAINED_CONFIG,
     base_model_name,
     load_model,
     load_tuned,
@@ -38,7 +40,7 @@ from progtuning.measure import attention_backends, environment
 from progtuning.peft import apply_peft
 from progtuning.peft.lora import unwrap
 from progtuning.resume import RunFolder, StopSignals, identify
-from progtuning.sources import data_folder, model_folder, split_revision
+from progtuning.sources import MODEL, data_folder, model_folder, split_revision
 from progtuning.train import LOSSES, Trainer, answer, measure_splits, predict, score_answers
 
 _log = logging.getLogger(__name__)
@@ -361,6 +363,12 @@ def load_checkpoint(
     except InputError as error:
         raise error if max_length is not None else InputError(f"{path}: settings.max_length: {error}") from None
     return Checkpoint(folder, model, tokenizer, max_length, squad_settings, null_answers, pairs)
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Return those files of a folder that `load_checkpoint` may read."""
+    others = (SUMMARY, LORA_CONFIG, TRAINED_CONFIG)
+    return [file for file in folder.glob("*") if MODEL.takes(file.name) or file.name in others]
 
 
 def check_pairs(checkpoint: Checkpoint, examples: Sequence[Example], where: str) -> None:
