@@ -258,9 +258,13 @@ def _waiting(world: World, say: Callable[[str], None]) -> Iterator[None]:
     timer = threading.Timer(PATIENCE, say, [text])
     timer.daemon = True
     timer.start()
+    interrupt = signal.getsignal(signal.SIGINT)
+    if interrupt is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would run only when the wait is over
     try:
         yield
     finally:
+        signal.signal(signal.SIGINT, interrupt)
         timer.cancel()
 
 

@@ -348,6 +348,20 @@ def test_torchrun_of_another_command_says_once_that_train_alone_takes_it(tmp_pat
     assert ran.returncode == 1 and ran.stderr.count(b"progtuning: error: RANK and WORLD_SIZE") == 1
 
 
+def test_a_wait_for_processes_that_nobody_starts_can_be_interrupted():
+    code = "from progtuning import distributed\ndistributed.PATIENCE = 0.5\nwith distributed.join(print): pass"
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    environment = ENVIRONMENT | variables | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline().startswith("Rank 0 waits at 127.0.0.1:0")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=SOON) == -signal.SIGINT
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_a_process_whose_fellows_nobody_starts_says_that_it_waits(monkeypatch):
     said = []
     for name, value in {
