@@ -254,6 +254,7 @@ def row_of(summary: dict) -> dict:
         "updated_parameters": summary["updated_parameters"],
         "flops": report.total(summary, "forward_flops") + report.total(summary, "backward_flops"),
         "seconds": sum(report.seconds(summary, phase) for phase in report.PHASES),
+        **({"decisions": summary["decisions"]} if "decisions" in summary else {}),
         "train_rows": summary["train_rows"],
         "dev_rows": summary["dev_rows"],
         **{key: summary["settings"][key] for key in ("epochs", "batch_size", "lr", "max_length", "precision")},
@@ -359,7 +360,7 @@ def by_task(groups: Groups, draws: Mapping[tuple[str, str, float], np.ndarray]) 
             f"{name} {spread([100 * row['metrics'][name] for row in rows])}" for name in rows[0]["metrics"]
         )
         to_full = interval(draws[task, method, lr]) if (task, method, lr) in draws else None
-        updated = report.millions(rows[0]["updated_parameters"])
+        updated = report.millions(mean(rows, "updated_parameters"))
         seconds = f"{statistics.mean(row['seconds'] for row in rows):.0f}"
         of_full = share({task: rows}, groups, "flops")
         lines.append([task, method, f"{lr:g}", len(rows), values, to_full, updated, of_full, seconds])
@@ -377,11 +378,18 @@ def full_rows(groups: Groups, task: str) -> list[dict] | None:
 
 
 def share(rows: Mapping[str, Sequence[dict]], groups: Groups, key: str) -> str | None:
-    """Return a cost over that of full fine-tuning, summed over tasks; None where a task lacks full fine-tuning."""
-    pairs = [(of_task[0], full_rows(groups, task)) for task, of_task in rows.items()]
+    """Return a cost over that of full fine-tuning, each the mean over its seeds, summed over tasks.
+
+    None where a task lacks full fine-tuning.
+    """
+    pairs = [(of_task, full_rows(groups, task)) for task, of_task in rows.items()]
     if not all(full for _, full in pairs):
         return None
-    return f"{sum(row[key] for row, _ in pairs) / sum(full[0][key] for _, full in pairs):.2f}"
+    return f"{sum(mean(own, key) for own, _ in pairs) / sum(mean(full, key) for _, full in pairs):.2f}"
+
+
+def mean(rows: Sequence[dict], key: str) -> float:
+    return statistics.mean(row[key] for row in rows)
 
 
 def differences(rows: Sequence[dict], full: Sequence[dict], held_out: HeldOut) -> np.ndarray:

@@ -283,7 +283,7 @@ def table(rows: Sequence[dict]) -> str:
                 len(group),
                 spread([row["wall_seconds"] for row in group]),
                 *(spread([100 * row["metrics"][metric] for row in group]) for metric in first["metrics"]),
-                report.millions(first["updated_parameters"]),
+                report.millions(round(statistics.mean(row["updated_parameters"] for row in group))),
                 report.tera(round(statistics.mean(row["flops"] for row in group))),
             ]
         )

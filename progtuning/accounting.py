@@ -39,7 +39,7 @@ from math import prod
 
 from progtuning.config import ARCHITECTURES, BLOCK_LINEARS, BertConfig, PeftConfig
 from progtuning.errors import InputError
-from progtuning.stages import Schedule, Stage, make_schedule
+from progtuning.stages import AdaptiveSchedule, Schedule, Stage, make_schedule
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}  # bytes an element of a cache, by --cache-dtype
 _FP32 = ITEMSIZE["fp32"]
@@ -456,12 +456,21 @@ def cache_bytes(
     return tokens * config.hidden_size * ITEMSIZE[cache_dtype] if units(config, peft).during(stage).cut() else 0
 
 
+def gradient_sum_bytes(config: BertConfig, stage: Stage, peft: PeftConfig = _PLAIN) -> int:
+    """Return the bytes of the sums by which the schedule "adaptive" decides: one for each that trains in a block."""
+    return _gradient_sum_bytes(units(config, peft).during(stage))
+
+
+def _gradient_sum_bytes(active: Units) -> int:
+    return sum(block.num_trainable for block in active.blocks) * _FP32
+
+
 # Documents
 
 
 def plan(
     config: BertConfig,
-    schedule: Schedule,
+    schedule: Schedule | AdaptiveSchedule,
     num_epochs: int,
     peft: PeftConfig = _PLAIN,
     batch: int = 32,
@@ -473,7 +482,9 @@ def plan(
     """Return the document that `progtuning plan --json` prints: what every stage of a run costs.
 
     FLOPs and bytes are those of one training step over (batch, length) tokens; the cache holds `tokens` tokens, one
-    batch where None. The baseline, "full", is plain fine-tuning by the same method: every block and E in every epoch.
+    batch where None. Of AdaptiveSchedule, which decides while it trains, the plan is the most that it can cost: its
+    first stage throughout, with the sums by which it decides, and the cache of its furthest. The baseline, "full", is
+    plain fine-tuning by the same method: every block and E in every epoch.
     A config that names no head is given a classification head. Raises InputError where an argument is out of range.
     """
     if config.head is None:
@@ -484,6 +495,7 @@ def plan(
     full_backward = backward_flops(config, full.stages[0], peft, batch, length)
     updated = _updated_by_stage(model, schedule, num_epochs)
     epochs = Fraction(num_epochs, len(schedule.stages))
+    is_adaptive = isinstance(schedule, AdaptiveSchedule)
     stages = []
     num_tokens = batch * length if tokens is None else tokens
     for stage, stage_updated in zip(schedule.stages, updated):
@@ -502,7 +514,10 @@ def plan(
                 "backward_flops": backward,
                 "share_of_full": backward / full_backward,
                 **_bytes(active, trace),
-                "cache_bytes": cache_bytes(config, stage, num_tokens, cache_dtype, peft),
+                "gradient_sum_bytes": _gradient_sum_bytes(active) if is_adaptive else 0,
+                "cache_bytes": cache_bytes(
+                    config, schedule.furthest if is_adaptive else stage, num_tokens, cache_dtype, peft
+                ),
             }
         )
     return {

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 from progtuning import __version__, report
@@ -38,7 +39,7 @@ from progtuning.files import (
     write_json,
     write_text,
 )
-from progtuning.stages import SCHEDULES, make_schedule
+from progtuning.stages import AdaptiveSchedule, make_schedule
 
 # What the demo trains: a learning rate for a small encoder, and a part of the rows
 # so that two runs take minutes on two cores.
@@ -242,7 +243,7 @@ def build_parser() -> Parser:
     add_task_options(probe)
     probe.add_argument("--output-dir", required=True, help="a new or empty folder, for probe.json and a picture")
     probe.add_argument("--max-train-rows", type=int, metavar="N", help="train on a sample of N rows")
-    left_out = ("schedule", "stages", "evaluate", "cache", "cache-dtype", "cache-limit")
+    left_out = ("schedule", "stages", "freeze-percentile", "evaluate", "cache", "cache-dtype", "cache-limit")
     add_train_options(probe, only=[row[0] for row in OPTIONS[TrainConfig] if row[0] not in left_out])
     add_run_options(probe)
 
@@ -284,7 +285,8 @@ def add_run_options(parser: Parser) -> None:
 OPTIONS = {
     TrainConfig: (
         ("schedule", "schedule", "full, shrinking, growing, without-low-blocks or adaptive"),
-        ("stages", "stages", "stages (one an epoch); of adaptive, intervals (four an epoch)"),
+        ("stages", "stages", "stages (one an epoch); of adaptive, intervals (five an epoch)"),
+        ("freeze-percentile", "freeze_percentile", "of the scores of adaptive: lower ones freeze, from below"),
         ("embeddings", "embeddings", "when E trains: with-block-1, always or never"),
         ("epochs", "epochs", "passes over the training rows"),
         ("batch-size", "batch_size", "examples an optimizer step"),
@@ -302,7 +304,7 @@ OPTIONS = {
         ("unpadded", "unpadded", "run the blocks without padding, where attention does not drop out; CUDA and bf16"),
         ("hidden-dropout-prob", "hidden_dropout_prob", "dropout (the model's own)"),
         ("attention-probs-dropout-prob", "attention_probs_dropout_prob", "dropout of attention (the model's own)"),
-        ("prefix-dropout", "prefix_dropout", "dropout in the frozen blocks (true; false with --cache)"),
+        ("prefix-dropout", "prefix_dropout", "dropout in the frozen blocks (true; false with --cache or adaptive)"),
         ("cache", "cache", "keep the output of the frozen blocks for each example: off, memory or disk"),
         ("cache-dtype", "cache_dtype", "what the cache holds: fp32 or bf16"),
         ("cache-limit", "cache_limit", "largest cache, in GB or with a unit: 500MB (half of what is free)"),
@@ -541,10 +543,8 @@ def run_plan(args: argparse.Namespace) -> None:
     head = "regression" if args.head == "classification" and args.labels == 1 else args.head
     config = config.with_head(head, tuple(f"LABEL_{i}" for i in range(args.labels)))
     settings = train_config(args, config.num_hidden_layers)
-    if settings.schedule not in SCHEDULES:
-        expected = ", ".join(SCHEDULES)
-        raise InputError(f"--schedule {settings.schedule} decides while it trains: plan needs one of {expected}")
-    schedule = make_schedule(settings.schedule, config.num_hidden_layers, settings.num_stages, settings.embeddings)
+    make = AdaptiveSchedule if settings.schedule == "adaptive" else partial(make_schedule, settings.schedule)
+    schedule = make(config.num_hidden_layers, settings.num_stages, settings.embeddings)
     length = min(128, config.max_length) if args.length is None else args.length
     document = plan(
         config,

@@ -335,7 +335,8 @@ class TrainConfig:
     """How a run trains. Raises InputError that names the command-line option where a value is out of range."""
 
     schedule: str = "shrinking"  # one of stages.SCHEDULES, or "adaptive"
-    stages: int | None = None  # T; None: as many as epochs. Of "adaptive", the intervals; None: four an epoch
+    stages: int | None = None  # T; None: as many as epochs. Of "adaptive", the intervals; None: five an epoch
+    freeze_percentile: float = 50.0  # of the scores of "adaptive": what is the most still from below, up to it, freezes
     embeddings: str = "with-block-1"  # one of stages.EMBEDDING_POLICIES
     epochs: int = 3
     batch_size: int = 32  # examples an optimizer step, and a batch of evaluation
@@ -353,7 +354,8 @@ class TrainConfig:
     unpadded: bool = False  # blocks see real tokens alone, where they can (see `unpad`); CUDA, bf16
     hidden_dropout_prob: float | None = None  # None: the model's own; so the next
     attention_probs_dropout_prob: float | None = None
-    prefix_dropout: bool | None = None  # dropout below the cut. None: True, but False with a cache, which needs it
+    # Dropout below the cut. None: True, but False with a cache, which needs it, and of "adaptive" (AutoFreeze).
+    prefix_dropout: bool | None = None
     cache: str = "off"  # one of CACHES: where the output of the frozen blocks is kept
     cache_dtype: str = "fp32"  # or "bf16"
     cache_limit: int | None = None  # bytes; None: half of what is free
@@ -385,6 +387,7 @@ class TrainConfig:
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if getattr(self, name) is not None:
                 _check_number(f"--{name.replace('_', '-')}", getattr(self, name), float, low=0, high=1)
+        _check_number("--freeze-percentile", self.freeze_percentile, float, low=0, high=100)
         _check_number("--seed", self.seed, int, low=0, high=2**63 - 1)
         if self.accumulation_steps > self.batch_size and self.batch_tokens is None:
             got = f"{self.accumulation_steps} and {self.batch_size}"
@@ -415,13 +418,15 @@ class TrainConfig:
     @property
     def drops_out_prefix(self) -> bool:
         """Whether the blocks below the cut drop out too."""
-        return self.cache == "off" if self.prefix_dropout is None else self.prefix_dropout
+        if self.prefix_dropout is not None:
+            return self.prefix_dropout
+        return self.cache == "off" and self.schedule != "adaptive"
 
     @property
     def num_stages(self) -> int:
         if self.stages is not None:
             return self.stages
-        return 4 * self.epochs if self.schedule == "adaptive" else self.epochs
+        return 5 * self.epochs if self.schedule == "adaptive" else self.epochs
 
 
 def parse_size(option: str, text: str) -> int:

@@ -17,14 +17,13 @@ Where E trains while low blocks are frozen (embeddings "always"), its gradient c
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from progtuning.bert import Model
 from progtuning.cache import PrefixCache
@@ -224,11 +223,47 @@ class StageEngine(nn.Module):
             x = self.cached_prefix(input_ids, attention_mask, token_type_ids, rows)
         return self.suffix(x, attention_mask)
 
-    def gradient_norms(self) -> dict[int, Tensor]:
-        """Return the norm of each active block's gradient, all its parameters together, as tensors of one element."""
-        gradients: dict[int, list[Tensor]] = {}
-        for name, parameter in self.candidates.items():
-            unit = unit_of(name)
-            if isinstance(unit, int) and parameter.grad is not None:
-                gradients.setdefault(unit, []).append(parameter.grad)
-        return {block: get_total_norm(of_block) for block, of_block in gradients.items()}
+
+class GradientSums:
+    """The sums of gradients over an interval of steps, by which AutoFreeze decides (see `stages.AdaptiveSchedule`).
+
+    `candidates` are parameters by name. Those of E and H have no part in it. What is summed takes one tensor, of the
+    gradient's shape and dtype, for each parameter of a block that has a gradient; what froze leaves with the interval.
+    """
+
+    def __init__(self, candidates: Mapping[str, Tensor]):
+        self.parameters = {name: p for name, p in candidates.items() if isinstance(unit_of(name), int)}
+        self.sums: dict[str, Tensor] = {}
+
+    def nbytes(self) -> int:
+        """Return the bytes of the sums for what trains now, in fp32."""
+        return 4 * sum(p.numel() for p in self.parameters.values() if p.requires_grad)
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Add the gradients of a step."""
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            if name in self.sums:
+                self.sums[name] += parameter.grad
+            else:
+                self.sums[name] = parameter.grad.clone()
+
+    def take(self) -> dict[int, Tensor]:
+        """Return by block the L1 norms of its sums, added up, as float64 tensors of one element; begin a new interval.
+
+        Nothing here waits for the device.
+        """
+        norms: dict[int, list[Tensor]] = {}
+        for name, total in self.sums.items():
+            norms.setdefault(unit_of(name), []).append(torch.linalg.vector_norm(total, 1))
+        self.sums.clear()
+        return {block: torch.stack(of_block).double().sum() for block, of_block in norms.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a resumed run needs: the sums so far. The next step changes them."""
+        return dict(self.sums)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.sums = {name: total.to(self.parameters[name].device, copy=True) for name, total in state.items()}

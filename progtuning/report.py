@@ -118,6 +118,10 @@ def plan_table(document: dict) -> str:
     parameters = f"{millions(updated)} M, {updated / full:.2f} of full fine-tuning ({millions(full)} M)"
     backward = f"{document['backward_share_of_full']:.2f} of full fine-tuning, on average over the stages"
     lines = [f"Updated parameters: {parameters}.", f"Backward FLOPs: {backward}."]
+    if sums := max(stage["gradient_sum_bytes"] for stage in document["stages"]):
+        lines.append(
+            f"Gradient sums: {mebibytes(sums)} MiB. adaptive decides while it trains: this is the most it costs."
+        )
     return "\n".join([table(header, rows), "", *lines])
 
 

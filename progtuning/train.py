@@ -24,12 +24,12 @@ from progtuning.data.squad import SquadRows, SquadTask
 from progtuning.data.text import Task
 from progtuning.distributed import Replica, World
 from progtuning.dps import DPS
-from progtuning.engine import EMBEDDINGS, StageEngine, compile_blocks, unit_of
+from progtuning.engine import EMBEDDINGS, GradientSums, StageEngine, compile_blocks, unit_of
 from progtuning.errors import InputError, RunError
 from progtuning.measure import Clock, peak_bytes, reset_peak_bytes
 from progtuning.optim import FiniteCheck, build_optimizer, learning_rate_schedule
 from progtuning.resume import random_states, set_random_states
-from progtuning.stages import AdaptiveSchedule, Stage, embeddings_train, make_schedule
+from progtuning.stages import AdaptiveSchedule, Stage, make_schedule
 from progtuning.unpad import unpad
 
 # What each process counts for itself, and `summary.json` has for all of them together.
@@ -56,6 +56,7 @@ class StageCost:
     skipped_steps: int = 0  # batches without an update, as their loss or gradient was not finite
     forward_flops: int = 0
     backward_flops: int = 0
+    gradient_sum_bytes: int = 0  # of the sums by which the schedule "adaptive" decides
     peak_bytes: int | None = None
     cache_bytes: int = 0
     cache_hits: int = 0  # times that an example's whole prefix was read
@@ -94,6 +95,7 @@ class StageCost:
             "forward_flops": self.forward_flops,
             "backward_flops": self.backward_flops,
             "seconds": self.clock.seconds(),
+            "gradient_sum_bytes": self.gradient_sum_bytes,
             "peak_bytes": self.peak_bytes,
             "cache_bytes": self.cache_bytes,
             "cache_hits": self.cache_hits,
@@ -131,7 +133,8 @@ class Trainer:
             raise InputError(f"--batch-size must be at least the {processes} processes, got {settings.batch_size}")
         self.model.to(self.device)
         self.loss = LOSSES[self.model.config.head]
-        make = AdaptiveSchedule if settings.schedule == "adaptive" else partial(make_schedule, settings.schedule)
+        adaptive = partial(AdaptiveSchedule, percentile=settings.freeze_percentile)
+        make = adaptive if settings.schedule == "adaptive" else partial(make_schedule, settings.schedule)
         self.schedule = make(self.model.num_blocks, settings.num_stages, settings.embeddings)
         self.batches = make_batches(self.data.lengths, settings)
         self.num_steps = settings.epochs * len(self.batches)
@@ -141,6 +144,7 @@ class Trainer:
         self.lr_schedule = learning_rate_schedule(self.optimizer, self.num_steps, warmup_steps, settings.lr_schedule)
         self.dps = DPS(self.model, settings.dps, self.num_steps, settings.seed) if settings.dps.mode != "off" else None
         self.engine = StageEngine(self.model, self.optimizer, settings.drops_out_prefix)
+        self.sums = GradientSums(self.engine.candidates) if settings.schedule == "adaptive" else None
         self.engine.cache = self.open_cache()
         if settings.compile:
             compile_blocks(self.model)
@@ -224,11 +228,11 @@ class Trainer:
         with cost.clock.phase("optimizer"):
             norm = self.gradient_norm()
             if self.accepts(loss, norm):
+                if self.sums:
+                    self.sums.add()  # what backward gave: the batch's gradient, neither masked nor clipped
                 if self.dps:
                     self.dps.after_backward()
                     norm = self.gradient_norm()  # of what trains alone
-                if self.settings.schedule == "adaptive":
-                    self.schedule.observe(self.engine.gradient_norms())
                 clip_grads_with_norm_(self.active_parameters(), self.settings.max_grad_norm or math.inf, norm)
                 self.optimizer.step()
                 if self.dps:
@@ -241,6 +245,8 @@ class Trainer:
                 self.optimizer.zero_grad()
                 self.optimizer.step()  # moves nothing without a gradient; the schedule warns where no step was taken
                 cost.skipped_steps += 1
+            if self.sums and self.schedule.ends_interval(self.step, self.num_steps):
+                self.schedule.observe(self.sums.take())
             self.lr_schedule.step()
             self.optimizer.zero_grad()
 
@@ -305,6 +311,7 @@ class Trainer:
             "optimizer": {name: self.optimizer.state[p] for name, p in candidates.items() if p in self.optimizer.state},
             "lr_schedule": self.lr_schedule.state_dict(),
             "schedule": self.schedule.state_dict() if isinstance(self.schedule, AdaptiveSchedule) else {},
+            "gradient_sums": self.sums.state_dict() if self.sums else {},
             "dps": self.dps.state_dict() if self.dps else {},
             "processes": {str(rank): own for rank, own in enumerate(self.world.gather(own))},
         }
@@ -331,6 +338,7 @@ class Trainer:
             group["lr"] = lr
         if isinstance(self.schedule, AdaptiveSchedule):
             self.schedule.load_state_dict(state["schedule"])
+            self.sums.load_state_dict(state["gradient_sums"])
         if self.dps:
             self.dps.load_state_dict(state["dps"])
         reset_peak_bytes(self.device)
@@ -369,17 +377,17 @@ class Trainer:
         self.engine.enter(stage)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.costs.append(StageCost(stage, sum(p.numel() for p in parameters), Clock(self.device)))
+        if self.sums:
+            self.costs[-1].gradient_sum_bytes = self.sums.nbytes()
         if self.engine.cache and self.engine.cut:
             self.costs[-1].cache_bytes = self.engine.cache.nbytes
 
     def open_cache(self) -> PrefixCache | None:
         """Return the cache of `settings`. Raises InputError where it is too large, or no stage has anything to keep."""
-        settings, num_blocks = self.settings, self.model.num_blocks
+        settings = self.settings
         if settings.cache == "off":
             return None
-        stages = self.schedule.stages
-        if settings.schedule == "adaptive":  # the furthest that it can go
-            stages = [Stage(0, num_blocks, num_blocks - 1, embeddings_train(settings.embeddings, num_blocks - 1))]
+        stages = [self.schedule.furthest] if settings.schedule == "adaptive" else self.schedule.stages
         if not any(self.engine.cut_of(stage) for stage in stages):
             raise InputError(
                 f"--cache {settings.cache} has nothing to keep: under --schedule {settings.schedule}, --embeddings "

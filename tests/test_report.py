@@ -101,8 +101,3 @@ def test_tables_align_numbers_to_the_right_and_words_to_the_left():
         "| bcd  |  23.5 |",
         "| e    |       |",
     ]
-
-
-def test_plan_refuses_a_schedule_that_decides_while_it_trains():
-    line = refused(*call("plan", "--model", "minilm-l6", "--schedule", "adaptive"))
-    assert "--schedule adaptive decides while it trains: plan needs one of full, shrinking" in line

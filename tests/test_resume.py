@@ -45,7 +45,7 @@ VARIANTS = {
     "growing": {"schedule": "growing"},
     "without-low-blocks": {"schedule": "without-low-blocks"},
     "full": {"schedule": "full"},
-    "adaptive": {"schedule": "adaptive", "stages": 6},
+    "adaptive": {"schedule": "adaptive", "stages": 4},
     "stages within epochs": {"stages": 4, "embeddings": "always"},
     "pieces": {"accumulation_steps": 3, "group_by_length": False},
     "no prefix dropout": {"prefix_dropout": False, "embeddings": "never"},
@@ -53,12 +53,12 @@ VARIANTS = {
     "adapter, growing": {"peft": PeftConfig("adapter", adapter_size=4), "schedule": "growing"},
     "bitfit": {"peft": PeftConfig("bitfit")},
     "dps dense": {"dps": DPSConfig("dense", update_ratio=0.23)},
-    "dps mix, adaptive": {"dps": DPSConfig("mix", update_ratio=0.23), "schedule": "adaptive", "stages": 6},
+    "dps mix, adaptive": {"dps": DPSConfig("mix", update_ratio=0.23), "schedule": "adaptive", "stages": 4},
     "dps mix, growing": {"dps": DPSConfig("mix", update_ratio=0.23), "schedule": "growing"},
     "bf16": {"precision": "bf16"},
     "constant rate": {"lr_schedule": "constant", "warmup": 0.5, "adam_epsilon": 1e-4},
     "cache": {"cache": "memory"},
-    "cache, adaptive": {"cache": "disk", "cache_dtype": "bf16", "schedule": "adaptive", "stages": 6},
+    "cache, adaptive": {"cache": "disk", "cache_dtype": "bf16", "schedule": "adaptive", "stages": 4},
 }
 
 

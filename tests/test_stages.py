@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from progtuning import stages
 from progtuning.partition import parts
-from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES, AdaptiveSchedule, embeddings_train, make_schedule
+from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES, embeddings_train, make_schedule
 
 num_blocks = st.integers(1, 200)
 num_stages = st.integers(1, 300)
@@ -110,47 +110,3 @@ def test_unknown_schedules_and_policies_are_refused_with_the_allowed_ones():
         make_schedule("shrink", 12, 3)
     with pytest.raises(ValueError, match="embeddings must be one of with-block-1, always, never, got 'no'"):
         embeddings_train("no", 0)
-
-
-def run_adaptive(intervals: list[dict[int, float]], num_blocks: int, steps_an_interval: int = 3) -> AdaptiveSchedule:
-    """Run a schedule to which every step of interval i shows the norms intervals[i] of the active blocks."""
-    schedule = AdaptiveSchedule(num_blocks, len(intervals))
-    for step in range(len(intervals) * steps_an_interval):
-        stage = schedule.at_step(step, len(intervals) * steps_an_interval)
-        norms = intervals[step // steps_an_interval]
-        schedule.observe({block: norms[block] for block in stage.blocks})
-    return schedule
-
-
-def test_adaptive_freezes_the_lowest_blocks_up_to_the_first_that_changes_as_much_as_the_median():
-    first = {0: 10.0, 1: 10.0, 2: 10.0, 3: 10.0}
-    second = {0: 9.9, 1: 10.2, 2: 15.0, 3: 5.0}  # relative changes 0.01, 0.02, 0.5, 0.5; median 0.26
-    schedule = run_adaptive([first, second, second], 4)
-    assert [list(stage.blocks) for stage in schedule.stages] == [[0, 1, 2, 3], [2, 3]]
-    assert [stage.embeddings for stage in schedule.stages] == [True, False]
-    (decision,) = schedule.decisions
-    assert decision["step"] == 6 and decision["frozen_blocks"] == 2
-    assert decision["scores"] == pytest.approx({0: 0.01, 1: 0.02, 2: 0.5, 3: 0.5})
-    assert decision["median"] == pytest.approx(0.26)
-
-
-def test_adaptive_keeps_a_lowest_block_that_still_changes_however_still_the_others_are():
-    schedule = run_adaptive([{0: 10.0, 1: 10.0, 2: 10.0}, {0: 20.0, 1: 10.0, 2: 10.0}] * 3, 3)
-    assert [list(stage.blocks) for stage in schedule.stages] == [[0, 1, 2]]
-    assert len(schedule.decisions) == 4
-
-
-@wide
-@given(st.data(), st.integers(1, 12), st.integers(1, 8))
-def test_adaptive_never_thaws_never_freezes_the_last_block_and_follows_its_rule(data, num_blocks, num_intervals):
-    norm = st.floats(0, 1e6, allow_nan=False)
-    intervals = [{block: data.draw(norm) for block in range(num_blocks)} for _ in range(num_intervals)]
-    schedule = run_adaptive(intervals, num_blocks, steps_an_interval=1)
-    lowest = [stage.boundary for stage in schedule.stages]
-    assert lowest == sorted(set(lowest)) and lowest[0] == 0 and lowest[-1] < num_blocks
-    for decision in schedule.decisions:
-        scores = decision["scores"]
-        frozen = [block for block in scores if block < decision["frozen_blocks"]]
-        assert all(scores[block] < decision["median"] for block in frozen)
-        if decision["frozen_blocks"] < num_blocks - 1:
-            assert scores[decision["frozen_blocks"]] >= decision["median"]

@@ -211,31 +211,6 @@ def test_a_run_of_one_step_trains_although_a_warm_up_begins_at_0():
     assert all(not torch.equal(before[name], now) for name, now in weights(run.model).items() if "weight" in name)
 
 
-def test_the_adaptive_schedule_freezes_by_the_gradients_of_the_run_and_records_why():
-    run = trainer(rows(80), schedule="adaptive", epochs=4)
-    seen = []
-    observe = run.schedule.observe
-
-    def spy(norms):
-        expected = {
-            block: math.sqrt(sum(p.grad.square().sum().item() for p in run.model.encoder.layer[block].parameters()))
-            for block in run.engine.stage.blocks
-        }
-        assert {block: norm.item() for block, norm in norms.items()} == pytest.approx(expected, rel=1e-4)
-        seen.append(set(norms))
-        observe(norms)
-
-    run.schedule.observe = spy
-    run.fit()
-    account = run.account()
-    first_blocks = [stage["active_blocks"][0] for stage in account["stages"]]
-    assert first_blocks == sorted(set(first_blocks)) and first_blocks[0] == 1 and first_blocks[-1] > 1
-    assert sum(stage["steps"] for stage in account["stages"]) == run.num_steps == len(seen) == 40
-    assert seen[-1] == set(range(first_blocks[-1] - 1, 4))
-    assert [decision["frozen_blocks"] + 1 for decision in account["decisions"]][-1] == first_blocks[-1]
-    assert all(set(decision) == {"step", "scores", "median", "frozen_blocks"} for decision in account["decisions"])
-
-
 def test_predictions_come_in_the_order_of_the_rows_whatever_the_batch_size():
     model, data = tiny_model(), rows(23)
     one_by_one = np.concatenate([predict(model, EncodedRows([e], None, 0), 1, CPU) for e in data.encodings])
