@@ -2,7 +2,8 @@
 
 A model folder is `config.json` and `model.safetensors`, or shards listed by `model.safetensors.index.json`. The tensors
 of embeddings, encoder and pooler stand under the prefix `bert.` or `roberta.`, or under none (a bare encoder); the
-head's stand under none.
+head's stand under none. The names that wrappers add (`module.`, `_orig_mod.` and such) are passed over wherever they
+stand.
 
 The folder of a model that a PEFT method trained has `config.json` and only what was trained: LoRA in the format of the
 library peft (`adapter_config.json`, `adapter_model.safetensors`), any other method in `trained.json` and
@@ -14,7 +15,7 @@ that the method leaves alone, so that what is loaded is what was saved, or an er
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from progtuning.accounting import units
 from progtuning.bert import Model
-from progtuning.config import BLOCK_LINEARS, BertConfig, PeftConfig
+from progtuning.config import BLOCK_LINEARS, BertConfig, PeftConfig, passed_over, read_head
 from progtuning.errors import InputError, RunError
 from progtuning.files import read_json, replacing, write_json
 from progtuning.peft import apply_peft
@@ -38,15 +39,35 @@ LORA_WEIGHTS, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"  
 LORA_PICKLE = "adapter_model.bin"
 TRAINED_WEIGHTS, TRAINED_CONFIG = "trained.safetensors", "trained.json"
 _BACKBONE = ("embeddings.", "encoder.", "pooler.")  # under the prefix in a file; the rest is the head's last layers
+_LAST_LAYER = re.compile(r"(qa_outputs|classifier|classifier\.out_proj)\.(weight|bias)")  # a row for each output
 _FLOATS = ("F64", "F32", "F16", "BF16")
+# Names that no parameter of ours has, and that data parallelism, torch.compile, FSDP, recomputation and Lightning put
+# before or between those of a model that they wrap.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model"}
+# Tensors of other families, of whose encoders some bear BERT's names.
+_OTHER_FAMILIES = {
+    "DistilBERT": re.compile(r"(.*\.)?transformer\.layer\..*"),
+    "ELECTRA": re.compile(r"(electra|embeddings_project|discriminator_predictions|generator_predictions)\..*"),
+    "ALBERT": re.compile(r"(.*\.)?encoder\.albert_layer_groups\..*"),
+}
+_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")  # 0, 1, 2 ... and zeros, by old transformers
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did that is not one to one: parameters drawn afresh, and tensors of the file that were not used."""
+    """What a load did that is not one to one: parameters drawn afresh, whole or some of their rows, tensors of the file
+    and keys of its config.json that were not used, and in a sentence why a head that the file has was not taken whole."""
 
     fresh: tuple[str, ...]
     unused: tuple[str, ...]
+    passed_over: tuple[str, ...] = ()
+    head: str | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person who trains or measures the model should know, a line each."""
+        keys = f"Passed over in {CONFIG}, as no part of the model: {', '.join(self.passed_over)}."
+        return (*([keys] if self.passed_over else []), *([self.head] if self.head else []))
 
 
 def load_model(
@@ -54,35 +75,119 @@ def load_model(
 ) -> tuple[Model, LoadReport]:
     """Load the model of a Hugging Face folder, in fp32 and eval mode.
 
-    `config` (None: the folder's own) may give the architecture another head. Head tensors that the file lacks, or whose
-    last layer is for another number of outputs, are drawn afresh from `seed` and reported; with `fresh_head=False` they
-    are an error too. Raises InputError where a file is missing or damaged, or where an encoder tensor is missing or of
-    the wrong shape or type.
+    `config` (None: the folder's own) may give the architecture another head. The rows of its last layer are taken by
+    class name, in whatever order the file has them. Rows of classes that the file's head lacks, the whole layer where
+    that head is of another kind, and head tensors that the file lacks are drawn afresh from `seed` and reported; with
+    `fresh_head=False` they are an error. The folder's config.json says what the file's rows are; without one they are
+    those of `config`. Raises InputError where a file is missing or damaged, or where an encoder tensor is missing, of
+    the wrong shape or type, or of another architecture.
     """
     folder = Path(folder)
-    config = config or BertConfig.from_json(folder / CONFIG)
+    path = folder / CONFIG
+    if config is None or path.is_file():
+        own, found = _read_object(path), BertConfig.from_json(path, keep_head=config is None)
+    else:
+        own, found = config.to_dict(), config
+    config = config or found
     with torch.device("meta"):  # shapes without memory: a damaged config must not allocate
         model = Model(config)
     generator = torch.Generator().manual_seed(seed)
-    state, fresh, used = {}, [], set()
+    state, fresh, used, note = {}, [], set(), None
     with ExitStack() as stack:
         files = _open_tensors(folder, stack)
         keys = _internal_names(files, config, folder)
+        _check_family(keys, model, folder)
         for name, parameter in model.named_parameters():
-            head = not name.startswith(("embeddings.", "encoder."))
             key = keys.get(name)
-            if key is None and not (head and fresh_head):
-                some = ", ".join(sorted(files)[:2]) or "none"
-                held = f"of {len(files)} in the file; the first: {some}"
-                raise InputError(f"{folder}: tensor {name!r} is missing ({held})")
-            if key is None or (head and fresh_head and _other_outputs(files[key], key, parameter)):
-                state[name] = _draw(name, parameter.shape, config.initializer_range, generator)
-                fresh.append(name)
-            else:
+            if key is None and (not fresh_head or name.startswith(("embeddings.", "encoder."))):
+                raise InputError(f"{folder}: tensor {name!r} is missing ({_what_is_there(name, files)})")
+            if key is not None and not _LAST_LAYER.fullmatch(name):
                 state[name] = _read(files[key], key, parameter.shape)
                 used.add(key)
+                continue
+            rows, lacks = ({}, None) if key is None else _rows_by_name(own, config, _num_rows(files[key], key))
+            if lacks and not fresh_head:
+                raise InputError(f"{files[key].path}: tensor {key!r} lacks {lacks}")
+            note = f"Drawn afresh: {lacks}." if lacks else None
+            state[name] = _draw(name, parameter.shape, config.initializer_range, generator)
+            if len(rows) < len(parameter):
+                fresh.append(name)
+            if rows:
+                shape = (_num_rows(files[key], key), *parameter.shape[1:])
+                state[name][list(rows)] = _read(files[key], key, shape)[list(rows.values())]
+                used.add(key)
     model.load_state_dict(state, assign=True)
-    return model.requires_grad_(True).eval(), LoadReport(tuple(fresh), tuple(sorted(set(files) - used)))
+    _check_encoder(keys, model, folder)
+    report = LoadReport(tuple(fresh), tuple(sorted(set(files) - used)), passed_over(own), note)
+    return model.requires_grad_(True).eval(), report
+
+
+def reorder_classes(model: Model, labels: tuple[str, ...]) -> None:
+    """Put a model's classes in the order of `labels`, the same names, in place: the rows of its last layer move."""
+    rows = [model.config.labels.index(label) for label in labels]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if _LAST_LAYER.fullmatch(name):
+                parameter.copy_(parameter[rows])
+    model.config = replace(model.config, labels=labels)
+
+
+def _rows_by_name(own: Mapping, config: BertConfig, count: int) -> tuple[dict[int, int], str | None]:
+    """Return {row of our head's last layer: row of a file's, which has `count`}, and in words what of ours is not there
+    and why. `own` is the file's config.json, which says what its rows are."""
+    layer = "the head's last layer"
+    if config.head == "question-answering":  # the rows are start and end, by the layer's name
+        return ({0: 0, 1: 1}, None) if count == 2 else ({}, f"{layer} (that of the model has {count} outputs, not 2)")
+    try:
+        head, labels = read_head(own)
+    except InputError as error:
+        return {}, f"{layer} ({CONFIG}: {error})"
+    if head != config.head:
+        kind = head or (own.get("architectures") or ["a task that it does not name"])[0]
+        return {}, f"{layer} (that of the model is for {kind}, not for {config.head})"
+    if count != len(labels):
+        return {}, f"{layer} (that of the model has {count} rows, for {len(labels)} names in {CONFIG})"
+    if head == "regression":
+        return {0: 0}, None
+    rows = {i: labels.index(label) for i, label in enumerate(config.labels) if label in labels}
+    lacking = [label for label in config.labels if label not in labels]
+    part = f"the rows of {_names(lacking)} in {layer}" if rows else layer
+    why = f"{part} (the classes of the model are {_names(labels)}; wanted are {_names(config.labels)})"
+    return rows, why if lacking else None
+
+
+def _names(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
+
+
+def _check_family(keys: Mapping[str, str], model: Model, folder: Path) -> None:
+    for family, pattern in _OTHER_FAMILIES.items():
+        if found := next(filter(pattern.fullmatch, sorted(keys.values())), None):
+            raise InputError(f"{folder}: tensor {found!r} is one of {family}, expected a {model.config.model_type}")
+
+
+def _check_encoder(keys: Mapping[str, str], model: Model, folder: Path) -> None:
+    """Raise InputError where a file's tensors are of another encoder: it would compute something else.
+
+    It has tensors that the model's encoder has not (but blocks above the model's, which can be cut to fewer), or, under
+    BERT's names, the positions of RoBERTa and its kin, which begin above the padding's id, 1, whose row is zero.
+    """
+    for name in sorted(keys.keys() - {*_BUFFERS, *dict(model.named_parameters())}):
+        block = re.match(r"encoder\.layer\.(\d+)\.", name)
+        if name.startswith(("embeddings.", "encoder.")) and not (block and int(block[1]) >= model.num_blocks):
+            kind = f"is none of a {model.config.model_type} encoder, which computes without it"
+            raise InputError(f"{folder}: tensor {keys[name]!r} {kind}")
+    row = model.embeddings.position_embeddings.weight[1:2]
+    if model.config.model_type == "bert" and len(row) and not row.any():
+        raise InputError(f"{folder}: position 1 has a zero embedding, as in a RoBERTa, expected a BERT by its {CONFIG}")
+
+
+def _what_is_there(name: str, files: Mapping) -> str:
+    """Say of a file that lacks a tensor what it has instead."""
+    some = ", ".join(sorted(files)[:2]) or "none"
+    elsewhere = next((key.removesuffix(name) for key in sorted(files) if key.endswith(f".{name}")), None)
+    under = f"; one stands under {elsewhere!r}" if elsewhere else ""
+    return f"of {len(files)} in the file; the first: {some}{under}"
 
 
 def save_pretrained(model: Model, folder: str | Path) -> None:
@@ -468,7 +573,7 @@ def _internal_name(key: str, config: BertConfig) -> str:
 
     BERT's first release had other names for LayerNorm's parameters; they are mapped too.
     """
-    name = key.removeprefix(f"{config.model_type}.")
+    name = ".".join(part for part in key.split(".") if part not in _WRAPPERS).removeprefix(f"{config.model_type}.")
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
@@ -526,10 +631,9 @@ def _open(path: Path, stack: ExitStack) -> _TensorFile:
         raise InputError(f"{path}: not a readable safetensors file: {error}") from None
 
 
-def _other_outputs(file: _TensorFile, key: str, parameter: Tensor) -> bool:
-    """Say whether a head tensor differs from ours in its rows alone: it is for another number of outputs."""
-    shape = tuple(file.tensors.get_slice(key).get_shape())
-    return shape[:1] != parameter.shape[:1] and shape[1:] == parameter.shape[1:]
+def _num_rows(file: _TensorFile, key: str) -> int:
+    shape = file.tensors.get_slice(key).get_shape()
+    return shape[0] if shape else 0
 
 
 def _read(file: _TensorFile, key: str, shape: torch.Size) -> Tensor:

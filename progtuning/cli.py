@@ -25,6 +25,7 @@ from progtuning.config import (
     PeftConfig,
     SquadConfig,
     TrainConfig,
+    parse_label_map,
     parse_size,
     recipe,
 )
@@ -274,6 +275,8 @@ def add_checkpoint_options(parser: Parser) -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-length", type=int, help="tokens a sequence (as in training)")
     parser.add_argument("--precision", default="fp32", help="fp32 or bf16")
+    text = "other names for the model's classes, by those it has; or a JSON object"
+    parser.add_argument("--label-map", metavar="OLD=NEW,...", help=text)
 
 
 def add_run_options(parser: Parser) -> None:
@@ -452,7 +455,7 @@ def run_train(args: argparse.Namespace) -> None:
         folder = world.first_alone(lambda: model_folder(args.model))
         splits = world.first_alone(lambda: load_splits(args.task, args.data))
         with world.agreed():
-            num_blocks = BertConfig.from_json(folder / "config.json").num_hidden_layers
+            num_blocks = BertConfig.from_json(folder / "config.json", keep_head=False).num_hidden_layers
             num_rows = min(len(splits.train), args.max_train_rows or len(splits.train))
             settings = train_config(args, num_blocks, args.task, num_rows)
             if args.max_train_rows is not None:
@@ -478,7 +481,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
         check_new_folder(args.output_dir)
     device = choose_device(args.device)
     TrainConfig(batch_size=args.batch_size, precision=args.precision)  # checks both
-    checkpoint = load_checkpoint(Path(args.checkpoint), args.max_length, squad_options(args), args.base_model)
+    options = (squad_options(args), args.base_model, label_map(args), say)
+    checkpoint = load_checkpoint(Path(args.checkpoint), args.max_length, *options)
     splits = load_held_out(args.task, args.data, checkpoint)
     values = evaluate_checkpoint(checkpoint, splits, device, args.batch_size, args.precision, args.output_dir)
     if args.json:
@@ -495,7 +499,8 @@ def run_predict(args: argparse.Namespace) -> None:
         check_no_input(args.output, (args.input, *checkpoint_files(Path(args.checkpoint))))
     device = choose_device(args.device)
     TrainConfig(batch_size=args.batch_size, precision=args.precision)  # checks both
-    checkpoint = load_checkpoint(Path(args.checkpoint), args.max_length, squad_options(args), args.base_model)
+    options = (squad_options(args), args.base_model, label_map(args), say)
+    checkpoint = load_checkpoint(Path(args.checkpoint), args.max_length, *options)
     if args.glue_submission is not None:
         arguments = (args.task, args.data, args.glue_submission, device, args.batch_size, args.precision)
         paths = [str(path) for path in write_glue_submission(checkpoint, *arguments)]
@@ -509,6 +514,10 @@ def run_predict(args: argparse.Namespace) -> None:
         write_text(args.output, text)
         if args.json:
             print_json({"written": [args.output]})
+
+
+def label_map(args: argparse.Namespace) -> dict[str, str]:
+    return {} if args.label_map is None else parse_label_map(args.label_map)
 
 
 def squad_options(args: argparse.Namespace) -> dict:
@@ -574,7 +583,7 @@ def architecture(name: str) -> BertConfig:
     if not path.is_file():
         names = ", ".join(ARCHITECTURES)
         raise InputError(f"--model must be one of {names}, a config.json or its folder, got {name!r}")
-    return BertConfig.from_json(path)
+    return BertConfig.from_json(path, keep_head=False)
 
 
 def run_paper(args: argparse.Namespace) -> None:
@@ -598,11 +607,12 @@ def run_probe(args: argparse.Namespace) -> None:
     args.schedule = "full"
     if not hasattr(args, "embeddings"):
         args.embeddings = "always"  # Figure 1 trains E with every block
-    settings = train_config(args, BertConfig.from_json(folder / "config.json").num_hidden_layers, args.task)
+    num_blocks = BertConfig.from_json(folder / "config.json", keep_head=False).num_hidden_layers
+    settings = train_config(args, num_blocks, args.task)
     if args.max_train_rows is not None:
         splits = limit_train(splits, args.max_train_rows, settings.seed)
     output = new_folder(args.output_dir)
-    rows = probe(folder, splits, settings, device)
+    rows = probe(folder, splits, settings, device, say=say)
     document = {
         "model": args.model,
         "task": splits.task.name,

@@ -2,11 +2,14 @@
 
 Small frozen dataclasses that check themselves; what they do not know, they refuse. The reader of config.json sorts its
 keys in three: those that are the architecture, those that cannot change what the encoder computes (tokens, generation,
-book-keeping), and those that would change it unless they have one value. Any other key is an error: a key that is
-passed over in silence may be a different model.
+book-keeping), and those that would change it unless they have one value. Keys that other libraries add are passed over,
+and named for the caller to say so (`passed_over`). Any other key is an error: a key that is passed over in silence may
+be a different model.
 """
 
+import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
@@ -18,6 +21,11 @@ from progtuning.files import read_json
 from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu")
+# Other names of these functions: they differ in how they are computed, by rounding alone.
+_SAME_ACTIVATION = {
+    "gelu_python": "gelu",
+    **dict.fromkeys(("gelu_accurate", "gelu_fast", "gelu_python_tanh", "gelu_pytorch_tanh"), "gelu_new"),
+}
 HEADS = ("classification", "regression", "question-answering")
 PEFT_METHODS = ("none", "adapter", "bitfit", "lora", "spafit")
 DPS_MODES = ("off", "dense", "mix")
@@ -52,6 +60,23 @@ _WITHOUT_EFFECT = frozenset(
     repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
     """.split()
 )
+# Keys that say what the head's outputs mean. They do not matter where the head is replaced.
+_HEAD_KEYS = ("problem_type", "id2label", "label2id", "num_labels", "_num_labels")
+# Keys that are no architecture's: those of sentence-transformers and of adapters, which wrap the model, and two that
+# transformers wrote until 4.3 and pytorch-transformers 1.
+_FOREIGN = re.compile(r"sentence_transformers|sbert_ce_\w+|adapters|xla_device|vocab_size_or_config_json_file")
+# Keys by which other families of encoders are known where neither model_type nor architectures names them.
+_OF_OTHER_FAMILIES = {
+    "attention_window": "Longformer",
+    "dim": "DistilBERT",
+    "embedding_size": "ELECTRA or ALBERT",
+    "num_hidden_groups": "ALBERT",
+    "relative_attention": "DeBERTa",
+    "relative_attention_num_buckets": "MPNet",
+}
+# The files of BERT's first release have neither. RoBERTa and its kin, whose tensors bear the same names but whose
+# positions count from the padding's id, differ in these values.
+_OF_FIRST_BERT = {"layer_norm_eps": 1e-12, "pad_token_id": 0, "type_vocab_size": 2}
 # Keys that would change what the encoder computes, with the one value that is supported.
 _SUPPORTED_VALUE = {
     "add_cross_attention": False,
@@ -155,41 +180,53 @@ class BertConfig:
         """Return this architecture under another head. `labels` are the class names, for classification."""
         return replace(self, head=head, labels=labels if head == "classification" else ("LABEL_0",))
 
+    def renamed(self, names: Mapping[str, str]) -> "BertConfig":
+        """Return this architecture with other names for its classes: `names`, by their present ones.
+
+        Raises InputError where it has no such class, or two would have one name.
+        """
+        classes = ", ".join(self.labels)
+        if self.head != "classification":
+            raise InputError(f"--label-map is for classes, got it with a {self.head} head")
+        if unknown := sorted(set(names) - set(self.labels)):
+            raise InputError(f"--label-map gives a name to {unknown[0]!r}, expected classes of the model: {classes}")
+        labels = tuple(names.get(label, label) for label in self.labels)
+        if len(set(labels)) != len(labels) or not all(label and label.isprintable() for label in labels):
+            raise InputError(f"--label-map must give distinct printable names to {classes}, got {', '.join(labels)}")
+        return replace(self, labels=labels)
+
     @classmethod
-    def from_dict(cls, values: Mapping) -> "BertConfig":
-        """Read the dictionary of a config.json. Raises InputError that names the key."""
+    def from_dict(cls, values: Mapping, keep_head: bool = True) -> "BertConfig":
+        """Read the dictionary of a config.json. Raises InputError that names the key.
+
+        `keep_head=False`, for a head that is replaced, gives the encoder without one: what its keys say of the old
+        head is not read.
+        """
         if not isinstance(values, Mapping):
             raise InputError(f"expected a JSON object, got {type(values).__name__}")
-        architecture = _architecture(values)
-        values = dict(values)
-        implied = "roberta" if architecture.startswith("Roberta") else "bert" if architecture else None
-        values.setdefault("model_type", implied)
+        values = dict(values, model_type=_model_type(values))
         for key in _REQUIRED:
             if key not in values:
                 raise InputError(f"key {key!r} is missing")
         for key, supported in _SUPPORTED_VALUE.items():
             if values.pop(key, supported) not in (supported, None):
                 raise InputError(f"key {key!r} changes what the model computes and is supported only as {supported!r}")
-        if values.pop("problem_type", None) == "multi_label_classification":
-            raise InputError("problem_type 'multi_label_classification' is not supported")
-        labels = _labels(values)
+        head, labels = read_head(values) if keep_head else (None, cls.labels)
         known = {field.name for field in fields(cls)} - {"head", "labels"}
-        unknown = sorted(set(values) - known - _WITHOUT_EFFECT)
+        unknown = sorted(set(values) - known - _WITHOUT_EFFECT - set(_HEAD_KEYS) - set(passed_over(values)))
         if unknown:
             raise InputError(f"key {unknown[0]!r} is unknown: remove it if it does not change what the model computes")
-        head = None
-        if architecture.endswith("ForQuestionAnswering"):
-            head = "question-answering"
-        elif architecture.endswith("ForSequenceClassification"):
-            head = "regression" if len(labels) == 1 else "classification"
-        return cls(head=head, labels=labels, **{key: value for key, value in values.items() if key in known})
+        values = {key: value for key, value in values.items() if key in known}
+        if isinstance(values.get("hidden_act"), str):
+            values["hidden_act"] = _SAME_ACTIVATION.get(values["hidden_act"], values["hidden_act"])
+        return cls(head=head, labels=labels, **values)
 
     @classmethod
-    def from_json(cls, path: str | Path) -> "BertConfig":
-        """Read a config.json file. Raises InputError that names the file."""
+    def from_json(cls, path: str | Path, keep_head: bool = True) -> "BertConfig":
+        """Read a config.json file, as `from_dict`. Raises InputError that names the file."""
         values = read_json(path)
         try:
-            return cls.from_dict(values)
+            return cls.from_dict(values, keep_head)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
@@ -215,11 +252,62 @@ def _architecture(values: Mapping) -> str:
     return names[0]
 
 
-def _labels(values: dict) -> tuple[str, ...]:
-    """Take the label keys out of `values` and return the names in the order of their ids."""
-    count = values.pop("num_labels", values.pop("_num_labels", None))
-    values.pop("label2id", None)
-    names = values.pop("id2label", None)
+def _model_type(values: Mapping) -> str:
+    """Return the family of a config.json: what it says, or where it says nothing what its architecture or keys are."""
+    if values.get("model_type") is not None:
+        _check_choice("model_type", values["model_type"], ("bert", "roberta"))
+        return values["model_type"]
+    architecture = _architecture(values)
+    if match := re.fullmatch(r"(Bert|Roberta)(Model|LMHeadModel|For[A-Z]\w*)", architecture):
+        return match[1].lower()
+    if architecture:
+        expected = "a Bert or Roberta model where model_type is missing"
+        raise InputError(f"architectures must name {expected}, got {architecture!r}")
+    if found := sorted(set(values) & set(_OF_OTHER_FAMILIES)):
+        family = _OF_OTHER_FAMILIES[found[0]]
+        raise InputError(f"key 'model_type' must be bert or roberta, got none and {found[0]!r}, a key of {family}")
+    for key, of_bert in _OF_FIRST_BERT.items():
+        if values.get(key) not in (None, of_bert):
+            got = f"none, and {key} {values[key]!r} where BERT has {of_bert}"
+            raise InputError(f"key 'model_type' must be bert or roberta, got {got}")
+    return "bert"
+
+
+def passed_over(values: Mapping) -> tuple[str, ...]:
+    """Return the keys of a config.json that other libraries added, which the model is read without.
+
+    Raises InputError where they name adapters inside the encoder, which would change what it computes.
+    """
+    adapters = values.get("adapters")
+    if isinstance(adapters, Mapping) and (adapters.get("adapters") or adapters.get("fusions")):
+        raise InputError("key 'adapters' changes what the model computes and is supported only with no adapter in it")
+    return tuple(sorted(key for key in values if isinstance(key, str) and _FOREIGN.fullmatch(key)))
+
+
+def read_head(values: Mapping) -> tuple[str | None, tuple[str, ...]]:
+    """Return the head that a config.json names, one of HEADS or None, and for classification its class names by row.
+
+    Raises InputError that names the key.
+    """
+    architecture = _architecture(values)
+    if architecture.endswith("ForQuestionAnswering"):
+        return "question-answering", BertConfig.labels
+    if not architecture.endswith("ForSequenceClassification"):
+        return None, BertConfig.labels
+    labels, problem = _labels(values), values.get("problem_type")
+    if problem not in (None, "regression", "single_label_classification"):
+        expected = "regression, single_label_classification or none"
+        raise InputError(f"problem_type {problem!r} is not supported, expected {expected}")
+    if problem is not None and (problem == "regression") != (len(labels) == 1):
+        expected = "one output" if problem == "regression" else "two or more classes"
+        raise InputError(f"problem_type {problem!r} is supported with {expected}, got {len(labels)}")
+    return "regression" if len(labels) == 1 else "classification", labels
+
+
+def _labels(values: Mapping) -> tuple[str, ...]:
+    """Return the names of the head's outputs in the order of their ids."""
+    count = values.get("num_labels", values.get("_num_labels"))
+    names = values.get("id2label")
     if names is None:
         if count is not None:
             _check_number("num_labels", count, int, low=1, high=100_000)
@@ -230,7 +318,10 @@ def _labels(values: dict) -> tuple[str, ...]:
     for name in by_id.values():  # a label is a cell of the TSV that `predict` writes
         if not isinstance(name, (str, int)) or not str(name).isprintable():
             raise InputError(f"key 'id2label' must map to printable names, got {name!r}")
-    return tuple(str(by_id[str(i)]) for i in range(len(by_id)))
+    labels = tuple(str(by_id[str(i)]) for i in range(len(by_id)))
+    if len(set(labels)) != len(labels):
+        raise InputError(f"key 'id2label' must map to distinct names, got {list(labels)}")
+    return labels
 
 
 # For `plan`, which needs no weights: the public config.json of each, as published on the Hugging Face Hub.
@@ -440,6 +531,39 @@ def parse_size(option: str, text: str) -> int:
         raise InputError(f"{option} must be a number of GB, or one with a unit (500MB, 2GiB), got {text!r}")
     number, letter, binary = found.groups()
     return int(Fraction(number) * (1024 if binary else 1000) ** " KMGT".index(letter or "G"))
+
+
+def parse_label_map(text: str) -> dict[str, str]:
+    """Return {present name: name} of OLD=NEW,OLD=NEW, or of a JSON object, which any name can stand in.
+
+    Raises InputError that names --label-map.
+
+    >>> parse_label_map("LABEL_0=negative,LABEL_1=positive")
+    {'LABEL_0': 'negative', 'LABEL_1': 'positive'}
+    """
+    wrong = InputError(f"--label-map must be OLD=NEW,OLD=NEW or a JSON object of names, each OLD once, got {text!r}")
+    if text.lstrip().startswith("{"):
+        try:
+            pairs = json.loads(text, object_pairs_hook=list)
+        except (ValueError, RecursionError):
+            raise wrong from None
+    else:
+        pairs = [[name.strip() for name in part.split("=")] for part in text.split(",")]
+    if not all(len(pair) == 2 and all(isinstance(name, str) and name for name in pair) for pair in pairs):
+        raise wrong
+    if not pairs or len({old for old, _ in pairs}) != len(pairs):
+        raise wrong
+    return dict(pairs)
+
+
+def format_label_map(names: Mapping[str, str]) -> str:
+    """Return the option, quoted for a shell, that `parse_label_map` reads as `names`."""
+    text = ",".join(f"{old}={new}" for old, new in names.items())
+    try:
+        plain = parse_label_map(text) == names
+    except InputError:
+        plain = False
+    return f"--label-map {shlex.quote(text if plain else json.dumps(dict(names), ensure_ascii=False))}"
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ from progtuning.checkpoint import (
     load_model,
     load_tuned,
     peft_file,
+    reorder_classes,
     save_peft,
     save_pretrained,
     tuned_config,
 )
-from progtuning.config import BertConfig, CheckpointConfig, SquadConfig, TrainConfig
+from progtuning.config import BertConfig, CheckpointConfig, SquadConfig, TrainConfig, format_label_map
 from progtuning.data import glue, squad
 from progtuning.data.answers import to_jsonl, write_predictions
 from progtuning.data.batching import EncodedRows, encode_examples
@@ -105,7 +106,38 @@ def load_held_out(task: str, data: str | None, checkpoint: "Checkpoint") -> Spli
     if task not in OWN_DATA or data is None:
         return load_splits(task, data)
     check_head(checkpoint, task, task)  # a task of one's own has the name of its head
-    return load_dev(data_folder(data), () if task == "regression" else checkpoint.model.config.labels)
+    folder = data_folder(data)
+    if task == "regression":
+        return load_dev(folder, ())
+    try:
+        return load_dev(folder, checkpoint.model.config.labels)
+    except InputError as error:
+        raise InputError(f"{error}{_label_map_hint(checkpoint.model.config.labels, _dev_labels(folder))}") from None
+
+
+def _dev_labels(folder: Path) -> tuple[str, ...]:
+    """Return the class names of a folder's dev file, in order; none where they cannot be read."""
+    try:
+        return load_dev(folder, None).task.labels
+    except InputError:
+        return ()
+
+
+def _label_map_hint(classes: Sequence[str], wanted: Sequence[str]) -> str:
+    """Say how --label-map would give `classes` of a model the names `wanted`; nothing where it could not."""
+    if len(classes) != len(wanted) or set(classes) == set(wanted):
+        return ""
+    spelt = {_plain(name): name for name in wanted}
+    found = {name: spelt.get(_plain(name)) for name in classes}
+    if None not in found.values() and len(set(found.values())) == len(wanted):
+        hint = f"where they differ in spelling alone, give {format_label_map(found)}"
+    else:
+        hint = f"if they are the same in this order, give {format_label_map(dict(zip(classes, wanted)))}"
+    return f"; {hint}" if len(hint) < 500 else "; --label-map gives the model's classes other names"
+
+
+def _plain(name: str) -> str:
+    return "".join(filter(str.isalnum, name.casefold()))
 
 
 def default_max_length(config: BertConfig) -> int:
@@ -129,8 +161,7 @@ def prepare(
     tokenizer, and the encoded training and held-out rows. Raises InputError.
     """
     task = splits.task
-    config = BertConfig.from_json(folder / CONFIG)
-    config = config.with_head(task.head, task.labels)
+    config = BertConfig.from_json(folder / CONFIG, keep_head=False).with_head(task.head, task.labels)
     dropouts = {name: getattr(settings, name) for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
     config = replace(config, **{name: value for name, value in dropouts.items() if value is not None})
     if settings.max_length is None:
@@ -175,6 +206,8 @@ def fine_tune(
             raise InputError(f"--merge needs --peft lora, bitfit or spafit, got {settings.peft.method}")
         config, settings, tokenizer, train_rows, dev_rows = prepare(folder, splits, settings)
         model, loaded = load_model(folder, config, settings.seed)
+        for note in loaded.notes:
+            say(note)
         apply_peft(model, settings.peft, settings.seed)
         trainer = Trainer(model, train_rows, settings, device, world=world)
     if trainer.engine.cache:
@@ -262,18 +295,25 @@ def write_model(
 
 
 def probe(
-    folder: Path, splits: Splits, settings: TrainConfig, device: torch.device, blocks: Sequence[int] | None = None
+    folder: Path,
+    splits: Splits,
+    settings: TrainConfig,
+    device: torch.device,
+    blocks: Sequence[int] | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[dict]:
     """Figure 1 of the paper: for each block, train E, that block and the head alone, from the same start.
 
     `settings` must have the schedule "full"; with embeddings "never" E is frozen too. Returns a row for each block
-    (0-based `blocks`; all where None): {"block" (counted from 1), "metrics"}. Raises InputError and RunError as
-    `fine_tune` does.
+    (0-based `blocks`; all where None): {"block" (counted from 1), "metrics"}. `say` is told what `load_model` has to
+    note. Raises InputError and RunError as `fine_tune` does.
     """
     config, settings, tokenizer, train_rows, dev_rows = prepare(folder, splits, settings)
     rows = []
     for index in range(config.num_hidden_layers) if blocks is None else blocks:
-        model, _ = load_model(folder, config, settings.seed)
+        model, loaded = load_model(folder, config, settings.seed)
+        for note in () if rows else loaded.notes:
+            say(note)
         for other, block in enumerate(model.encoder.layer):
             block.requires_grad_(other == index)
         with reporting_compiler():
@@ -328,18 +368,22 @@ def load_checkpoint(
     max_length: int | None = None,
     squad_options: Mapping = MappingProxyType({}),
     base_model: str | None = None,
+    label_map: Mapping[str, str] = MappingProxyType({}),
+    say: Callable[[str], None] = lambda text: None,
 ) -> Checkpoint:
     """Load a fine-tuned model. `max_length` None, and fields of SquadConfig that `squad_options` lacks, are as in its
     training.
 
-    What a PEFT method trained is put on its base model, which `base_folder` finds; where the folder has no tokenizer,
-    it has the base's. Raises InputError where the folder has no head, where a file is missing or damaged, or where an
-    option is out of range.
+    `label_map` gives its classes other names, by those they have. `say` is told which keys of config.json are passed
+    over. What a PEFT method trained is put on its base model, which `base_folder` finds; where the folder has no
+    tokenizer, it has the base's. Raises InputError where the folder has no head, where a file is missing or damaged, or
+    where an option is out of range.
     """
     base = base_folder(folder, base_model)
     config = BertConfig.from_json(folder / CONFIG) if base is None else tuned_config(folder, base)
     if config.head not in LOSSES:
         raise InputError(f"--checkpoint {folder} must have a head for {', '.join(LOSSES)}, got {config.head}")
+    renamed = config.renamed(label_map) if label_map else config
     path = folder / SUMMARY
     summary = read_json(path) if path.exists() else None
     try:
@@ -355,7 +399,13 @@ def load_checkpoint(
         raise InputError(f"{path}: settings.squad: {error}") from None
     squad_settings = replace(squad_settings, **squad_options)
     null_answers = task == "squad_v2" or squad_settings.null_threshold is not None
-    model = load_model(folder, fresh_head=False)[0] if base is None else load_tuned(folder, base, config)
+    if base is None:
+        model, loaded = load_model(folder, fresh_head=False)
+        for note in loaded.notes:
+            say(note)
+    else:
+        model = load_tuned(folder, base, config)
+    model.config = renamed
     own_tokenizer = base is None or any((folder / name).exists() for name in TOKENIZER_FILES)
     tokenizer = load_tokenizer(folder if own_tokenizer else base, config)
     try:
@@ -387,13 +437,19 @@ def check_head(checkpoint: Checkpoint, head: str, task: str) -> None:
         raise InputError(f"{where} has a {checkpoint.head} head, which does not fit the task {task}")
 
 
-def check_task(checkpoint: Checkpoint, task: Task) -> None:
-    """Raise InputError where the model's head or classes are not the task's."""
+def fit_task(checkpoint: Checkpoint, task: Task) -> None:
+    """Put the model's classes, in place, in the order in which the task has them.
+
+    Raises InputError where the model's head or the names of its classes are not the task's.
+    """
     check_head(checkpoint, task.head, task.name)
-    if task.labels and checkpoint.model.config.labels != task.labels:
-        got, expected = ", ".join(checkpoint.model.config.labels), ", ".join(task.labels)
+    classes = checkpoint.model.config.labels
+    if task.labels and set(classes) != set(task.labels):
+        got, expected, hint = ", ".join(classes), ", ".join(task.labels), _label_map_hint(classes, task.labels)
         where = f"--checkpoint {checkpoint.folder}"
-        raise InputError(f"{where} has the classes {got}, expected those of the task {task.name}: {expected}")
+        raise InputError(f"{where} has the classes {got}, expected those of the task {task.name}: {expected}{hint}")
+    if task.labels:
+        reorder_classes(checkpoint.model, task.labels)
     _check_threshold(task, checkpoint.squad)
 
 
@@ -416,7 +472,7 @@ def evaluate_checkpoint(
     model is not one for the task.
     """
     task, settings = splits.task, checkpoint.squad
-    check_task(checkpoint, task)
+    fit_task(checkpoint, task)
     if not isinstance(task, SquadTask):
         if output_dir is not None:
             raise InputError(f"--output-dir is for the prediction files of SQuAD, got it with the task {task.name}")
@@ -475,7 +531,7 @@ def write_glue_submission(
     """
     task = glue.glue_task(task_name, tests=True)
     if task.constant is None:
-        check_task(checkpoint, task.task)
+        fit_task(checkpoint, task.task)
     tests = load_hub_test(task_name) if data == HUB else glue.load_glue_test(task_name, data_folder(data))
     folder, paths = made_folder(folder, "--glue-submission"), []
     for split, examples in tests.items():

@@ -109,12 +109,26 @@ def legacy_layer_norms(tensors):
     }
 
 
+def wrapped(*prefixes):
+    """Return a change that puts the prefixes before every key, and one that compiles each block alone."""
+
+    def change(tensors):
+        return {"".join(prefixes) + key.replace(".layer.1.", ".layer.1._orig_mod."): t for key, t in tensors.items()}
+
+    return change
+
+
 def with_stray_tensors(tensors):
     stray = {"cls.predictions.bias": torch.zeros(60), "bert.embeddings.position_ids": torch.arange(24)[None]}
     return tensors | stray
 
 
-@pytest.mark.parametrize("change", [without_prefix, legacy_layer_norms, with_stray_tensors])
+WRAPPED = [("module.",), ("_orig_mod.",), ("model.",), ("_orig_mod.", "module."), ("_fsdp_wrapped_module.",)]
+
+
+@pytest.mark.parametrize(
+    "change", [without_prefix, legacy_layer_norms, with_stray_tensors, *(wrapped(*names) for names in WRAPPED)]
+)
 def test_other_spellings_of_the_keys_load_the_same_weights(change, model, folder):
     rewrite(folder, change)
     again, report = load_model(folder)
@@ -202,7 +216,7 @@ def test_a_missing_encoder_tensor_is_an_error_that_names_it(folder):
         load_model(folder)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "roberta.", "model.bert."])
+@pytest.mark.parametrize("prefix", ["encoder.", "roberta.", "0.auto_model.", "module.roberta."])
 def test_a_foreign_prefix_is_an_error_and_never_a_fresh_encoder(prefix, folder):
     rewrite(folder, lambda tensors: {prefix + key.removeprefix("bert."): t for key, t in tensors.items()})
     with pytest.raises(InputError, match=f"is missing .*the first: {prefix}"):
@@ -259,6 +273,17 @@ def test_a_truncated_or_missing_file_is_an_error_that_names_it(folder):
         ({"id2label": {"0": "a", "2": "b"}}, "'id2label' must map 0..1 to names"),
         ({"id2label": ["a", "b"]}, "'id2label' must map"),
         ({"problem_type": "multi_label_classification"}, "'multi_label_classification' is not supported"),
+        (
+            {"problem_type": "Regression"},
+            "problem_type 'Regression' is not supported, expected regression, single_label",
+        ),
+        ({"problem_type": ["regression"]}, "problem_type ['regression'] is not supported"),
+        ({"problem_type": "regression"}, "problem_type 'regression' is supported with one output, got 3"),
+        ({"id2label": {"0": "a"}}, "'single_label_classification' is supported with two or more classes, got 1"),
+        ({"id2label": {"0": "a", "1": "a"}}, "'id2label' must map to distinct names, got ['a', 'a']"),
+        ({"adapters": {"adapters": {"a": "b"}}}, "key 'adapters' changes what the model computes"),
+        ({"adapters_": {}}, "key 'adapters_' is unknown"),
+        ({"sbert": 1}, "key 'sbert' is unknown"),
         ({"architectures": "BertModel"}, "'architectures' must be a list"),
     ],
 )

@@ -111,11 +111,11 @@ def load_folder(path: str | Path, regression: bool | None = None) -> Splits:
     return Splits(_own_task(folder, labels), train, {"dev": dev})
 
 
-def load_dev(path: str | Path, labels: tuple[str, ...]) -> Splits:
-    """Read of a user's folder dev.tsv or dev.jsonl alone, with these class names, () for regression; Splits without
-    training rows. Raises InputError that names file and line."""
+def load_dev(path: str | Path, labels: tuple[str, ...] | None) -> Splits:
+    """Read of a user's folder dev.tsv or dev.jsonl alone, with these class names, () for regression, or the file's own
+    where None; Splits without training rows. Raises InputError that names file and line."""
     folder = Path(path)
-    _, dev = read_table(_one_of(folder, "dev"), labels=labels)
+    labels, dev = read_table(_one_of(folder, "dev"), labels=labels)
     return Splits(_own_task(folder, labels), [], {"dev": dev})
 
 
