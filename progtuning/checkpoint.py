@@ -56,7 +56,7 @@ _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")  # 0, 1, 2 .
 @dataclass(frozen=True)
 class LoadReport:
     """What a load did that is not one to one: parameters drawn afresh, whole or some of their rows, tensors of the file
-    and keys of its config.json that were not used, and in a sentence why a head that the file has was not taken whole."""
+    and keys of its config.json that were not used, and why a head that the file has was not taken whole."""
 
     fresh: tuple[str, ...]
     unused: tuple[str, ...]
