@@ -206,10 +206,10 @@ def fine_tune(
             raise InputError(f"--merge needs --peft lora, bitfit or spafit, got {settings.peft.method}")
         config, settings, tokenizer, train_rows, dev_rows = prepare(folder, splits, settings)
         model, loaded = load_model(folder, config, settings.seed)
-        for note in loaded.notes:
-            say(note)
         apply_peft(model, settings.peft, settings.seed)
         trainer = Trainer(model, train_rows, settings, device, world=world)
+    for note in loaded.notes:
+        say(note)
     if trainer.engine.cache:
         tokens, size = trainer.engine.cache.num_tokens, trainer.engine.cache.nbytes
         whose = "The prefix cache" if world.size == 1 else f"Each of the {world.size} processes' prefix caches"
