@@ -128,7 +128,7 @@ def test_train_prints_its_summary_as_json_on_standard_output_alone(tiny_folder, 
 
 
 def test_predict_reads_tsv_and_jsonl_from_file_and_standard_input_row_for_row(trained, tmp_path):
-    texts = [" ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]) for i in range(50)] + ["", "unknown zebra", 'a "quoted" word']
+    texts = [" ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]) for i in range(50)] + ["unknown zebra", 'a "quoted" word']
     tsv = ("text\n" + "".join(f"{text}\n" for text in texts)).encode()
     jsonl = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     source, target, outputs = tmp_path / "in", tmp_path / "out", set()
@@ -402,7 +402,7 @@ BAD_OPTIONS = {
     "rate's line": (["--lr-schedule", "cosine"], "--lr-schedule must be one of linear, constant, got 'cosine'"),
     "merge": (["--peft", "adapter", "--merge"], "--merge needs --peft lora, bitfit or spafit, got adapter"),
     "device": (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
-    "task": (["--task", "wnli"], "--task must be one of"),
+    "task": (["--task", "snli"], "--task must be one of"),
     "model": (["--model", "no-such-model"], "no-such-model"),
     "data": (["--data", "no/such/folder/at/all"], "no/such/folder/at/all"),
 }
