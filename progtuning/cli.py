@@ -460,8 +460,8 @@ def run_train(args: argparse.Namespace) -> None:
             settings = train_config(args, num_blocks, args.task, num_rows)
             if args.max_train_rows is not None:
                 splits = limit_train(splits, args.max_train_rows, settings.seed)
-        output, tell = args.output_dir, say if world.is_main else lambda text: None
-        summary = fine_tune(args.model, folder, splits, settings, device, output, args.merge, checkpoints, tell, world)
+        output, note = args.output_dir, say if world.is_main else lambda text: None
+        summary = fine_tune(args.model, folder, splits, settings, device, output, args.merge, checkpoints, note, world)
     if not world.is_main:
         return
     card = Path(args.output_dir) / "README.md"
