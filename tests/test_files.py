@@ -100,10 +100,10 @@ def test_a_failed_write_leaves_the_target_of_a_link_and_nothing_beside(tmp_path)
 def test_a_pipe_gets_the_bytes_and_stays(tmp_path):
     pipe, got = tmp_path / "pipe", []
     os.mkfifo(pipe)
-    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()), daemon=True)
     reader.start()
     write_text(pipe, "row\n" * 50_000)
-    reader.join()
+    reader.join(timeout=10)  # where the pipe was replaced it would wait for ever
     assert got == [b"row\n" * 50_000] and pipe.is_fifo()
 
 
