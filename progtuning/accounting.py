@@ -247,15 +247,27 @@ def updated_parameters(config: BertConfig, schedule: Schedule, num_epochs: int, 
     return sum(_updated_by_stage(units(config, peft), schedule, num_epochs))
 
 
-def _updated_by_stage(model: Units, schedule: Schedule, num_epochs: int) -> list[int]:
-    """Round the sums up to each stage, not each stage, so that the stages add up to the rounded total."""
-    _check_count("--epochs", num_epochs)
-    epochs = Fraction(num_epochs, len(schedule.stages))
+def updated_by_stage(stages: Iterable[tuple[int, Fraction]]) -> list[int]:
+    """Return the updated parameters (Section 4.1) of stages, given how many parameters train in each and how long,
+    in epochs.
+
+    A stage of a plan is num_epochs / T epochs long, one of a run as many as its steps make: the two are equal where the
+    run's steps divide evenly among the stages. Where they do not, a run's stages are a step longer or shorter, and so
+    are its updated parameters; a plan, made without data, knows no number of steps.
+
+    The sums up to each stage are rounded, not each stage, so that the stages add up to the rounded total.
+    """
     so_far, counts = Fraction(0), []
-    for stage in schedule.stages:
-        before, so_far = so_far, so_far + epochs * model.during(stage).num_trainable
+    for num_trainable, epochs in stages:
+        before, so_far = so_far, so_far + epochs * num_trainable
         counts.append(round(so_far) - round(before))
     return counts
+
+
+def _updated_by_stage(model: Units, schedule: Schedule, num_epochs: int) -> list[int]:
+    _check_count("--epochs", num_epochs)
+    epochs = Fraction(num_epochs, len(schedule.stages))
+    return updated_by_stage((model.during(stage).num_trainable, epochs) for stage in schedule.stages)
 
 
 # FLOPs

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import islice
 
@@ -78,8 +79,8 @@ class StageCost:
         counts = {name: state[name] for name in _COUNTS}
         return cls(Stage(**state["stage"]), clock=Clock(device, state["seconds"]), **counts)
 
-    def to_dict(self, units: Collection[int | str], steps_per_epoch: int) -> dict:
-        """The stage as `summary.json` has it. Updated parameters: those trainable, once an epoch (Section 4.1).
+    def to_dict(self, units: Collection[int | str], updated_parameters: int) -> dict:
+        """The stage as `summary.json` has it.
 
         `units` are those that train; a PEFT method may have nothing to train in E or in a block of the stage.
         """
@@ -91,7 +92,7 @@ class StageCost:
             "active_blocks": [blocks[0] + 1, blocks[-1] + 1] if blocks else None,  # counted from 1
             "embeddings": EMBEDDINGS in units,
             "trainable_parameters": self.trainable_parameters,
-            "updated_parameters": round(self.trainable_parameters * self.steps / steps_per_epoch),
+            "updated_parameters": updated_parameters,
             "forward_flops": self.forward_flops,
             "backward_flops": self.backward_flops,
             "seconds": self.clock.seconds(),
@@ -444,7 +445,10 @@ class Trainer:
     def account(self) -> dict:
         """Return what `summary.json` says of the stages: all processes' work and cache together, this one's seconds."""
         settings, engine = self.settings, self.engine
-        stages = [cost.to_dict(engine.units(cost.stage), len(self.batches)) for cost in self.costs]
+        updated = accounting.updated_by_stage(
+            (cost.trainable_parameters, Fraction(cost.steps, len(self.batches))) for cost in self.costs
+        )
+        stages = [cost.to_dict(engine.units(cost.stage), count) for cost, count in zip(self.costs, updated)]
         for stage, *of_ranks in zip(stages, *self.world.gather(stages)):
             for key in _OF_ALL_PROCESSES:
                 stage[key] = sum(of_rank[key] for of_rank in of_ranks)

@@ -2,19 +2,24 @@
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from progtuning import accounting
-from progtuning.config import DPSConfig, PeftConfig, TrainConfig
+from progtuning.bert import build_model
+from progtuning.config import PEFT_METHODS, DPSConfig, PeftConfig, TrainConfig
 from progtuning.data.batching import EncodedRows
 from progtuning.data.text import Task
 from progtuning.data.tokenization import Encoding
 from progtuning.engine import EMBEDDINGS, HEAD, unit_of
 from progtuning.errors import InputError, RunError
-from progtuning.stages import SCHEDULES
+from progtuning.peft import apply_peft
+from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES
 from progtuning.train import LOSSES, Trainer, collate_inputs, measure_splits, predict
 from tests.models import TINY, tiny_model
 
@@ -168,12 +173,47 @@ def test_the_account_of_a_run_is_the_closed_form_over_its_batches(policy, epochs
             step += 1
     assert sum(stage["forward_flops"] for stage in account["stages"]) == forward
     assert sum(stage["backward_flops"] for stage in account["stages"]) == backward
-    if num_stages == epochs:
+    if run.num_steps % num_stages == 0:
         assert account["updated_parameters"] == accounting.updated_parameters(TINY, run.schedule, epochs)
     for stage in account["stages"]:
         assert set(stage["seconds"]) == {"forward", "backward", "optimizer"}
         assert all(seconds > 0 for seconds in stage["seconds"].values())
         assert stage["peak_bytes"] is None or stage["peak_bytes"] > 2**20
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+@given(
+    num_blocks=st.integers(1, 4),
+    epochs=st.integers(1, 5),
+    stages=st.integers(1, 7),
+    steps_per_epoch=st.integers(1, 7),
+    schedule=st.sampled_from(SCHEDULES),
+    embeddings=st.sampled_from(EMBEDDING_POLICIES),
+    method=st.sampled_from(PEFT_METHODS),
+)
+def test_updated_parameters_of_a_run_are_those_of_the_plan_wherever_its_steps_divide_evenly_among_the_stages(
+    num_blocks, epochs, stages, steps_per_epoch, schedule, embeddings, method
+):
+    peft, config = PeftConfig(method, lora_r=2, adapter_size=3), replace(TINY, num_hidden_layers=num_blocks)
+    model = build_model(config)
+    apply_peft(model, peft)
+    run = trainer(
+        rows(steps_per_epoch),
+        model=model,
+        **dict(epochs=epochs, stages=stages, batch_size=1, schedule=schedule, embeddings=embeddings, peft=peft),
+    )
+    for step in range(run.num_steps):
+        stage = run.schedule.at_step(step, run.num_steps)
+        if stage != run.engine.stage:
+            run.enter(stage)
+        run.costs[-1].steps += 1
+    account, plan = run.account(), accounting.plan(config, run.schedule, epochs, peft, batch=1, length=1)
+    of_run, of_plan = ([stage["updated_parameters"] for stage in document["stages"]] for document in (account, plan))
+    if run.num_steps % stages == 0:
+        assert of_run == of_plan
+    exact = sum(Fraction(cost.trainable_parameters * cost.steps, steps_per_epoch) for cost in run.costs)
+    assert sum(of_run) == account["updated_parameters"] == round(exact)
+    assert account["updated_parameters_full"] == plan["updated_parameters_full"]
 
 
 def test_stages_name_their_active_blocks_from_1_and_null_where_the_head_trains_alone():
