@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from progtuning.bert import build_model
+from progtuning.bert import ACTIVATIONS, build_model
 from progtuning.checkpoint import load_model, save_pretrained
 from progtuning.config import BertConfig
 from progtuning.errors import InputError
@@ -293,6 +293,106 @@ def test_a_config_that_is_wrong_or_changes_the_mathematics_is_refused_by_file_an
     with pytest.raises(InputError) as error:
         load_model(folder)
     assert str(error.value).startswith(f"{path}: ") and message in str(error.value) and "\n" not in str(error.value)
+
+
+FIRST_RELEASE = """
+attention_probs_dropout_prob hidden_act hidden_dropout_prob hidden_size initializer_range intermediate_size
+max_position_embeddings num_attention_heads num_hidden_layers type_vocab_size vocab_size
+""".split()
+SMALL = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+
+
+def test_a_config_of_berts_first_release_is_a_bert_as_transformers_reads_it(folder):
+    """Neither model_type nor architectures: so SciBERT's, and the files that Google published."""
+    transformers = pytest.importorskip("transformers")
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({key: values[key] for key in FIRST_RELEASE} | {"directionality": "bidi"}))
+    config = BertConfig.from_json(path)
+    assert (config.model_type, config.head, config.pad_token_id, config.layer_norm_eps) == ("bert", None, 0, 1e-12)
+    model, _ = load_model(folder)
+    batch = tiny_batch(config)
+    with torch.no_grad():
+        theirs = transformers.BertModel.from_pretrained(folder)(**{key: value.long() for key, value in batch.items()})
+        ours = model(**batch)
+    real = batch["attention_mask"]
+    torch.testing.assert_close(ours[real], theirs.last_hidden_state[real], atol=1e-5, rtol=0)
+
+
+FAMILIES = {
+    "XLMRoberta": {},
+    "Camembert": {},
+    "RobertaPreLayerNorm": {},
+    "Electra": {"embedding_size": 8},
+    "Albert": {"embedding_size": 8},
+    "MPNet": {},
+    "RoFormer": {"embedding_size": 16},
+    "MegatronBert": {},
+    "DistilBert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bare_encoder_of_another_family_is_never_taken_for_a_bert(family, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = SMALL if family != "DistilBert" else {"vocab_size": 50}
+    theirs = getattr(transformers, f"{family}Config")(**sizes, **FAMILIES[family], max_position_embeddings=24)
+    getattr(transformers, f"{family}Model")(theirs).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in whole.items() if key != "model_type"}))
+    with pytest.raises(InputError, match=f"config.json: architectures must name .* got '{family}Model'"):
+        load_model(tmp_path)
+    path.write_text(json.dumps({k: v for k, v in whole.items() if k not in ("model_type", "architectures")}))
+    with pytest.raises(InputError, match="model_type|'embeddings.LayerNorm.weight' is missing"):
+        load_model(tmp_path)
+    bare = {key: whole.get(key, value) for key, value in TINY.to_dict().items() if key in FIRST_RELEASE}
+    path.write_text(json.dumps({**bare, **(SMALL if family == "DistilBert" else {}), "type_vocab_size": 2}))
+    with pytest.raises(InputError, match="as in a RoBERTa|is one of|is missing"):
+        load_model(tmp_path)
+
+
+def test_tensors_of_another_encoder_are_refused_and_blocks_above_those_of_the_model_are_not(model, folder):
+    stray = "bert.encoder.layer.0.attention.self.distance_embedding.weight"
+    edit = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(edit | {"num_hidden_layers": 2}))
+    cut, report = load_model(folder)
+    assert cut.num_blocks == 2 and {name.split(".")[3] for name in report.unused} == {"2", "3"}
+    assert torch.equal(cut.encoder.layer[1].output.dense.weight, model.encoder.layer[1].output.dense.weight)
+    rewrite(folder, lambda tensors: tensors | {stray: torch.zeros(3, 8)})
+    with pytest.raises(InputError, match=f"tensor '{stray}' is none of a bert encoder"):
+        load_model(folder)
+
+
+def test_keys_of_other_libraries_are_passed_over_and_reported_with_or_without_a_byte_order_mark(model, folder):
+    path = folder / "config.json"
+    assert load_model(folder)[1].notes == ()
+    keys = {
+        "adapters": {"adapters": {}, "config_map": {}, "fusion_config_map": {}, "fusions": {}},
+        "sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity",
+        "sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid", "version": "5.1.0"},
+        "vocab_size_or_config_json_file": -1,
+        "xla_device": None,
+    }
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(json.loads(path.read_text()) | keys).encode())
+    again, report = load_model(folder)
+    assert_same_weights(again, model)
+    assert again.config == model.config and report.passed_over == tuple(sorted(keys))
+    assert report.notes == (f"Passed over in config.json, as no part of the model: {', '.join(sorted(keys))}.",)
+
+
+def test_other_names_of_an_activation_compute_what_transformers_computes():
+    activations = pytest.importorskip("transformers.activations").ACT2FN
+    x = torch.linspace(-8, 8, 4001)
+    refused = set()
+    for name in activations:
+        try:
+            own = BertConfig.from_dict({**TINY.to_dict(), "hidden_act": name}).hidden_act
+        except InputError:
+            refused.add(name)
+            continue
+        torch.testing.assert_close(ACTIVATIONS[own](x), activations[name](x), atol=1e-6, rtol=1e-6)
+    assert len(activations) - len(refused) == 8 and {"silu", "quick_gelu", "gelu_10"} <= refused
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"])
