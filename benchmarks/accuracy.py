@@ -36,9 +36,9 @@ from progtuning.config import TASK_DEFAULTS, DPSConfig, PeftConfig, TrainConfig
 from progtuning.data.squad import SquadTask
 from progtuning.data.text import Splits, limit_train
 from progtuning.errors import InputError
+from progtuning.evaluate import answer, predict
 from progtuning.run import Checkpoint, choose_device, encode, fine_tune, load_checkpoint, load_splits
 from progtuning.sources import model_folder
-from progtuning.train import answer, predict
 
 RESULTS = Path(__file__).parent / "results"
 

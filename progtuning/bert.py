@@ -6,8 +6,9 @@
 
 The modules carry the names that Hugging Face checkpoints give their tensors, so `state_dict` needs no table of names:
 the keys of a file are these, under a prefix `bert.` or `roberta.` for embeddings, encoder and pooler. The file reads
-from the inside outwards: attention, block, encoder, embeddings, heads, model. Nothing here knows of stages, cuts or
-fine-tuning methods: the encoder offers a run over a range of its blocks, and modules can be wrapped from outside.
+from the inside outwards: attention, block, encoder, embeddings, model; the heads stand in `heads`. Nothing here knows
+of stages, cuts or fine-tuning methods: the encoder offers a run over a range of its blocks, and modules can be wrapped
+from outside.
 """
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from progtuning.config import BertConfig
+from progtuning.model.heads import CLASSES
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -148,31 +150,6 @@ class Embeddings(nn.Module):
         return self.dropout(self.LayerNorm(x))
 
 
-class Pooler(nn.Module):
-    """tanh(W x + b) of the first token, [CLS]: (B, S, D) -> (B, D)."""
-
-    def __init__(self, config: BertConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.dense(x[:, 0]))
-
-
-class RobertaClassifier(nn.Module):
-    """RoBERTa's classification head, which has its own dense layer in place of a pooler: (B, S, D) -> (B, C)."""
-
-    def __init__(self, config: BertConfig, dropout_prob: float):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(dropout_prob)
-        self.out_proj = nn.Linear(config.hidden_size, config.num_outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.dense(self.dropout(x[:, 0])))
-        return self.out_proj(self.dropout(x))
-
-
 class Model(nn.Module):
     """M: embeddings, encoder and the head that `config.head` names; without one it returns the last hidden states."""
 
@@ -181,15 +158,9 @@ class Model(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
-        dropout_prob = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        if config.head == "question-answering":
-            self.qa_outputs = nn.Linear(config.hidden_size, config.num_outputs)
-        elif config.head is not None and config.has_pooler:
-            self.pooler = Pooler(config)
-            self.dropout = nn.Dropout(dropout_prob)
-            self.classifier = nn.Linear(config.hidden_size, config.num_outputs)
-        elif config.head is not None:
-            self.classifier = RobertaClassifier(config, dropout_prob)
+        layers = CLASSES[config.head].layers(config) if config.head else {}
+        for name, layer in layers.items():
+            self.add_module(name, layer)
 
     @property
     def num_blocks(self) -> int:
@@ -200,13 +171,7 @@ class Model(nn.Module):
 
         The two outputs of a token are its start and end logits.
         """
-        if self.config.head is None:
-            return x
-        if self.config.head == "question-answering":
-            return self.qa_outputs(x)
-        if self.config.has_pooler:
-            x = self.dropout(self.pooler(x))  # (B, S, D) -> (B, D)
-        return self.classifier(x)
+        return CLASSES[self.config.head].forward(self, x) if self.config.head else x
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None

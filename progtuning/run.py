@@ -24,7 +24,7 @@ from progtuning.checkpoint import (
     save_pretrained,
     tuned_config,
 )
-from progtuning.config import BertConfig, CheckpointConfig, SquadConfig, TrainConfig, format_label_map
+from progtuning.config import HEADS, BertConfig, CheckpointConfig, SquadConfig, TrainConfig, format_label_map
 from progtuning.data import glue, squad
 from progtuning.data.answers import to_jsonl, write_predictions
 from progtuning.data.batching import EncodedRows, encode_examples
@@ -36,13 +36,14 @@ from progtuning.data.tokenization import TOKENIZER_FILES, Tokenizer, load_tokeni
 from progtuning.distributed import World
 from progtuning.engine import reporting_compiler
 from progtuning.errors import InputError, Interrupted, RunError
+from progtuning.evaluate import answer, measure_splits, predict, score_answers
 from progtuning.files import made_folder, new_folder, read_json, write_json
 from progtuning.measure import attention_backends, environment
 from progtuning.peft import apply_peft
 from progtuning.peft.lora import unwrap
 from progtuning.resume import RunFolder, StopSignals, identify
 from progtuning.sources import MODEL, data_folder, model_folder, split_revision
-from progtuning.train import LOSSES, Trainer, answer, measure_splits, predict, score_answers
+from progtuning.train import Trainer
 
 _log = logging.getLogger(__name__)
 
@@ -381,8 +382,8 @@ def load_checkpoint(
     """
     base = base_folder(folder, base_model)
     config = BertConfig.from_json(folder / CONFIG) if base is None else tuned_config(folder, base)
-    if config.head not in LOSSES:
-        raise InputError(f"--checkpoint {folder} must have a head for {', '.join(LOSSES)}, got {config.head}")
+    if config.head not in HEADS:
+        raise InputError(f"--checkpoint {folder} must have a head for {', '.join(HEADS)}, got {config.head}")
     renamed = config.renamed(label_map) if label_map else config
     path = folder / SUMMARY
     summary = read_json(path) if path.exists() else None

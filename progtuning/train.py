@@ -1,4 +1,4 @@
-"""Fine-tuning: the loop of Algorithm 1 (Progtuning, arXiv 2506.21119), evaluation, and what they cost."""
+"""Fine-tuning: the loop of Algorithm 1 (Progtuning, arXiv 2506.21119), and what it costs."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -8,26 +8,22 @@ from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import islice
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from progtuning import accounting, metrics
+from progtuning import accounting
 from progtuning.bert import Model
 from progtuning.cache import PrefixCache
-from progtuning.config import BertConfig, PeftConfig, SquadConfig, TrainConfig
-from progtuning.data.answers import Prediction, decode
-from progtuning.data.batching import EncodedRows, TokenBatches, TrainBatches, evaluation_batches, prefetch
-from progtuning.data.squad import SquadRows, SquadTask
-from progtuning.data.text import Task
+from progtuning.config import BertConfig, PeftConfig, TrainConfig
+from progtuning.data.batching import EncodedRows, TokenBatches, TrainBatches, prefetch
 from progtuning.distributed import Replica, World
 from progtuning.dps import DPS
 from progtuning.engine import EMBEDDINGS, GradientSums, StageEngine, compile_blocks, unit_of
 from progtuning.errors import InputError, RunError
 from progtuning.measure import Clock, peak_bytes, reset_peak_bytes
+from progtuning.model import heads
 from progtuning.optim import FiniteCheck, build_optimizer, learning_rate_schedule
 from progtuning.resume import random_states, set_random_states
 from progtuning.stages import AdaptiveSchedule, Stage, make_schedule
@@ -37,13 +33,6 @@ from progtuning.unpad import unpad
 _OF_ALL_PROCESSES = ("forward_flops", "backward_flops", "cache_bytes", "cache_hits", "cache_misses")
 LOG_EVERY = 10  # optimizer steps; the loss is read from the device only then
 MAX_SKIPS = 10  # batches in a row that are not finite, after which `skip_nonfinite` gives up
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # outputs of Model.head, labels -> mean over the batch
-    "classification": F.cross_entropy,  # (B, C) float, (B,) int64
-    "regression": lambda scores, labels: F.mse_loss(scores.squeeze(-1), labels),  # (B, 1) float, (B,) float
-    # (B, S, 2) float, (B, 2) int64: the mean of the losses of start and end, each a class among S positions.
-    "question-answering": F.cross_entropy,
-}
 
 
 @dataclass
@@ -133,7 +122,7 @@ class Trainer:
         if settings.batch_tokens is None and settings.batch_size < processes:
             raise InputError(f"--batch-size must be at least the {processes} processes, got {settings.batch_size}")
         self.model.to(self.device)
-        self.loss = LOSSES[self.model.config.head]
+        self.loss = heads.CLASSES[self.model.config.head].loss
         adaptive = partial(AdaptiveSchedule, percentile=settings.freeze_percentile)
         make = adaptive if settings.schedule == "adaptive" else partial(make_schedule, settings.schedule)
         self.schedule = make(self.model.num_blocks, settings.num_stages, settings.embeddings)
@@ -216,7 +205,8 @@ class Trainer:
             self.count(rows, inputs["input_ids"].shape[1])
             with self.replica.reducing(last=number == len(pieces)):
                 with cost.clock.phase("forward"), autocast(self.device, self.settings.precision):
-                    loss = self.loss(self.outputs(inputs, rows), labels) * weight
+                    outputs = self.replica(**inputs, rows=rows)
+                    loss = self.loss(outputs, labels, inputs.get("attention_mask")) * weight
                 with cost.clock.phase("backward"):
                     loss.backward()
             total += loss.detach()
@@ -357,18 +347,6 @@ class Trainer:
             return [(piece, weight, collate_inputs(self.data, piece, pin=on_cuda)) for piece, weight in pieces]
 
         return prefetch(batches, collate) if on_cuda else map(collate, batches)
-
-    def outputs(self, inputs: dict[str, Tensor], rows: list[int]) -> Tensor:
-        """Return the head's outputs for the batch of `rows`.
-
-        No answer begins or ends in padding. google-research/bert and transformers let it take part in the softmax over
-        positions; here it does not, so that a loss depends neither on how far a batch is padded nor on a cache, which
-        keeps no states of padding.
-        """
-        outputs, mask = self.replica(**inputs, rows=rows), inputs.get("attention_mask")
-        if self.model.config.head == "question-answering" and mask is not None:
-            outputs = outputs.masked_fill(~mask[..., None], -math.inf)  # (B, S, 2)
-        return outputs
 
     def enter(self, stage: Stage) -> None:
         """Begin a stage: its trainable set, its account."""
@@ -526,85 +504,3 @@ def to_device(tensors: Mapping[str, Tensor], device: torch.device) -> tuple[dict
 def load(data: EncodedRows, rows: list[int], device: torch.device) -> tuple[dict[str, Tensor], Tensor | None]:
     """Return the model's inputs and the labels of `rows`, on the device."""
     return to_device(collate_inputs(data, rows), device)
-
-
-@torch.no_grad()
-def predict(
-    model: Model,
-    data: EncodedRows,
-    batch_size: int,
-    device: torch.device,
-    precision: str = "fp32",
-    world: World = World(),
-) -> np.ndarray:
-    """Return the head's outputs for the N rows of `data` in their order. The model is left in eval mode.
-
-    They are (N, C) float32, or for question answering (N, S, 2), S the length of the longest row, 0 beyond a row's
-    batch. The batches are dealt to the processes of `world`, whole; each gets all outputs, and they are those of one
-    process. Raises RunError where one is not finite: the weights are not.
-    """
-    model.to(device).eval()
-    per_token = (int(data.lengths.max()),) if model.config.head == "question-answering" else ()
-    outputs = np.zeros((len(data), *per_token, model.config.num_outputs), dtype=np.float32)
-    batches = evaluation_batches(data.lengths, batch_size)[world.rank :: world.size]
-    for rows in tqdm(batches, unit="batch", leave=False, disable=None if world.is_main else True):
-        with autocast(device, precision):
-            logits = model(**load(data, rows, device)[0])
-        outputs[rows, : logits.shape[1]] = logits.float().cpu().numpy()
-    world.sum(torch.from_numpy(outputs))  # to what one process put in a row the others add 0
-    if not np.isfinite(outputs).all():
-        row = int(np.flatnonzero(~np.isfinite(outputs.reshape(len(data), -1)).all(axis=1))[0])
-        found = f"the model's output for row {row + 1} is not finite"
-        raise world.once(RunError(f"{found}: its weights are damaged or its training diverged"))
-    return outputs
-
-
-def answer(
-    model: Model,
-    data: SquadRows,
-    null_answers: bool,
-    batch_size: int,
-    device: torch.device,
-    precision: str = "fp32",
-    squad: SquadConfig = SquadConfig(),
-    world: World = World(),
-) -> list[Prediction]:
-    """Return what a question-answering model answers to each question of `data`. Raises RunError as `predict` does."""
-    outputs = predict(model, data, batch_size, device, precision, world)
-    return decode(data, outputs, null_answers, squad.n_best, squad.max_answer_length)
-
-
-def score_answers(
-    predictions: Sequence[Prediction], data: SquadRows, task: SquadTask, squad: SquadConfig = SquadConfig()
-) -> dict[str, float]:
-    """Return the metrics of SQuAD v1.1 or v2.0, by the task, of predictions for the questions of `data`."""
-    golds = [[gold.text for gold in question.answers] for question in data.questions]
-    best = [prediction.spans[0].text for prediction in predictions]
-    if not task.null_answers:
-        return metrics.squad(best, golds)
-    null_odds = [prediction.null_odds for prediction in predictions]
-    return metrics.squad_v2(best, null_odds, golds, squad.null_threshold or 0.0)
-
-
-def measure_splits(
-    model: Model,
-    splits: Mapping[str, EncodedRows],
-    task: Task,
-    batch_size: int,
-    device: torch.device,
-    precision: str,
-    squad: SquadConfig = SquadConfig(),
-    world: World = World(),
-) -> dict[str, float]:
-    """Return the task's metrics on every held-out split, under "metric", or "split/metric" where splits are several."""
-    values = {}
-    for name, data in splits.items():
-        if isinstance(task, SquadTask):
-            predictions = answer(model, data, task.null_answers, batch_size, device, precision, squad, world)
-            measured = score_answers(predictions, data, task, squad)
-        else:
-            outputs = predict(model, data, batch_size, device, precision, world)
-            predictions = outputs[:, 0] if task.is_regression else outputs.argmax(axis=1)
-            measured = metrics.compute(task.metrics, predictions, data.labels.numpy())
-        values |= measured if len(splits) == 1 else {f"{name}/{metric}": value for metric, value in measured.items()}
-    return values

@@ -25,10 +25,11 @@ from progtuning.data.tokenization import Encoding
 from progtuning.distributed import World, join
 from progtuning.engine import StageEngine
 from progtuning.errors import InputError, RunError
+from progtuning.evaluate import predict
 from progtuning.files import write_json
 from progtuning.peft import apply_peft
 from progtuning.run import fine_tune, load_splits
-from progtuning.train import Trainer, predict
+from progtuning.train import Trainer
 from tests.models import TINY, tiny_model
 
 CPU = torch.device("cpu")

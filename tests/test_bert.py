@@ -154,6 +154,10 @@ def test_initial_weights_have_berts_distribution():
 
 
 def test_the_model_imports_only_torch_and_its_config():
-    tree = ast.parse(Path(progtuning.bert.__file__).read_text())
-    own = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "progtuning" in node.module}
-    assert own == {"progtuning.config"}
+    for module, expected in (
+        (progtuning.bert, {"progtuning.config", "progtuning.model.heads"}),
+        (progtuning.model.heads, {"progtuning.config"}),
+    ):
+        tree = ast.parse(Path(module.__file__).read_text())
+        froms = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        assert {name for name in froms if "progtuning" in name} == expected

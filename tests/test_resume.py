@@ -17,6 +17,7 @@ from progtuning.config import CheckpointConfig, DPSConfig, PeftConfig
 from progtuning.data.squad import Answer, Question, SquadRows, Window
 from progtuning.data.tokenization import Encoding
 from progtuning.errors import InputError, Interrupted, RunError
+from progtuning.evaluate import predict
 from progtuning.files import MAX_JSON_BYTES, replacing
 from progtuning.peft import apply_peft
 from progtuning.resume import (
@@ -33,7 +34,7 @@ from progtuning.resume import (
     warn,
     write_checkpoint,
 )
-from progtuning.train import Trainer, predict
+from progtuning.train import Trainer
 from tests.models import tiny_model
 from tests.test_cli import call, refused
 from tests.test_train import CPU, SETTINGS, poison, rows, weights

@@ -18,9 +18,11 @@ from progtuning.data.text import Task
 from progtuning.data.tokenization import Encoding
 from progtuning.engine import EMBEDDINGS, HEAD, unit_of
 from progtuning.errors import InputError, RunError
+from progtuning.evaluate import measure_splits, predict
+from progtuning.model.heads import CLASSES
 from progtuning.peft import apply_peft
 from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES
-from progtuning.train import LOSSES, Trainer, collate_inputs, measure_splits, predict
+from progtuning.train import Trainer, collate_inputs
 from tests.models import TINY, tiny_model
 
 CPU = torch.device("cpu")
@@ -135,7 +137,7 @@ def test_the_logged_loss_is_the_mean_over_the_steps_since_the_last_row():
     logged, seen = [], []
     run = trainer(log=logged.append, batch_size=4)
     original = run.loss
-    run.loss = lambda logits, labels: seen.append(original(logits, labels)) or seen[-1]
+    run.loss = lambda *batch: seen.append(original(*batch)) or seen[-1]
     run.fit()
     expected = [torch.stack(seen[i : i + 10]).mean().item() for i in range(0, 30, 10)]
     assert [row["loss"] for row in logged] == pytest.approx(expected)
@@ -240,7 +242,7 @@ def test_regression_learns_with_mean_squared_error():
     task = Task("halves", (), ("pearson", "spearman"))
     assert measure_splits(model, {"dev": data}, task, 16, CPU, "fp32")["pearson"] > 0.8
     scores, labels = torch.tensor([[0.5], [1.0]]), torch.tensor([0.0, 3.0])
-    assert LOSSES["regression"](scores, labels).item() == pytest.approx((0.25 + 4.0) / 2)
+    assert CLASSES["regression"].loss(scores, labels).item() == pytest.approx((0.25 + 4.0) / 2)
 
 
 def test_a_run_of_one_step_trains_although_a_warm_up_begins_at_0():
@@ -283,7 +285,7 @@ def test_bf16_trains_fp32_weights_under_autocast():
 def poison(run: Trainer, *steps: int) -> None:
     """Make the loss of these 0-based steps infinite."""
     loss = run.loss
-    run.loss = lambda logits, labels: loss(logits, labels) * (math.inf if run.step in steps else 1)
+    run.loss = lambda *batch: loss(*batch) * (math.inf if run.step in steps else 1)
 
 
 @pytest.mark.parametrize("at_once", [True, False])

@@ -1,0 +1,109 @@
+"""Heads: what follows the last block, and the loss by which it is trained. One class for each row of `config.HEADS`.
+
+    B  batch    S  sequence    D  hidden_size    C  num_outputs
+
+A head has no state: its layers are the model's own, under the names that Hugging Face checkpoints give them.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from progtuning.config import BertConfig
+
+
+class Pooler(nn.Module):
+    """tanh(W x + b) of the first token, [CLS]: (B, S, D) -> (B, D)."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.dense(x[:, 0]))
+
+
+class RobertaClassifier(nn.Module):
+    """RoBERTa's classification head, which has its own dense layer in place of a pooler: (B, S, D) -> (B, C)."""
+
+    def __init__(self, config: BertConfig, dropout_prob: float):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(dropout_prob)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.dense(self.dropout(x[:, 0])))
+        return self.out_proj(self.dropout(x))
+
+
+class Classification:
+    """A class for each sequence."""
+
+    @staticmethod
+    def layers(config: BertConfig) -> dict[str, nn.Module]:
+        """Return the head's layers by their names, in the order in which their weights are drawn."""
+        dropout_prob = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        if not config.has_pooler:
+            return {"classifier": RobertaClassifier(config, dropout_prob)}
+        return {
+            "pooler": Pooler(config),
+            "dropout": nn.Dropout(dropout_prob),
+            "classifier": nn.Linear(config.hidden_size, config.num_outputs),
+        }
+
+    @staticmethod
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        """Apply the layers, which are attributes of `model`: (B, S, D) -> (B, C)."""
+        if model.config.has_pooler:
+            x = model.dropout(model.pooler(x))  # (B, S, D) -> (B, D)
+        return model.classifier(x)
+
+    @staticmethod
+    def loss(outputs: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the mean over the batch, (), of outputs (B, C) and labels (B,) int64.
+
+        `mask` (B, S) bool is True at real tokens (None: no padding).
+        """
+        return F.cross_entropy(outputs, labels)
+
+
+class Regression(Classification):
+    """A number for each sequence: the layers are those of one class."""
+
+    @staticmethod
+    def loss(outputs: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the mean square error, (), of outputs (B, 1) and labels (B,) float."""
+        return F.mse_loss(outputs.squeeze(-1), labels)
+
+
+class QuestionAnswering:
+    """Logits of an answer's start and end for each token."""
+
+    @staticmethod
+    def layers(config: BertConfig) -> dict[str, nn.Module]:
+        """As of Classification."""
+        return {"qa_outputs": nn.Linear(config.hidden_size, config.num_outputs)}
+
+    @staticmethod
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        """Apply the layer: (B, S, D) -> (B, S, 2)."""
+        return model.qa_outputs(x)
+
+    @staticmethod
+    def loss(outputs: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the mean loss, (), of start and end, each a class among S positions: of outputs (B, S, 2) and labels
+        (B, 2) int64.
+
+        No answer begins or ends in padding. google-research/bert and transformers let it take part in the softmax over
+        positions; here it does not, so that a loss depends neither on how far a batch is padded nor on a cache, which
+        keeps no states of padding.
+        """
+        if mask is not None:
+            outputs = outputs.masked_fill(~mask[..., None], -math.inf)  # (B, S, 2)
+        return F.cross_entropy(outputs, labels)
+
+
+CLASSES = {"classification": Classification, "regression": Regression, "question-answering": QuestionAnswering}
