@@ -32,7 +32,7 @@ from harness import Timing, Variant, number
 from progtuning import accounting, report
 from progtuning.bert import Model, build_model
 from progtuning.config import ARCHITECTURES, BertConfig, PeftConfig
-from progtuning.engine import StageEngine, unit_of
+from progtuning.engine import StageEngine
 from progtuning.files import write_json, write_text
 from progtuning.optim import build_optimizer
 from progtuning.peft import apply_peft
@@ -124,10 +124,10 @@ class Group:
 
     def closed_form(self, form: Form) -> tuple[int, int]:
         """Return the FLOPs of a forward and of a backward pass; a cached prefix has none."""
-        products = accounting.matmuls(self.config, self.stage(form), self.peft, self.batch, self.length)
-        cached = range(form.frozen_blocks if form.cached else 0)
-        forward = sum(product.forward_flops for product in products if unit_of(product.name) not in cached)
-        return forward, sum(product.backward_flops for product in products)
+        active = accounting.units(self.config, self.peft).during(self.stage(form))
+        forward, backward = accounting.step_flops(self.config, active, self.peft, self.batch, self.length)
+        cached = form.frozen_blocks if form.cached else 0
+        return forward - accounting.prefix_flops(self.config, self.peft, cached, self.batch, self.length), backward
 
     def describe(self, form: Form) -> dict:
         """Return what needs no clock: FLOPs counted and in closed form, bytes; None where the memory fell short."""

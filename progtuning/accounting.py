@@ -32,7 +32,7 @@ lowest active block needs no input gradient for its query, key and value; with L
 none for K either; and blocks below the boundary cost input gradients exactly where E trains beneath them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import prod
@@ -99,6 +99,19 @@ class Units:
             tuple(unit if index in stage.blocks else _frozen(unit) for index, unit in enumerate(self.blocks)),
             self.head,
         )
+
+    def training(self, names: Collection[str]) -> "Units":
+        """Train exactly the parameters `names`, as the whole model has them."""
+        embeddings, *blocks, head = (
+            replace(unit, trainable=frozenset(name for name in unit.shapes if unit.prefix + name in names))
+            for unit in self
+        )
+        return Units(embeddings, tuple(blocks), head)
+
+    def active_blocks(self) -> list[int] | None:
+        """Return the first and last block that train, counted from 1, or None."""
+        numbers = [number for number, unit in enumerate(self.blocks, start=1) if unit.trainable]
+        return [numbers[0], numbers[-1]] if numbers else None
 
     def cut(self) -> int | None:
         """Return how many blocks lie below the lowest that trains, run without grad; None where E trains: no cut."""
@@ -312,12 +325,20 @@ class _Trace:
         self.matmuls: list[Matmul] = []
         self.kept: dict[_Symbol, int] = {}  # bytes
 
+    @property
+    def flops(self) -> tuple[int, int]:
+        """FLOPs of the forward and of the backward pass."""
+        return sum(one.forward_flops for one in self.matmuls), sum(one.backward_flops for one in self.matmuls)
+
     def model(self, model: Units) -> "_Trace":
-        x = self.embeddings(model.embeddings)
-        for unit in model.blocks:
-            x = self.block(unit, x)
-        self.head(model.head, x)
+        self.head(model.head, self.prefix(model.embeddings, model.blocks))
         return self
+
+    def prefix(self, embeddings: Unit, blocks: Iterable[Unit]) -> _Symbol:
+        x = self.embeddings(embeddings)
+        for unit in blocks:
+            x = self.block(unit, x)
+        return x
 
     def embeddings(self, unit: Unit) -> _Symbol:
         tables = any(name.endswith("_embeddings.weight") for name in unit.trainable)
@@ -417,12 +438,28 @@ def matmuls(config: BertConfig, stage: Stage, peft: PeftConfig, batch: int, leng
 
 def forward_flops(config: BertConfig, peft: PeftConfig, batch: int, length: int) -> int:
     """Return the FLOPs of a forward pass through all blocks and the head, the same in every stage."""
-    return sum(matmul.forward_flops for matmul in _trace(config, units(config, peft), peft, batch, length).matmuls)
+    return step_flops(config, units(config, peft), peft, batch, length)[0]
 
 
 def backward_flops(config: BertConfig, stage: Stage, peft: PeftConfig, batch: int, length: int) -> int:
     """Return the FLOPs of a backward pass in `stage`."""
-    return sum(matmul.backward_flops for matmul in matmuls(config, stage, peft, batch, length))
+    return step_flops(config, units(config, peft).during(stage), peft, batch, length)[1]
+
+
+def step_flops(config: BertConfig, active: Units, peft: PeftConfig, batch: int, length: int) -> tuple[int, int]:
+    """Return the FLOPs of the forward and of the backward pass of a step in which `active` train."""
+    return _trace(config, active, peft, batch, length).flops
+
+
+def prefix_flops(config: BertConfig, peft: PeftConfig, num_blocks: int, batch: int, length: int) -> int:
+    """Return the FLOPs of a forward pass through the lowest `num_blocks` blocks, which a cache of their output spares.
+
+    The backward pass has none there, as the cache keeps what is frozen alone.
+    """
+    model = units(config, peft)
+    trace = _Trace(config, peft, batch, length, _FP32)
+    trace.prefix(model.embeddings, model.blocks[:num_blocks])
+    return trace.flops[0]
 
 
 # Bytes
@@ -513,16 +550,16 @@ def plan(
     for stage, stage_updated in zip(schedule.stages, updated):
         active = model.during(stage)
         trace = _trace(config, active, peft, batch, length)
-        backward = sum(matmul.backward_flops for matmul in trace.matmuls)
+        forward, backward = trace.flops
         stages.append(
             {
                 "stage": stage.index + 1,
                 "epochs": int(epochs) if epochs.denominator == 1 else float(epochs),
-                "active_blocks": _active_blocks(active),
+                "active_blocks": active.active_blocks(),
                 "embeddings": bool(active.embeddings.trainable),
                 "trainable_parameters": active.num_trainable,
                 "updated_parameters": stage_updated,
-                "forward_flops": sum(matmul.forward_flops for matmul in trace.matmuls),
+                "forward_flops": forward,
                 "backward_flops": backward,
                 "share_of_full": backward / full_backward,
                 **_bytes(active, trace),
@@ -541,12 +578,6 @@ def plan(
         "updated_share_of_full": sum(updated) / full_updated,
         "backward_share_of_full": sum(stage["share_of_full"] for stage in stages) / len(stages),
     }
-
-
-def _active_blocks(active: Units) -> list[int] | None:
-    """Return the first and last block that train, counted from 1, or None."""
-    numbers = [number for number, unit in enumerate(active.blocks, start=1) if unit.trainable]
-    return [numbers[0], numbers[-1]] if numbers else None
 
 
 _TOLERANCE = 0.1  # millions: the paper prints one decimal, at times cut off and at times rounded

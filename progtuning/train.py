@@ -1,11 +1,10 @@
 """Fine-tuning: the loop of Algorithm 1 (Progtuning, arXiv 2506.21119), and what it costs."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
-from fractions import Fraction
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
@@ -13,90 +12,24 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from progtuning import accounting
 from progtuning.bert import Model
 from progtuning.cache import PrefixCache
-from progtuning.config import BertConfig, PeftConfig, TrainConfig
+from progtuning.config import TrainConfig
 from progtuning.data.batching import EncodedRows, TokenBatches, TrainBatches, prefetch
 from progtuning.distributed import Replica, World
 from progtuning.dps import DPS
-from progtuning.engine import EMBEDDINGS, GradientSums, StageEngine, compile_blocks, unit_of
+from progtuning.engine import GradientSums, StageEngine, compile_blocks
 from progtuning.errors import InputError, RunError
-from progtuning.measure import Clock, peak_bytes, reset_peak_bytes
+from progtuning.measure import reset_peak_bytes
 from progtuning.model import heads
 from progtuning.optim import FiniteCheck, build_optimizer, learning_rate_schedule
 from progtuning.resume import random_states, set_random_states
 from progtuning.stages import AdaptiveSchedule, Stage, make_schedule
+from progtuning.step.ledger import Ledger
 from progtuning.unpad import unpad
 
-# What each process counts for itself, and `summary.json` has for all of them together.
-_OF_ALL_PROCESSES = ("forward_flops", "backward_flops", "cache_bytes", "cache_hits", "cache_misses")
 LOG_EVERY = 10  # optimizer steps; the loss is read from the device only then
 MAX_SKIPS = 10  # batches in a row that are not finite, after which `skip_nonfinite` gives up
-
-
-@dataclass
-class StageCost:
-    """What one stage of a run did and cost."""
-
-    stage: Stage
-    trainable_parameters: int
-    clock: Clock
-    steps: int = 0
-    skipped_steps: int = 0  # batches without an update, as their loss or gradient was not finite
-    forward_flops: int = 0
-    backward_flops: int = 0
-    gradient_sum_bytes: int = 0  # of the sums by which the schedule "adaptive" decides
-    peak_bytes: int | None = None
-    cache_bytes: int = 0
-    cache_hits: int = 0  # times that an example's whole prefix was read
-    cache_misses: int = 0  # times that blocks of it ran
-    allreduced_bytes: int = 0  # of gradients that each process gave to be summed over all; 0 where it is alone
-
-    def measure_peak(self, device: torch.device) -> None:
-        peak = peak_bytes(device)
-        if peak is not None:
-            self.peak_bytes = max(peak, self.peak_bytes or 0)
-
-    def state_dict(self) -> dict:
-        """Return the stage and its account as numbers and names."""
-        counts = {name: getattr(self, name) for name in _COUNTS}
-        return {"stage": asdict(self.stage), "seconds": self.clock.seconds(), **counts}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping, device: torch.device) -> "StageCost":
-        counts = {name: state[name] for name in _COUNTS}
-        return cls(Stage(**state["stage"]), clock=Clock(device, state["seconds"]), **counts)
-
-    def to_dict(self, units: Collection[int | str], updated_parameters: int) -> dict:
-        """The stage as `summary.json` has it.
-
-        `units` are those that train; a PEFT method may have nothing to train in E or in a block of the stage.
-        """
-        blocks = sorted(unit for unit in units if isinstance(unit, int))
-        return {
-            "stage": self.stage.index + 1,
-            "steps": self.steps,
-            "skipped_steps": self.skipped_steps,
-            "active_blocks": [blocks[0] + 1, blocks[-1] + 1] if blocks else None,  # counted from 1
-            "embeddings": EMBEDDINGS in units,
-            "trainable_parameters": self.trainable_parameters,
-            "updated_parameters": updated_parameters,
-            "forward_flops": self.forward_flops,
-            "backward_flops": self.backward_flops,
-            "seconds": self.clock.seconds(),
-            "gradient_sum_bytes": self.gradient_sum_bytes,
-            "peak_bytes": self.peak_bytes,
-            "cache_bytes": self.cache_bytes,
-            "cache_hits": self.cache_hits,
-            "cache_misses": self.cache_misses,
-            "allreduced_bytes": self.allreduced_bytes,
-            "allreduced_bytes_per_step": self.allreduced_bytes / (self.steps + self.skipped_steps or 1),
-            "gradient_bytes": 4 * self.trainable_parameters,  # fp32: the closed form of the line above
-        }
-
-
-_COUNTS = tuple(one.name for one in fields(StageCost) if one.name not in ("stage", "clock"))  # numbers
 
 
 @dataclass
@@ -104,8 +37,8 @@ class Trainer:
     """A model, its training data and the settings of a run; `fit` trains it.
 
     `model` has its trainable parameters selected already (requires_grad). `log` takes every row of `metrics.jsonl`.
-    After `fit`, `costs` has an entry for each stage. Between two steps `state_dict` gives all that a trainer built from
-    the same arguments needs to go on, after `load_state_dict`, as this one would.
+    `ledger` has the account of each stage. Between two steps `state_dict` gives all that a trainer built from the same
+    arguments needs to go on, after `load_state_dict`, as this one would.
     """
 
     model: Model
@@ -113,7 +46,6 @@ class Trainer:
     settings: TrainConfig
     device: torch.device
     log: Callable[[Mapping], None] = lambda row: None
-    costs: list[StageCost] = field(default_factory=list)
     world: World = World()
 
     def __post_init__(self):
@@ -141,6 +73,10 @@ class Trainer:
         if settings.unpadded:
             unpad(self.model, self.device)
         self.replica = Replica(self.engine, self.world)
+        names, steps_per_epoch = self.engine.trainable_names, len(self.batches)
+        self.ledger = Ledger(
+            self.model, names, settings.peft, settings.epochs, steps_per_epoch, self.device, self.world
+        )
         self.finite = FiniteCheck(self.device)
         # A GPU is asked for what was not finite when the loss is read; until then nothing is saved.
         self.check_at_once = self.device.type == "cpu" or settings.skip_nonfinite
@@ -179,7 +115,7 @@ class Trainer:
                 for pieces in self.collated(self.batches.epoch(epoch)[self.batch :]):  # (2)
                     stage = self.schedule.at_step(self.step, self.num_steps)
                     if stage != self.engine.stage:  # (3)
-                        if self.costs:
+                        if self.ledger.costs:
                             after_step(True)
                         self.enter(stage)
                     loss = self.backward(pieces)  # (4)
@@ -187,7 +123,7 @@ class Trainer:
                     self.batch += 1
                     self.report(bar)
                     after_step(self.step == self.num_steps)
-                self.costs[-1].measure_peak(self.device)
+                self.ledger.measure_peak()
                 self.check_finite()
                 after_epoch(epoch)
                 self.epoch, self.batch = epoch + 1, 0
@@ -197,12 +133,12 @@ class Trainer:
 
         Loss and gradients are summed over all processes.
         """
-        cost, total = self.costs[-1], torch.zeros((), device=self.device)
+        cost, total = self.ledger.now, torch.zeros((), device=self.device)
         if self.dps:
             self.dps.before_step()
         for number, (rows, weight, tensors) in enumerate(pieces, 1):
             inputs, labels = to_device(tensors, self.device)
-            self.count(rows, inputs["input_ids"].shape[1])
+            self.ledger.count(rows, inputs["input_ids"].shape[1], self.kept(rows))
             with self.replica.reducing(last=number == len(pieces)):
                 with cost.clock.phase("forward"), autocast(self.device, self.settings.precision):
                     outputs = self.replica(**inputs, rows=rows)
@@ -215,7 +151,7 @@ class Trainer:
 
     def update(self, loss: Tensor) -> None:
         """Take the optimizer's step, or none where loss or gradient is not finite and such batches are skipped."""
-        cost = self.costs[-1]
+        cost = self.ledger.now
         with cost.clock.phase("optimizer"):
             norm = self.gradient_norm()
             if self.accepts(loss, norm):
@@ -265,21 +201,13 @@ class Trainer:
 
     def describe(self, step: int, loss: float, norm: float) -> str:
         """Say of a 0-based step that was not finite which it was, and in what."""
-        where = f"step {step + 1} (stage {self.stage_of(step)}, rows {', '.join(self.rows_of(step))})"
+        where = f"step {step + 1} (stage {self.ledger.stage_of(step)}, rows {', '.join(self.rows_of(step))})"
         return f"{where}: the loss is {loss:g}, the norm of the gradient {norm:g}"
 
     def rows_of(self, step: int) -> list[str]:
         """Return the ids of the rows of 0-based step `step`."""
         epoch, batch = divmod(step, len(self.batches))
         return [self.data.name(row) for row in self.batches.epoch(epoch)[batch]]
-
-    def stage_of(self, step: int) -> int:
-        """Return the stage, counted from 1, of a 0-based step so far."""
-        for cost in self.costs:
-            step -= cost.steps + cost.skipped_steps
-            if step < 0:
-                break
-        return cost.stage.index + 1
 
     def state_dict(self) -> dict:
         """Return what a resumed run needs, between two steps: a nested dict of tensors, numbers and names.
@@ -289,10 +217,9 @@ class Trainer:
         RunError where a step so far was not finite.
         """
         self.check_finite()
-        self.costs[-1].measure_peak(self.device)
         candidates = self.engine.candidates
-        changed = set().union(*(self.engine.trainable_names(cost.stage) for cost in self.costs))
-        own = {"costs": [cost.state_dict() for cost in self.costs], "random": random_states(self.device)}
+        changed = set().union(*(self.engine.trainable_names(cost.stage) for cost in self.ledger.costs))
+        own = {"costs": self.ledger.state_dict(), "random": random_states(self.device)}
         return {
             "epoch": self.epoch,
             "batch": self.batch,
@@ -315,10 +242,10 @@ class Trainer:
         with torch.no_grad():
             for name, tensor in state["weights"].items():
                 self.engine.candidates[name].copy_(tensor)
-        self.costs = [StageCost.from_state_dict(cost, self.device) for cost in own["costs"]]
+        self.ledger.load_state_dict(own["costs"])
         if self.engine.cache:
             self.refill_cache()
-        self.engine.enter(self.costs[-1].stage)
+        self.engine.enter(self.ledger.now.stage)
         for name, moments in state["optimizer"].items():
             parameter = self.engine.candidates[name]
             self.optimizer.state[parameter] = {
@@ -349,17 +276,13 @@ class Trainer:
         return prefetch(batches, collate) if on_cuda else map(collate, batches)
 
     def enter(self, stage: Stage) -> None:
-        """Begin a stage: its trainable set, its account."""
-        if self.costs:
-            self.costs[-1].measure_peak(self.device)
-        reset_peak_bytes(self.device)
+        """Begin a stage: its account, its trainable set."""
+        self.ledger.enter(stage)
         self.engine.enter(stage)
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.costs.append(StageCost(stage, sum(p.numel() for p in parameters), Clock(self.device)))
         if self.sums:
-            self.costs[-1].gradient_sum_bytes = self.sums.nbytes()
+            self.ledger.now.gradient_sum_bytes = self.sums.nbytes()
         if self.engine.cache and self.engine.cut:
-            self.costs[-1].cache_bytes = self.engine.cache.nbytes
+            self.ledger.now.cache_bytes = self.engine.cache.nbytes
 
     def open_cache(self) -> PrefixCache | None:
         """Return the cache of `settings`. Raises InputError where it is too large, or no stage has anything to keep."""
@@ -384,13 +307,13 @@ class Trainer:
         )
 
     def refill_cache(self) -> None:
-        """Make the entries that the steps of `costs` made, bit for bit: run their batches' prefix again, in order.
+        """Make the entries that the steps of the ledger made, bit for bit: run their batches' prefix again, in order.
 
         For a run that is resumed: the frozen blocks still have the weights that they had then. It costs what making the
         entries did, at most one forward pass of the frozen blocks for each example.
         """
         batches = (batch for epoch in range(self.settings.epochs) for batch in self.batches.epoch(epoch))
-        for cost in self.costs:
+        for cost in self.ledger.costs:
             self.engine.enter(cost.stage)
             self.engine.train()
             for pieces in self.collated(islice(batches, cost.steps + cost.skipped_steps)):
@@ -400,18 +323,9 @@ class Trainer:
                         with autocast(self.device, self.settings.precision):
                             self.engine.cached_prefix(**inputs, rows=piece)
 
-    def count(self, rows: list[int], length: int) -> None:
-        """Add the work of one forward and backward pass over `rows`, padded to `length` tokens, before it is done."""
-        cost, config, peft = self.costs[-1], self.model.config, self.settings.peft
-        forward, backward = _flops(config, peft, cost.stage, len(rows), length)
-        cost.forward_flops += forward
-        cost.backward_flops += backward
-        if self.engine.cache and self.engine.cut:
-            levels = self.engine.cache.levels[rows].tolist()
-            cost.forward_flops -= sum(_prefix_flops(config, peft, level, length) for level in levels)
-            hits = levels.count(self.engine.cut)
-            cost.cache_hits += hits
-            cost.cache_misses += len(rows) - hits
+    def kept(self, rows: list[int]) -> list[int] | None:
+        """Return, of each row, how many of its lowest blocks the cache has kept; None where none is read."""
+        return self.engine.cache.levels[rows].tolist() if self.engine.cache and self.engine.cut else None
 
     def active_parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -422,23 +336,9 @@ class Trainer:
 
     def account(self) -> dict:
         """Return what `summary.json` says of the stages: all processes' work and cache together, this one's seconds."""
-        settings, engine = self.settings, self.engine
-        updated = accounting.updated_by_stage(
-            (cost.trainable_parameters, Fraction(cost.steps, len(self.batches))) for cost in self.costs
-        )
-        stages = [cost.to_dict(engine.units(cost.stage), count) for cost, count in zip(self.costs, updated)]
-        for stage, *of_ranks in zip(stages, *self.world.gather(stages)):
-            for key in _OF_ALL_PROCESSES:
-                stage[key] = sum(of_rank[key] for of_rank in of_ranks)
-            stage["peak_bytes"] = max(of_rank["peak_bytes"] or 0 for of_rank in of_ranks) or None
-        config, full = self.model.config, make_schedule("full", self.model.num_blocks, 1)
-        return {
-            "processes": self.world.size,
-            "stages": stages,
-            **({"decisions": decisions(self.schedule)} if settings.schedule == "adaptive" else {}),
-            "updated_parameters": sum(stage["updated_parameters"] for stage in stages),
-            "updated_parameters_full": accounting.updated_parameters(config, full, settings.epochs, settings.peft),
-        }
+        account = self.ledger.account()
+        found = {"decisions": decisions(self.schedule)} if self.settings.schedule == "adaptive" else {}
+        return {key: account.pop(key) for key in ("processes", "stages")} | found | account
 
     def report(self, bar: tqdm) -> None:
         """Log the mean loss every LOG_EVERY steps; only then does the host wait for the device."""
@@ -468,20 +368,6 @@ def decisions(schedule: AdaptiveSchedule) -> list[dict]:
         decision | {"scores": {int(block) + 1: score for block, score in decision["scores"].items()}}
         for decision in schedule.state_dict()["decisions"]
     ]
-
-
-@lru_cache(maxsize=4096)  # a run has few shapes: lengths up to the limit, in a few stages
-def _flops(config: BertConfig, peft: PeftConfig, stage: Stage, batch: int, length: int) -> tuple[int, int]:
-    matmuls = accounting.matmuls(config, stage, peft, batch, length)
-    return sum(matmul.forward_flops for matmul in matmuls), sum(matmul.backward_flops for matmul in matmuls)
-
-
-@lru_cache(maxsize=4096)
-def _prefix_flops(config: BertConfig, peft: PeftConfig, num_blocks: int, length: int) -> int:
-    """FLOPs of the lowest blocks' forward pass over one example."""
-    stage = Stage(0, config.num_hidden_layers, num_blocks, embeddings=False)
-    matmuls = accounting.matmuls(config, stage, peft, 1, length)
-    return sum(matmul.forward_flops for matmul in matmuls if unit_of(matmul.name) in range(num_blocks))
 
 
 def autocast(device: torch.device, precision: str):

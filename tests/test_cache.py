@@ -100,7 +100,7 @@ def test_losses_with_the_cache_are_those_without_to_rounding(case, place):
     assert losses(cached) == pytest.approx(expected, rel=1e-5)
     stages = cached.account()["stages"]
     assert sum(stage["cache_misses"] for stage in stages) > 0
-    with_prefix = [cost.stage.index + 1 for cost in cached.costs if cached.engine.cut_of(cost.stage)]
+    with_prefix = [cost.stage.index + 1 for cost in cached.ledger.costs if cached.engine.cut_of(cost.stage)]
     assert [stage["stage"] for stage in stages if stage["cache_bytes"]] == with_prefix
     assert len(set(expected)) == len(expected) >= 10
 
@@ -125,8 +125,9 @@ def test_no_frozen_block_runs_twice_for_an_example_in_a_stage_nor_in_two_stages(
     run.fit()
     assert set(ran.values()) == {1}
     assert sum(calls.values()) == len(ran)
-    cuts = [run.engine.cut_of(cost.stage) or 0 for cost in run.costs]
-    whole_epochs = run.num_steps == sum(cost.steps for cost in run.costs if cost.steps % len(run.batches) == 0)
+    costs = run.ledger.costs
+    cuts = [run.engine.cut_of(cost.stage) or 0 for cost in costs]
+    whole_epochs = run.num_steps == sum(cost.steps for cost in costs if cost.steps % len(run.batches) == 0)
     if whole_epochs:
         assert set(ran) == {(example, block) for example in range(40) for block in range(max(cuts))}
 
@@ -220,7 +221,7 @@ def test_a_refilled_cache_is_the_lost_one_bit_for_bit():
     with pytest.raises(Stop):
         run.fit()
     lost, stage = run.engine.cache, run.engine.stage
-    assert len(run.costs) == 3 and set(lost.levels) == {1, 2}
+    assert len(run.ledger.costs) == 3 and set(lost.levels) == {1, 2}
     state = {p: {key: value.clone() for key, value in s.items()} for p, s in run.optimizer.state.items()}
     run.engine.cache = PrefixCache(run.data.lengths, TINY.hidden_size)
     random = torch.get_rng_state()

@@ -15,7 +15,7 @@ PACKAGE = Path(progtuning.__file__).parent
 # Each may import from those before it alone.
 ORDER = (
     "errors files partition stages config accounting model bert unpad peft dps checkpoint sources data metrics measure "
-    "optim cache distributed engine resume train evaluate run report cli __main__"
+    "optim cache distributed engine step resume train evaluate run report cli __main__"
 ).split()
 RUNTIME = {"torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "tqdm"}
 

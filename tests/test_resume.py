@@ -101,7 +101,7 @@ def test_a_run_resumed_after_any_step_ends_bit_for_bit_as_if_it_had_not_stopped(
     log = (tmp_path / "whole" / LOG).read_bytes()
     checkpoints = sorted((tmp_path / "whole" / CHECKPOINTS).iterdir())
     assert [path.name for path in checkpoints] == [f"step-{step:08d}" for step in range(1, 10)]
-    assert len(whole.costs) > 1 or changes.get("schedule") == "full"
+    assert len(whole.ledger.costs) > 1 or changes.get("schedule") == "full"
     for checkpoint in checkpoints:
         folder = tmp_path / checkpoint.name
         shutil.copytree(tmp_path / "whole", folder, ignore=shutil.ignore_patterns("step-*"))

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from progtuning import accounting
 from progtuning.bert import build_model
@@ -208,14 +210,26 @@ def test_updated_parameters_of_a_run_are_those_of_the_plan_wherever_its_steps_di
         stage = run.schedule.at_step(step, run.num_steps)
         if stage != run.engine.stage:
             run.enter(stage)
-        run.costs[-1].steps += 1
+        run.ledger.costs[-1].steps += 1
     account, plan = run.account(), accounting.plan(config, run.schedule, epochs, peft, batch=1, length=1)
     of_run, of_plan = ([stage["updated_parameters"] for stage in document["stages"]] for document in (account, plan))
     if run.num_steps % stages == 0:
         assert of_run == of_plan
-    exact = sum(Fraction(cost.trainable_parameters * cost.steps, steps_per_epoch) for cost in run.costs)
+    exact = sum(Fraction(cost.trainable_parameters * cost.steps, steps_per_epoch) for cost in run.ledger.costs)
     assert sum(of_run) == account["updated_parameters"] == round(exact)
     assert account["updated_parameters_full"] == plan["updated_parameters_full"]
+
+
+def test_the_flops_of_a_run_are_those_of_what_trains_also_where_its_method_would_train_more():
+    model = tiny_model()
+    for name, parameter in model.named_parameters():  # all but E, block 1's attention and the value projections
+        parameter.requires_grad_(not name.startswith(("embeddings", "encoder.layer.0.att")) and "value" not in name)
+    run = trainer(model=model, epochs=1)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run.fit()
+    [stage] = run.account()["stages"]
+    assert counter.get_total_flops() == stage["forward_flops"] + stage["backward_flops"]
+    assert stage["active_blocks"] == [1, 4] and not stage["embeddings"]
 
 
 def test_stages_name_their_active_blocks_from_1_and_null_where_the_head_trains_alone():

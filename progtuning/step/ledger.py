@@ -1,0 +1,183 @@
+"""What each stage of a run did and cost: steps, FLOPs, seconds, bytes, updated parameters."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
+from functools import lru_cache
+
+import torch
+
+from progtuning import accounting
+from progtuning.bert import Model
+from progtuning.config import BertConfig, PeftConfig
+from progtuning.distributed import World
+from progtuning.measure import Clock, peak_bytes, reset_peak_bytes
+from progtuning.stages import Stage, make_schedule
+
+# What each process counts for itself, and `summary.json` has for all of them together.
+_OF_ALL_PROCESSES = ("forward_flops", "backward_flops", "cache_bytes", "cache_hits", "cache_misses")
+
+
+@dataclass
+class StageCost:
+    """What one stage of a run did and cost."""
+
+    stage: Stage
+    names: frozenset[str]  # of the parameters that train
+    trainable_parameters: int
+    clock: Clock
+    steps: int = 0
+    skipped_steps: int = 0  # batches without an update, as their loss or gradient was not finite
+    forward_flops: int = 0
+    backward_flops: int = 0
+    gradient_sum_bytes: int = 0  # of the sums by which the schedule "adaptive" decides
+    peak_bytes: int | None = None
+    cache_bytes: int = 0
+    cache_hits: int = 0  # times that an example's whole prefix was read
+    cache_misses: int = 0  # times that blocks of it ran
+    allreduced_bytes: int = 0  # of gradients that each process gave to be summed over all; 0 where it is alone
+
+    def measure_peak(self, device: torch.device) -> None:
+        peak = peak_bytes(device)
+        if peak is not None:
+            self.peak_bytes = max(peak, self.peak_bytes or 0)
+
+    def state_dict(self) -> dict:
+        """Return the stage and its account as numbers and names."""
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        return {"stage": asdict(self.stage), "seconds": self.clock.seconds(), **counts}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping, names: frozenset[str], device: torch.device) -> "StageCost":
+        counts = {name: state[name] for name in _COUNTS}
+        return cls(Stage(**state["stage"]), names, clock=Clock(device, state["seconds"]), **counts)
+
+    def to_dict(self, active: accounting.Units, updated_parameters: int) -> dict:
+        """The stage as `summary.json` has it.
+
+        `active` are the units with what trains; a PEFT method may have nothing to train in E or in a block of the
+        stage.
+        """
+        return {
+            "stage": self.stage.index + 1,
+            "steps": self.steps,
+            "skipped_steps": self.skipped_steps,
+            "active_blocks": active.active_blocks(),
+            "embeddings": bool(active.embeddings.trainable),
+            "trainable_parameters": self.trainable_parameters,
+            "updated_parameters": updated_parameters,
+            "forward_flops": self.forward_flops,
+            "backward_flops": self.backward_flops,
+            "seconds": self.clock.seconds(),
+            "gradient_sum_bytes": self.gradient_sum_bytes,
+            "peak_bytes": self.peak_bytes,
+            "cache_bytes": self.cache_bytes,
+            "cache_hits": self.cache_hits,
+            "cache_misses": self.cache_misses,
+            "allreduced_bytes": self.allreduced_bytes,
+            "allreduced_bytes_per_step": self.allreduced_bytes / (self.steps + self.skipped_steps or 1),
+            "gradient_bytes": 4 * self.trainable_parameters,  # fp32: the closed form of the line above
+        }
+
+
+_COUNTS = tuple(one.name for one in fields(StageCost) if one.name not in ("stage", "names", "clock"))  # numbers
+
+
+@dataclass
+class Ledger:
+    """The account of a run, a StageCost for each stage so far in `costs`; the last is that of the stage that is on.
+
+    What trains is what `trainable_names` (of StageEngine) says of a stage: names of parameters of `model`.
+    """
+
+    model: Model
+    trainable_names: Callable[[Stage], set[str]]
+    peft: PeftConfig
+    epochs: int
+    steps_per_epoch: int
+    device: torch.device
+    world: World = World()
+    costs: list[StageCost] = field(default_factory=list)
+
+    @property
+    def now(self) -> StageCost:
+        """The account of the stage that is on."""
+        return self.costs[-1]
+
+    def enter(self, stage: Stage) -> None:
+        """Begin the account of a stage, before the engine enters it: so the peak of the one before is not its own."""
+        if self.costs:
+            self.measure_peak()
+        reset_peak_bytes(self.device)
+        names = frozenset(self.trainable_names(stage))
+        count = sum(p.numel() for name, p in self.model.named_parameters() if name in names)
+        self.costs.append(StageCost(stage, names, count, Clock(self.device)))
+
+    def measure_peak(self) -> None:
+        """Note the most memory since the stage began, or since this was last asked for."""
+        self.now.measure_peak(self.device)
+
+    def count(self, rows: Sequence[int], length: int, levels: Sequence[int] | None = None) -> None:
+        """Add the work of one forward and backward pass over `rows`, padded to `length` tokens, before it is done.
+
+        `levels` are, of each row, how many of its lowest blocks a cache has kept and spares; None: there is no cache.
+        """
+        cost, config, peft = self.now, self.model.config, self.peft
+        forward, backward = _flops(config, peft, cost.names, len(rows), length)
+        cost.forward_flops += forward
+        cost.backward_flops += backward
+        if levels is not None:
+            cost.forward_flops -= sum(_prefix_flops(config, peft, level, 1, length) for level in levels)
+            hits = levels.count(_active(config, peft, cost.names).cut())
+            cost.cache_hits += hits
+            cost.cache_misses += len(rows) - hits
+
+    def stage_of(self, step: int) -> int:
+        """Return the stage, counted from 1, of a 0-based step so far."""
+        for cost in self.costs:
+            step -= cost.steps + cost.skipped_steps
+            if step < 0:
+                break
+        return cost.stage.index + 1
+
+    def account(self) -> dict:
+        """Return what `summary.json` says of the stages: all processes' work and cache together, this one's seconds."""
+        config, full = self.model.config, make_schedule("full", self.model.num_blocks, 1)
+        updated = accounting.updated_by_stage(
+            (cost.trainable_parameters, Fraction(cost.steps, self.steps_per_epoch)) for cost in self.costs
+        )
+        active = [_active(config, self.peft, cost.names) for cost in self.costs]
+        stages = [cost.to_dict(*values) for cost, *values in zip(self.costs, active, updated)]
+        for stage, *of_ranks in zip(stages, *self.world.gather(stages)):
+            for key in _OF_ALL_PROCESSES:
+                stage[key] = sum(of_rank[key] for of_rank in of_ranks)
+            stage["peak_bytes"] = max(of_rank["peak_bytes"] or 0 for of_rank in of_ranks) or None
+        return {
+            "processes": self.world.size,
+            "stages": stages,
+            "updated_parameters": sum(updated),
+            "updated_parameters_full": accounting.updated_parameters(config, full, self.epochs, self.peft),
+        }
+
+    def state_dict(self) -> list[dict]:
+        """Return this process's account of each stage so far, as numbers and names."""
+        self.measure_peak()
+        return [cost.state_dict() for cost in self.costs]
+
+    def load_state_dict(self, state: Sequence[Mapping]) -> None:
+        """Take up what `state_dict` gave."""
+        names = (frozenset(self.trainable_names(Stage(**cost["stage"]))) for cost in state)
+        self.costs = [StageCost.from_state_dict(cost, of_cost, self.device) for cost, of_cost in zip(state, names)]
+
+
+@lru_cache
+def _active(config: BertConfig, peft: PeftConfig, names: frozenset[str]) -> accounting.Units:
+    return accounting.units(config, peft).training(names)
+
+
+@lru_cache(maxsize=4096)  # a run has few shapes: lengths up to the limit, in a few stages
+def _flops(config: BertConfig, peft: PeftConfig, names: frozenset[str], batch: int, length: int) -> tuple[int, int]:
+    return accounting.step_flops(config, _active(config, peft, names), peft, batch, length)
+
+
+_prefix_flops = lru_cache(maxsize=4096)(accounting.prefix_flops)
