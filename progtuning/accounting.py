@@ -37,6 +37,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import prod
 
+from progtuning.base.checks import check_choice, check_number
 from progtuning.config import ARCHITECTURES, BLOCK_LINEARS, BertConfig, PeftConfig
 from progtuning.errors import InputError
 from progtuning.stages import AdaptiveSchedule, Schedule, Stage, make_schedule
@@ -278,7 +279,7 @@ def updated_by_stage(stages: Iterable[tuple[int, Fraction]]) -> list[int]:
 
 
 def _updated_by_stage(model: Units, schedule: Schedule, num_epochs: int) -> list[int]:
-    _check_count("--epochs", num_epochs)
+    check_number("--epochs", num_epochs, int, low=1)
     epochs = Fraction(num_epochs, len(schedule.stages))
     return updated_by_stage((model.during(stage).num_trainable, epochs) for stage in schedule.stages)
 
@@ -423,8 +424,8 @@ class _Trace:
 def _trace(
     config: BertConfig, model: Units, peft: PeftConfig, batch: int, length: int, mask_itemsize: int = _FP32
 ) -> _Trace:
-    _check_count("--batch-size", batch)
-    _check_count("--length", length, config.max_length)
+    check_number("--batch-size", batch, int, low=1)
+    check_number("--length", length, int, low=1, high=config.max_length)
     return _Trace(config, peft, batch, length, mask_itemsize).model(model)
 
 
@@ -500,8 +501,7 @@ def cache_bytes(
 
     0 where E trains or no block is frozen: there is no prefix to keep. Raises InputError for an unknown cache_dtype.
     """
-    if cache_dtype not in ITEMSIZE:
-        raise InputError(f"--cache-dtype must be one of {', '.join(ITEMSIZE)}, got {cache_dtype!r}")
+    check_choice("--cache-dtype", cache_dtype, ITEMSIZE)
     return tokens * config.hidden_size * ITEMSIZE[cache_dtype] if units(config, peft).during(stage).cut() else 0
 
 
@@ -668,9 +668,3 @@ def _pair(
         values |= {"ours": ours, "paper": printed, "agrees": agrees}
         rows.append(values if agrees is not False else values | {"note": _BELOW_HALF})
     return rows
-
-
-def _check_count(option: str, value: int, high: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (high is not None and value > high):
-        limit = "of at least 1" if high is None else f"in 1..{high}"
-        raise InputError(f"{option} must be an integer {limit}, got {value!r}")

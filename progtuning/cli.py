@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from progtuning import __version__, report
 from progtuning.accounting import paper_rows, plan
 from progtuning.config import (
     ARCHITECTURES,
-    BLOCK_LINEARS,
     TASK_DEFAULTS,
     BertConfig,
     CheckpointConfig,
@@ -40,12 +39,14 @@ from progtuning.files import (
     write_json,
     write_text,
 )
+from progtuning.settings.options import add_options, given, options
 from progtuning.stages import AdaptiveSchedule, make_schedule
 
 # What the demo trains: a learning rate for a small encoder, and a part of the rows
 # so that two runs take minutes on two cores.
 DEMO_MODEL, DEMO_DATA, DEMO_ROWS = "minilm-l6", "movie-reviews", 3000
 DEMO_SETTINGS = {"epochs": 3, "batch_size": 32, "lr": 1e-4, "max_length": 64, "evaluate": "end"}
+SETTINGS = (TrainConfig, PeftConfig, DPSConfig, SquadConfig)
 MODEL_HELP = (
     "folder, org/name[@revision] or bert-base-uncased and the like on the Hub, pypi:NAME==VERSION, or minilm-l6"
 )
@@ -185,13 +186,7 @@ def build_parser() -> Parser:
     train.add_argument("--model", required=True, help=MODEL_HELP)
     add_task_options(train)
     train.add_argument("--output-dir", required=True, help="a new or empty folder, or with --resume that of the run")
-    train.add_argument(
-        "--save-every", type=int, metavar="N", help="save the run every N optimizer steps and at each stage's end"
-    )
-    train.add_argument(
-        "--keep-checkpoints", type=int, default=2, metavar="K", help="keep the last K of them (%(default)s)"
-    )
-    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output-dir")
+    add_options(train, CheckpointConfig)
     train.add_argument("--max-train-rows", type=int, metavar="N", help="train on a sample of N rows")
     train.add_argument(
         "--recipe", choices=("paper",), help="for all options not given what the method's authors have, and E always"
@@ -199,14 +194,15 @@ def build_parser() -> Parser:
     train.add_argument(
         "--merge", action="store_true", help="write a whole model, the PEFT method's update merged into it"
     )
-    add_train_options(train)
+    for settings in SETTINGS:
+        add_options(train, settings)
     add_run_options(train)
 
     evaluate = add_command(commands, "evaluate", run_evaluate, "measure a fine-tuned model on a task's held-out rows")
     add_checkpoint_options(evaluate)
     add_task_options(evaluate)
     evaluate.add_argument("--output-dir", help="a new or empty folder, for SQuAD's prediction files")
-    add_train_options(evaluate, only=[row[0] for row in OPTIONS[SquadConfig]])
+    add_options(evaluate, SquadConfig)
     add_run_options(evaluate)
 
     predict = add_command(commands, "predict", run_predict, "label texts, or answer questions, with a fine-tuned model")
@@ -217,7 +213,7 @@ def build_parser() -> Parser:
     text = "write what the GLUE server takes, for --task (ax and wnli too) and --data, into DIR"
     predict.add_argument("--glue-submission", metavar="DIR", help=text)
     add_task_options(predict, required=False)
-    add_train_options(predict, only=[row[0] for row in OPTIONS[SquadConfig]])
+    add_options(predict, SquadConfig)
     add_run_options(predict)
 
     plan_command = add_command(commands, "plan", run_plan, "what every stage of a run will cost; needs no weights")
@@ -225,13 +221,9 @@ def build_parser() -> Parser:
     plan_command.add_argument("--length", type=int, help="tokens a sequence (128, or what the model takes)")
     plan_command.add_argument("--labels", type=int, default=2, help="classes; 1 is regression (%(default)s)")
     plan_command.add_argument("--head", default="classification", choices=("classification", "question-answering"))
-    add_train_options(
-        plan_command,
-        only=(
-            *("schedule", "stages", "embeddings", "epochs", "batch-size", "cache-dtype"),
-            *(row[0] for row in OPTIONS[PeftConfig]),
-        ),
-    )
+    planned = ("schedule", "stages", "embeddings", "epochs", "batch_size", "cache_dtype")
+    add_options(plan_command, TrainConfig, only=planned)
+    add_options(plan_command, PeftConfig)
     plan_command.add_argument("--json", action="store_true", help="print JSON")
 
     paper = add_command(commands, "paper", run_paper, "the paper's Tables 2 and 3 and Figure 4 from the closed forms")
@@ -244,8 +236,8 @@ def build_parser() -> Parser:
     add_task_options(probe)
     probe.add_argument("--output-dir", required=True, help="a new or empty folder, for probe.json and a picture")
     probe.add_argument("--max-train-rows", type=int, metavar="N", help="train on a sample of N rows")
-    left_out = ("schedule", "stages", "freeze-percentile", "evaluate", "cache", "cache-dtype", "cache-limit")
-    add_train_options(probe, only=[row[0] for row in OPTIONS[TrainConfig] if row[0] not in left_out])
+    left_out = {"schedule", "stages", "freeze_percentile", "evaluate", "cache", "cache_dtype", "cache_limit"}
+    add_options(probe, TrainConfig, only=options(TrainConfig).keys() - left_out)
     add_run_options(probe)
 
     report_command = add_command(commands, "report", run_report, "compare runs: a table, and with matplotlib pictures")
@@ -272,9 +264,9 @@ def add_checkpoint_options(parser: Parser) -> None:
     parser.add_argument("--checkpoint", required=True, help="output folder of train, or of the library peft")
     text = "where the base model of a --checkpoint of --peft is, if no longer where its file says; as --model of train"
     parser.add_argument("--base-model", metavar="MODEL", help=text)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=TrainConfig.batch_size)
     parser.add_argument("--max-length", type=int, help="tokens a sequence (as in training)")
-    parser.add_argument("--precision", default="fp32", help="fp32 or bf16")
+    parser.add_argument("--precision", default=TrainConfig.precision, help="fp32 or bf16")
     text = "other names for the model's classes, by those it has; or a JSON object"
     parser.add_argument("--label-map", metavar="OLD=NEW,...", help=text)
 
@@ -284,126 +276,28 @@ def add_run_options(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
 
 
-# The options that are fields of a settings class, by class: (option, field, help). What they allow is checked there.
-OPTIONS = {
-    TrainConfig: (
-        ("schedule", "schedule", "full, shrinking, growing, without-low-blocks or adaptive"),
-        ("stages", "stages", "stages (one an epoch); of adaptive, intervals (five an epoch)"),
-        ("freeze-percentile", "freeze_percentile", "of the scores of adaptive: lower ones freeze, from below"),
-        ("embeddings", "embeddings", "when E trains: with-block-1, always or never"),
-        ("epochs", "epochs", "passes over the training rows"),
-        ("batch-size", "batch_size", "examples an optimizer step"),
-        ("batch-tokens", "batch_tokens", "instead, tokens an optimizer step, padding included"),
-        ("accumulation-steps", "accumulation_steps", "pieces that a batch is processed in, to save memory"),
-        ("lr", "lr", "peak learning rate"),
-        ("lr-schedule", "lr_schedule", "linear, which falls to 0 after the warm-up, or constant"),
-        ("weight-decay", "weight_decay", "AdamW's decay of weights, not of biases and LayerNorms"),
-        ("adam-epsilon", "adam_epsilon", "AdamW's epsilon"),
-        ("warmup", "warmup", "share of the steps in which the learning rate rises"),
-        ("max-grad-norm", "max_grad_norm", "clip the gradient's norm; 0 does not"),
-        ("max-length", "max_length", "tokens a sequence (128, of SQuAD 384, or what the model takes)"),
-        ("precision", "precision", "fp32 or bf16"),
-        ("compile", "compile", "compile each block with torch.compile"),
-        ("unpadded", "unpadded", "run the blocks without padding, where attention does not drop out; CUDA and bf16"),
-        ("hidden-dropout-prob", "hidden_dropout_prob", "dropout (the model's own)"),
-        ("attention-probs-dropout-prob", "attention_probs_dropout_prob", "dropout of attention (the model's own)"),
-        ("prefix-dropout", "prefix_dropout", "dropout in the frozen blocks (true; false with --cache or adaptive)"),
-        ("cache", "cache", "keep the output of the frozen blocks for each example: off, memory or disk"),
-        ("cache-dtype", "cache_dtype", "what the cache holds: fp32 or bf16"),
-        ("cache-limit", "cache_limit", "largest cache, in GB or with a unit: 500MB (half of what is free)"),
-        ("group-by-length", "group_by_length", "batches of like lengths"),
-        ("evaluate", "evaluate", "after every epoch, or at the end"),
-        ("skip-nonfinite", "skip_nonfinite", "pass over batches whose loss or gradient is not finite"),
-        ("seed", "seed", "of the data order, what is drawn afresh, and dropout"),
-    ),
-    PeftConfig: (
-        ("peft", "method", "none, adapter, bitfit, lora or spafit"),
-        ("adapter-size", "adapter_size", "width of the bottleneck"),
-        ("adapter-activation", "adapter_activation", "gelu, gelu_new or relu"),
-        ("adapter-layer-norms", "adapter_layer_norms", "train the blocks' LayerNorms with the adapters"),
-        ("adapter-embedding-layer-norm", "adapter_embedding_layer_norm", "train E's too, in the stages that train E"),
-        ("adapter-init-std", "adapter_init_std", "deviation of the adapters' weights at the start"),
-        ("lora-r", "lora_r", "rank"),
-        ("lora-alpha", "lora_alpha", "the update is scaled by alpha / r"),
-        ("lora-dropout", "lora_dropout", "dropout before A"),
-        ("lora-targets", "lora_targets", f"comma-separated, of {', '.join(BLOCK_LINEARS)}"),
-        ("lora-pooler", "lora_pooler", "train BERT's pooler with the head"),
-        ("bitfit-biases", "bitfit_biases", "all, or query,intermediate"),
-        ("spafit-bounds", "spafit_bounds", "N1,N2, or 4-9 or 4-14 (of 24 blocks) (4-9)"),
-    ),
-    DPSConfig: (
-        ("dps", "mode", "gradient-chosen subnetworks: off, dense or mix"),
-        ("dps-p", "p", "share of each matrix that a subnetwork leaves out"),
-        ("dps-update-ratio", "update_ratio", "length of a window, as a share of all steps"),
-    ),
-    SquadConfig: (
-        ("doc-stride", "doc_stride", "SQuAD: tokens by which the windows of a context overlap"),
-        ("max-query-length", "max_query_length", "SQuAD: tokens kept of a question"),
-        ("max-answer-length", "max_answer_length", "SQuAD: tokens of the longest answer"),
-        ("n-best", "n_best", "SQuAD: answers kept for each question"),
-        ("null-threshold", "null_threshold", "SQuAD v2.0: odds above which there is no answer (0)"),
-    ),
-}
-
-
-def add_train_options(parser: Parser, only: Sequence[str] | None = None) -> None:
-    """Add the options of OPTIONS (`only` these). One that is not given is absent, so that a recipe can tell."""
-    for settings, options in OPTIONS.items():
-        defaults = {field.name: field.default for field in fields(settings)}
-        for option, field, text in options:
-            default = defaults[field]
-            if only is not None and option not in only:
-                continue
-            if default is not None:
-                shown = ",".join(default) if isinstance(default, tuple) else default
-                text += f" ({str(shown).lower() if isinstance(default, bool) else shown})"
-            values = {"dest": option, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-            if isinstance(default, bool) or option == "prefix-dropout":
-                parser.add_argument(f"--{option}", action=argparse.BooleanOptionalAction, **values)
-            else:
-                metavar = option.rpartition("-")[2].upper()
-                parser.add_argument(f"--{option}", type=option_type(option, default), metavar=metavar, **values)
-
-
-def option_type(option: str, default) -> Callable[[str], object]:
-    if option in ("stages", "batch-tokens", "max-length"):
-        return int
-    if option.endswith("dropout-prob") or option == "null-threshold":
-        return float
-    if isinstance(default, tuple):
-        return split_names
-    return str if default is None else type(default)
-
-
-def split_names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
-
-
 def train_config(args: argparse.Namespace, num_blocks: int, task: str | None = None, num_rows: int = 0) -> TrainConfig:
     """Build the settings from the options given. Where none is given, the task's own values stand, and with
     `--recipe paper` the authors' for `num_rows` training rows before them."""
-    given = {
-        settings: {field: getattr(args, option) for option, field, _ in options if hasattr(args, option)}
-        for settings, options in OPTIONS.items()
-    }
-    if "spafit_bounds" in given[PeftConfig]:
+    values = {settings: given(args, settings) for settings in SETTINGS}
+    if "spafit_bounds" in values[PeftConfig]:
         from progtuning.peft.spafit import parse_bounds
 
-        given[PeftConfig]["spafit_bounds"] = parse_bounds(given[PeftConfig]["spafit_bounds"], num_blocks)
-    if {"batch_size", "batch_tokens"} <= set(given[TrainConfig]):
+        values[PeftConfig]["spafit_bounds"] = parse_bounds(values[PeftConfig]["spafit_bounds"], num_blocks)
+    if {"batch_size", "batch_tokens"} <= set(values[TrainConfig]):
         raise InputError("--batch-size and --batch-tokens exclude each other: give one of them")
-    if "cache_limit" in given[TrainConfig]:
-        given[TrainConfig]["cache_limit"] = parse_size("--cache-limit", given[TrainConfig]["cache_limit"])
-    peft, dps = PeftConfig(**given[PeftConfig]), DPSConfig(**given[DPSConfig])
+    if "cache_limit" in values[TrainConfig]:
+        values[TrainConfig]["cache_limit"] = parse_size("--cache-limit", values[TrainConfig]["cache_limit"])
+    peft, dps = PeftConfig(**values[PeftConfig]), DPSConfig(**values[DPSConfig])
     if getattr(args, "recipe", None) == "paper":
-        values = recipe(peft.method, task, dps.mode, num_rows, given[TrainConfig])
-        dps_values = {key.removeprefix("dps_"): value for key, value in values.items() if key.startswith("dps_")}
-        for settings, known in ((TrainConfig, values), (PeftConfig, values), (DPSConfig, dps_values)):
-            names = {field.name for field in fields(settings)}
-            given[settings] = {key: value for key, value in known.items() if key in names} | given[settings]
-        peft, dps = PeftConfig(**given[PeftConfig]), DPSConfig(**given[DPSConfig])
+        authors = recipe(peft.method, task, dps.mode, num_rows, values[TrainConfig])
+        of_dps = {key.removeprefix("dps_"): value for key, value in authors.items() if key.startswith("dps_")}
+        for settings, known in ((TrainConfig, authors), (PeftConfig, authors), (DPSConfig, of_dps)):
+            names = options(settings)
+            values[settings] = {key: value for key, value in known.items() if key in names} | values[settings]
+        peft, dps = PeftConfig(**values[PeftConfig]), DPSConfig(**values[DPSConfig])
     defaults = TASK_DEFAULTS.get(task, {})
-    return TrainConfig(**defaults | given[TrainConfig], peft=peft, dps=dps, squad=SquadConfig(**given[SquadConfig]))
+    return TrainConfig(**defaults | values[TrainConfig], peft=peft, dps=dps, squad=SquadConfig(**values[SquadConfig]))
 
 
 def run_demo(args: argparse.Namespace) -> None:
@@ -447,8 +341,8 @@ def run_train(args: argparse.Namespace) -> None:
 
     with join(say) as world:
         with world.agreed():
-            checkpoints = CheckpointConfig(args.save_every, args.keep_checkpoints, args.resume)
-            check_output_folder(args.output_dir, args.resume)
+            checkpoints = CheckpointConfig(**given(args, CheckpointConfig))
+            check_output_folder(args.output_dir, checkpoints.resume)
             device = choose_device(args.device, world)
             if getattr(args, "compile", False):
                 check_compiler(device)
@@ -480,8 +374,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if args.output_dir is not None:
         check_new_folder(args.output_dir)
     device = choose_device(args.device)
-    TrainConfig(batch_size=args.batch_size, precision=args.precision)  # checks both
-    options = (squad_options(args), args.base_model, label_map(args), say)
+    TrainConfig.check(batch_size=args.batch_size, precision=args.precision)
+    options = (given(args, SquadConfig), args.base_model, label_map(args), say)
     checkpoint = load_checkpoint(Path(args.checkpoint), args.max_length, *options)
     splits = load_held_out(args.task, args.data, checkpoint)
     values = evaluate_checkpoint(checkpoint, splits, device, args.batch_size, args.precision, args.output_dir)
@@ -498,8 +392,8 @@ def run_predict(args: argparse.Namespace) -> None:
     if args.output is not None:
         check_no_input(args.output, (args.input, *checkpoint_files(Path(args.checkpoint))))
     device = choose_device(args.device)
-    TrainConfig(batch_size=args.batch_size, precision=args.precision)  # checks both
-    options = (squad_options(args), args.base_model, label_map(args), say)
+    TrainConfig.check(batch_size=args.batch_size, precision=args.precision)
+    options = (given(args, SquadConfig), args.base_model, label_map(args), say)
     checkpoint = load_checkpoint(Path(args.checkpoint), args.max_length, *options)
     if args.glue_submission is not None:
         arguments = (args.task, args.data, args.glue_submission, device, args.batch_size, args.precision)
@@ -518,11 +412,6 @@ def run_predict(args: argparse.Namespace) -> None:
 
 def label_map(args: argparse.Namespace) -> dict[str, str]:
     return {} if args.label_map is None else parse_label_map(args.label_map)
-
-
-def squad_options(args: argparse.Namespace) -> dict:
-    """Return the fields of SquadConfig whose options are given."""
-    return {field: getattr(args, option) for option, field, _ in OPTIONS[SquadConfig] if hasattr(args, option)}
 
 
 def check_predict_options(args: argparse.Namespace) -> None:

@@ -16,8 +16,10 @@ from fractions import Fraction
 from math import ceil
 from pathlib import Path
 
+from progtuning.base.checks import check_choice, check_number
 from progtuning.errors import InputError
 from progtuning.files import read_json
+from progtuning.settings.options import Options, option
 from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu")
@@ -32,7 +34,6 @@ DPS_MODES = ("off", "dense", "mix")
 PRECISIONS = ("fp32", "bf16")
 CACHES = ("off", "memory", "disk")
 LR_SCHEDULES = ("linear", "constant")
-_INFINITY = float("inf")
 
 # The six linear layers of a block, by the names that Hugging Face checkpoints give them.
 BLOCK_LINEARS = {
@@ -98,18 +99,6 @@ _REQUIRED = (
 )
 
 
-def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_number(name: str, value, kind: type, low: float, high: float = _INFINITY) -> None:
-    right_type = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    if not right_type or not low <= value <= high or value == _INFINITY:
-        limit = f"in {low}..{high}" if high != _INFINITY else f"of at least {low}"
-        raise InputError(f"{name} must be {'an integer' if kind is int else 'a number'} {limit}, got {value!r}")
-
-
 @dataclass(frozen=True)
 class BertConfig:
     """The architecture of a BERT or RoBERTa encoder and its head, in the names of Hugging Face's config.json.
@@ -137,23 +126,23 @@ class BertConfig:
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
 
     def __post_init__(self):
-        _check_choice("model_type", self.model_type, ("bert", "roberta"))
+        check_choice("model_type", self.model_type, ("bert", "roberta"))
         if self.pad_token_id is None:
             object.__setattr__(self, "pad_token_id", 0 if self.model_type == "bert" else 1)
         for name in (*_REQUIRED, "type_vocab_size"):
-            _check_number(name, getattr(self, name), int, low=1, high=1000 if name == "num_hidden_layers" else 2**24)
+            check_number(name, getattr(self, name), int, low=1, high=1000 if name == "num_hidden_layers" else 2**24)
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             if name != "classifier_dropout" or self.classifier_dropout is not None:
-                _check_number(name, getattr(self, name), float, low=0, high=1)
-        _check_number("initializer_range", self.initializer_range, float, low=0)
-        _check_number("layer_norm_eps", self.layer_norm_eps, float, low=0)
-        _check_number("pad_token_id", self.pad_token_id, int, low=0, high=self.vocab_size - 1)
+                check_number(name, getattr(self, name), float, low=0, high=1)
+        check_number("initializer_range", self.initializer_range, float, low=0)
+        check_number("layer_norm_eps", self.layer_norm_eps, float, low=0)
+        check_number("pad_token_id", self.pad_token_id, int, low=0, high=self.vocab_size - 1)
         if self.hidden_size % self.num_attention_heads:
             got = f"{self.hidden_size} and {self.num_attention_heads}"
             raise InputError(f"hidden_size must be divisible by num_attention_heads, got {got}")
-        _check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
+        check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
         if self.head is not None:
-            _check_choice("head", self.head, HEADS)
+            check_choice("head", self.head, HEADS)
         if self.max_length < 1:
             raise InputError(
                 f"max_position_embeddings must exceed pad_token_id + 1 for roberta, got {self.max_position_embeddings}"
@@ -255,7 +244,7 @@ def _architecture(values: Mapping) -> str:
 def _model_type(values: Mapping) -> str:
     """Return the family of a config.json: what it says, or where it says nothing what its architecture or keys are."""
     if values.get("model_type") is not None:
-        _check_choice("model_type", values["model_type"], ("bert", "roberta"))
+        check_choice("model_type", values["model_type"], ("bert", "roberta"))
         return values["model_type"]
     architecture = _architecture(values)
     if match := re.fullmatch(r"(Bert|Roberta)(Model|LMHeadModel|For[A-Z]\w*)", architecture):
@@ -310,7 +299,7 @@ def _labels(values: Mapping) -> tuple[str, ...]:
     names = values.get("id2label")
     if names is None:
         if count is not None:
-            _check_number("num_labels", count, int, low=1, high=100_000)
+            check_number("num_labels", count, int, low=1, high=100_000)
         return tuple(f"LABEL_{i}" for i in range(2 if count is None else count))
     if not isinstance(names, Mapping) or {str(key) for key in names} != {str(i) for i in range(len(names))}:
         raise InputError(f"key 'id2label' must map 0..{len(names) - 1 if isinstance(names, Mapping) else 'n'} to names")
@@ -343,59 +332,55 @@ ARCHITECTURES = {
 
 
 @dataclass(frozen=True)
-class PeftConfig:
+class PeftConfig(Options):
     """Which parameters a fine-tuning method trains or adds, before they are partitioned by block (Algorithm 1).
 
     Raises InputError that names the option where a value is out of range.
     """
 
-    method: str = "none"  # one of PEFT_METHODS; "none" trains every parameter
-    adapter_size: int = 64  # bottleneck width
-    adapter_activation: str = "gelu"
-    adapter_layer_norms: bool = True  # Houlsby et al. (2019) train the LayerNorms of the blocks with the adapters
-    adapter_embedding_layer_norm: bool = False  # and in their code E's, beneath which no backward pass can be cut
-    adapter_init_std: float = 1e-2  # their Section 3.6; 1e-3 in their code
-    lora_r: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    lora_targets: tuple[str, ...] = ("query", "value")  # keys of BLOCK_LINEARS
-    lora_pooler: bool = False  # train BERT's pooler too, as RoBERTa's head trains its own dense layer
-    bitfit_biases: str = "all"  # or "query,intermediate", the half-size variant of Zaken et al. (2021)
+    method: str = option("none", "{choices}", name="peft", choices=PEFT_METHODS)  # "none" trains every parameter
+    adapter_size: int = option(64, "width of the bottleneck", at_least=1, at_most=2**16)
+    adapter_activation: str = option("gelu", "{choices}", choices=ACTIVATIONS)
+    # Houlsby et al. (2019) train the LayerNorms of the blocks with the adapters,
+    adapter_layer_norms: bool = option(True, "train the blocks' LayerNorms with the adapters")
+    # and in their code E's, beneath which no backward pass can be cut.
+    adapter_embedding_layer_norm: bool = option(False, "train E's too, in the stages that train E")
+    # Their Section 3.6 has this deviation, their code 1e-3.
+    adapter_init_std: float = option(1e-2, "deviation of the adapters' weights at the start", at_least=1e-8, at_most=1)
+    lora_r: int = option(8, "rank", at_least=1)
+    lora_alpha: float = option(16.0, "the update is scaled by alpha / r", at_least=0)
+    lora_dropout: float = option(0.0, "dropout before A", at_least=0, at_most=1)
+    lora_targets: tuple[str, ...] = option(
+        ("query", "value"), f"comma-separated, of {', '.join(BLOCK_LINEARS)}", choices=tuple(BLOCK_LINEARS)
+    )
+    lora_pooler: bool = option(False, "train BERT's pooler with the head")  # RoBERTa's head has a dense layer for it
+    # "query,intermediate" is the half-size variant of Zaken et al. (2021).
+    bitfit_biases: str = option("all", "all, or query,intermediate", choices=("all", "query,intermediate"))
     # N1 <= N2: blocks below N1 frozen, below N2 biases only, the rest LoRA
-    spafit_bounds: tuple[int, int] | None = None
+    spafit_bounds: tuple[int, int] | None = option(None, "N1,N2, or 4-9 or 4-14 (of 24 blocks) (4-9)", is_text=True)
 
     def __post_init__(self):
-        _check_choice("--peft", self.method, PEFT_METHODS)
-        _check_number("--adapter-size", self.adapter_size, int, low=1, high=2**16)
-        _check_choice("--adapter-activation", self.adapter_activation, ACTIVATIONS)
-        _check_number("--adapter-init-std", self.adapter_init_std, float, low=1e-8, high=1)
-        _check_number("--lora-r", self.lora_r, int, low=1)
-        _check_number("--lora-alpha", self.lora_alpha, float, low=0)
-        _check_number("--lora-dropout", self.lora_dropout, float, low=0, high=1)
-        if not self.lora_targets or not set(self.lora_targets) <= set(BLOCK_LINEARS):
-            wrong = ", ".join(sorted(set(self.lora_targets) - set(BLOCK_LINEARS))) or "nothing"
-            raise InputError(f"--lora-targets must be among {', '.join(BLOCK_LINEARS)}, got {wrong}")
-        _check_choice("--bitfit-biases", self.bitfit_biases, ("all", "query,intermediate"))
+        super().__post_init__()
         if self.spafit_bounds is not None:
             n1, n2 = self.spafit_bounds
-            _check_number("--spafit-bounds", n1, int, low=0)
-            _check_number("--spafit-bounds", n2, int, low=0)
+            check_number("--spafit-bounds", n1, int, low=0)
+            check_number("--spafit-bounds", n2, int, low=0)
             if n1 > n2:
                 raise InputError(f"--spafit-bounds must be two numbers 0 <= N1 <= N2, got {n1},{n2}")
 
 
 @dataclass(frozen=True)
-class DPSConfig:
+class DPSConfig(Options):
     """Gradient-chosen subnetworks (Zhang et al. 2022). Raises InputError that names the option that is out of range."""
 
-    mode: str = "off"  # one of DPS_MODES
-    p: float = 0.3  # share of each weight matrix that a subnetwork leaves out
-    update_ratio: float = 0.05  # length of a window, as a share of all optimizer steps
+    mode: str = option("off", "gradient-chosen subnetworks: {choices}", name="dps", choices=DPS_MODES)
+    p: float = option(0.3, "share of each matrix that a subnetwork leaves out", name="dps-p", at_least=0, at_most=1)
+    update_ratio: float = option(
+        0.05, "length of a window, as a share of all steps", name="dps-update-ratio", at_least=0, at_most=1
+    )
 
     def __post_init__(self):
-        _check_choice("--dps", self.mode, DPS_MODES)
-        _check_number("--dps-p", self.p, float, low=0, high=1)
-        _check_number("--dps-update-ratio", self.update_ratio, float, low=0, high=1)
+        super().__post_init__()
         if self.p == 1:
             raise InputError("--dps-p must be less than 1, the share that would leave nothing to train")
         if self.update_ratio == 0:
@@ -403,83 +388,79 @@ class DPSConfig:
 
 
 @dataclass(frozen=True)
-class SquadConfig:
+class SquadConfig(Options):
     """How questions and contexts become windows, and logits become answers; the values of google-research/bert's
-    run_squad.py. Raises InputError that names the option that is out of range.
+    run_squad.py, but for the stride, which is counted as in transformers' run_qa.py. Raises InputError that names the
+    option that is out of range.
     """
 
-    doc_stride: int = 128  # tokens by which neighbouring windows of a context overlap, as in transformers' run_qa.py
-    max_query_length: int = 64  # tokens of a question; the rest is cut off
-    max_answer_length: int = 30  # tokens
-    n_best: int = 20  # spans kept for each question
-    null_threshold: float | None = None  # above these odds there is no answer; None: 0 for squad_v2, else never
-
-    def __post_init__(self):
-        for name, low in (("doc_stride", 0), ("max_query_length", 1), ("max_answer_length", 1), ("n_best", 1)):
-            _check_number(f"--{name.replace('_', '-')}", getattr(self, name), int, low=low, high=1000)
-        if self.null_threshold is not None:
-            _check_number("--null-threshold", self.null_threshold, float, low=-1e9, high=1e9)
+    doc_stride: int = option(128, "SQuAD: tokens by which the windows of a context overlap", at_least=0, at_most=1000)
+    max_query_length: int = option(64, "SQuAD: tokens kept of a question", at_least=1, at_most=1000)
+    max_answer_length: int = option(30, "SQuAD: tokens of the longest answer", at_least=1, at_most=1000)
+    n_best: int = option(20, "SQuAD: answers kept for each question", at_least=1, at_most=1000)
+    # None: 0 for squad_v2, else there always is one
+    null_threshold: float | None = option(
+        None, "SQuAD v2.0: odds above which there is no answer (0)", at_least=-1e9, at_most=1e9
+    )
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Options):
     """How a run trains. Raises InputError that names the command-line option where a value is out of range."""
 
-    schedule: str = "shrinking"  # one of stages.SCHEDULES, or "adaptive"
-    stages: int | None = None  # T; None: as many as epochs. Of "adaptive", the intervals; None: five an epoch
-    freeze_percentile: float = 50.0  # of the scores of "adaptive": what is the most still from below, up to it, freezes
-    embeddings: str = "with-block-1"  # one of stages.EMBEDDING_POLICIES
-    epochs: int = 3
-    batch_size: int = 32  # examples an optimizer step, and a batch of evaluation
-    batch_tokens: int | None = None  # in place of batch_size in training: rows times longest row of a batch, at most
-    accumulation_steps: int = 1  # pieces that a batch is processed in, to save memory; the update is the same
-    lr: float = 2e-5
-    lr_schedule: str = "linear"  # one of LR_SCHEDULES: after the warm-up the rate falls to 0, or stays
-    weight_decay: float = 0.01
-    adam_epsilon: float = 1e-8
-    warmup: float = 0.1  # share of the optimizer steps
-    max_grad_norm: float = 1.0  # 0: no clipping
-    max_length: int | None = None  # tokens; None: 128 (SQuAD: 384), or what the model takes where that is less
-    precision: str = "fp32"  # or "bf16", autocast
-    compile: bool = False  # each block, by torch.compile
-    unpadded: bool = False  # blocks see real tokens alone, where they can (see `unpad`); CUDA, bf16
-    hidden_dropout_prob: float | None = None  # None: the model's own; so the next
-    attention_probs_dropout_prob: float | None = None
-    # Dropout below the cut. None: True, but False with a cache, which needs it, and of "adaptive" (AutoFreeze).
-    prefix_dropout: bool | None = None
-    cache: str = "off"  # one of CACHES: where the output of the frozen blocks is kept
-    cache_dtype: str = "fp32"  # or "bf16"
-    cache_limit: int | None = None  # bytes; None: half of what is free
-    group_by_length: bool = True
-    evaluate: str = "epoch"  # or "end"
-    skip_nonfinite: bool = False  # pass over a batch whose loss or gradient norm is not finite, in place of an error
-    seed: int = 42
+    schedule: str = option("shrinking", "{choices}", choices=(*SCHEDULES, "adaptive"))
+    stages: int | None = option(  # T
+        None, "stages (one an epoch); of adaptive, intervals (five an epoch)", at_least=1, at_most=100_000
+    )
+    freeze_percentile: float = option(
+        50.0, "of the scores of adaptive: lower ones freeze, from below", at_least=0, at_most=100
+    )
+    embeddings: str = option("with-block-1", "when E trains: {choices}", choices=EMBEDDING_POLICIES)
+    epochs: int = option(3, "passes over the training rows", at_least=1, at_most=100_000)
+    # Of evaluation too, where --batch-tokens does not count.
+    batch_size: int = option(32, "examples an optimizer step", at_least=1, at_most=2**24)
+    batch_tokens: int | None = option(  # rows times longest row of a batch, at most
+        None, "instead, tokens an optimizer step, padding included", at_least=1, at_most=2**24
+    )
+    accumulation_steps: int = option(  # the update is the same
+        1, "pieces that a batch is processed in, to save memory", at_least=1, at_most=2**24
+    )
+    lr: float = option(2e-5, "peak learning rate", at_least=0)
+    lr_schedule: str = option("linear", "linear, which falls to 0 after the warm-up, or constant", choices=LR_SCHEDULES)
+    weight_decay: float = option(0.01, "AdamW's decay of weights, not of biases and LayerNorms", at_least=0)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon", at_least=1e-30)  # 0 divides 0 by 0
+    warmup: float = option(0.1, "share of the steps in which the learning rate rises", at_least=0, at_most=1)
+    max_grad_norm: float = option(1.0, "clip the gradient's norm; 0 does not", at_least=0)
+    max_length: int | None = option(
+        None, "tokens a sequence (128, of SQuAD 384, or what the model takes)", at_least=1, at_most=2**24
+    )
+    precision: str = option("fp32", "{choices}", choices=PRECISIONS)  # bf16: autocast
+    compile: bool = option(False, "compile each block with torch.compile")
+    unpadded: bool = option(False, "run the blocks without padding, where attention does not drop out; CUDA and bf16")
+    hidden_dropout_prob: float | None = option(None, "dropout (the model's own)", at_least=0, at_most=1)
+    attention_probs_dropout_prob: float | None = option(
+        None, "dropout of attention (the model's own)", at_least=0, at_most=1
+    )
+    # Below the cut. A cache needs it off, and "adaptive" has it so (AutoFreeze).
+    prefix_dropout: bool | None = option(None, "dropout in the frozen blocks (true; false with --cache or adaptive)")
+    cache: str = option("off", "keep the output of the frozen blocks for each example: {choices}", choices=CACHES)
+    cache_dtype: str = option("fp32", "what the cache holds: {choices}", choices=PRECISIONS)
+    cache_limit: int | None = option(  # bytes
+        None, "largest cache, in GB or with a unit: 500MB (half of what is free)", at_least=1, is_text=True
+    )
+    group_by_length: bool = option(True, "batches of like lengths")
+    evaluate: str = option("epoch", "after every epoch, or at the end", choices=("epoch", "end"))
+    skip_nonfinite: bool = option(False, "pass over batches whose loss or gradient is not finite")
+    seed: int = option(42, "of the data order, what is drawn afresh, and dropout", at_least=0, at_most=2**63 - 1)
     peft: PeftConfig = PeftConfig()
     dps: DPSConfig = DPSConfig()
     squad: SquadConfig = SquadConfig()
 
     def __post_init__(self):
-        _check_choice("--schedule", self.schedule, (*SCHEDULES, "adaptive"))
-        _check_choice("--embeddings", self.embeddings, EMBEDDING_POLICIES)
-        _check_choice("--precision", self.precision, PRECISIONS)
-        _check_choice("--lr-schedule", self.lr_schedule, LR_SCHEDULES)
-        _check_number("--adam-epsilon", self.adam_epsilon, float, low=1e-30)  # 0 divides 0 by 0
+        super().__post_init__()
         self._check_cache()
         if self.unpadded and (self.precision != "bf16" or self.compile):
             raise InputError("--unpadded needs --precision bf16, and does not go with --compile")
-        _check_choice("--evaluate", self.evaluate, ("epoch", "end"))
-        for name in ("epochs", "stages", "batch_size", "batch_tokens", "accumulation_steps", "max_length"):
-            if getattr(self, name) is None and name in ("stages", "batch_tokens", "max_length"):
-                continue
-            high = 100_000 if name in ("epochs", "stages") else 2**24
-            _check_number(f"--{name.replace('_', '-')}", getattr(self, name), int, low=1, high=high)
-        for name, high in (("lr", _INFINITY), ("weight_decay", _INFINITY), ("warmup", 1), ("max_grad_norm", _INFINITY)):
-            _check_number(f"--{name.replace('_', '-')}", getattr(self, name), float, low=0, high=high)
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if getattr(self, name) is not None:
-                _check_number(f"--{name.replace('_', '-')}", getattr(self, name), float, low=0, high=1)
-        _check_number("--freeze-percentile", self.freeze_percentile, float, low=0, high=100)
-        _check_number("--seed", self.seed, int, low=0, high=2**63 - 1)
         if self.accumulation_steps > self.batch_size and self.batch_tokens is None:
             got = f"{self.accumulation_steps} and {self.batch_size}"
             raise InputError(f"--accumulation-steps must be at most --batch-size, got {got}")
@@ -492,10 +473,6 @@ class TrainConfig:
             raise InputError(f"--dps masks weights that --peft {self.peft.method} freezes: give --peft none with it")
 
     def _check_cache(self) -> None:
-        _check_choice("--cache", self.cache, CACHES)
-        _check_choice("--cache-dtype", self.cache_dtype, PRECISIONS)
-        if self.cache_limit is not None:
-            _check_number("--cache-limit", self.cache_limit, int, low=1)
         if self.prefix_dropout and self.cache != "off":
             raise InputError(
                 f"--cache {self.cache} needs the same output of the frozen blocks in every epoch: "
@@ -567,17 +544,14 @@ def format_label_map(names: Mapping[str, str]) -> str:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Options):
     """When a run is saved, so that it can be resumed. Raises InputError that names the option that is out of range."""
 
-    save_every: int | None = None  # optimizer steps, and each stage's end; None: only where a signal stops the run
-    keep: int = 2  # checkpoints; older ones are removed
-    resume: bool = False  # go on from the last good one
-
-    def __post_init__(self):
-        if self.save_every is not None:
-            _check_number("--save-every", self.save_every, int, low=1)
-        _check_number("--keep-checkpoints", self.keep, int, low=1)
+    save_every: int | None = option(  # None: only where a signal stops the run
+        None, "save the run every N optimizer steps and at each stage's end", metavar="N", at_least=1
+    )
+    keep: int = option(2, "keep the last K of them", name="keep-checkpoints", metavar="K", at_least=1)
+    resume: bool = option(False, "go on from the last checkpoint in --output-dir", is_flag=True)
 
 
 # Progtuning's own epochs on SQuAD (Table 2), of one stage each.

@@ -42,6 +42,7 @@ from progtuning.data.tokenization import Tokenizer
 from progtuning.distributed import World
 from progtuning.errors import InputError, Interrupted, RunError
 from progtuning.files import check_new_folder, new_folder, read_json, temporary_of, write_json
+from progtuning.settings.options import option_name
 
 RUN, LOG, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
 _TENSORS, _VALUES, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
@@ -283,9 +284,7 @@ def _check_same(found: object, ours: Mapping, folder: Path) -> None:
 def _difference(key: str, theirs: object, mine: object) -> str:
     kind, _, name = key.partition("/")
     if kind == "settings":
-        option = name.replace("peft/method", "peft").replace("dps/mode", "dps")
-        option = option.removeprefix("peft/").removeprefix("squad/").replace("/", "-")
-        return f"--{option.replace('_', '-')} was {theirs}, now {mine}"
+        return f"{option_name(TrainConfig, name)} was {theirs}, now {mine}"
     if kind == "processes":
         return f"it had {theirs} processes (torchrun), now {mine}"
     if kind in ("task", "device"):

@@ -14,8 +14,8 @@ import progtuning
 PACKAGE = Path(progtuning.__file__).parent
 # Each may import from those before it alone.
 ORDER = (
-    "errors files partition stages config accounting model bert unpad peft dps checkpoint sources data metrics measure "
-    "optim cache distributed engine step resume train evaluate run report cli __main__"
+    "errors base files partition stages settings config accounting model bert unpad peft dps checkpoint sources data "
+    "metrics measure optim cache distributed engine step resume train evaluate run report cli __main__"
 ).split()
 RUNTIME = {"torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "tqdm"}
 
