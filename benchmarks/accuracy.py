@@ -31,12 +31,13 @@ import numpy as np
 import torch
 
 from harness import append_row, check_positive, read_rows, run_script, spread
-from progtuning import metrics, report
+from progtuning import metrics
 from progtuning.config import TASK_DEFAULTS, DPSConfig, PeftConfig, TrainConfig
 from progtuning.data.squad import SquadTask
 from progtuning.data.text import Splits, limit_train
 from progtuning.errors import InputError
 from progtuning.evaluate import answer, predict
+from progtuning.report import tables
 from progtuning.run import Checkpoint, choose_device, encode, fine_tune, load_checkpoint, load_splits
 from progtuning.sources import model_folder
 
@@ -252,8 +253,8 @@ def row_of(summary: dict) -> dict:
         "task": summary["task"],
         "metrics": summary["metrics"],
         "updated_parameters": summary["updated_parameters"],
-        "flops": report.total(summary, "forward_flops") + report.total(summary, "backward_flops"),
-        "seconds": sum(report.seconds(summary, phase) for phase in report.PHASES),
+        "flops": tables.total(summary, "forward_flops") + tables.total(summary, "backward_flops"),
+        "seconds": sum(tables.seconds(summary, phase) for phase in tables.PHASES),
         **({"decisions": summary["decisions"]} if "decisions" in summary else {}),
         "train_rows": summary["train_rows"],
         "dev_rows": summary["dev_rows"],
@@ -350,7 +351,7 @@ def by_method(
     scores = [f"{100 * held_out[task].constant():.1f}" if task in held_out else None for task in tasks]
     lines.append(["one answer for all rows", None, *scores, None, None, None])
     names = [f"{task}, {metric}" for task, metric in tasks.items()]
-    return report.table(["method", "lr", *names, "average, to full", "updated, of full", "FLOPs, of full"], lines)
+    return tables.table(["method", "lr", *names, "average, to full", "updated, of full", "FLOPs, of full"], lines)
 
 
 def by_task(groups: Groups, draws: Mapping[tuple[str, str, float], np.ndarray]) -> str:
@@ -360,12 +361,12 @@ def by_task(groups: Groups, draws: Mapping[tuple[str, str, float], np.ndarray]) 
             f"{name} {spread([100 * row['metrics'][name] for row in rows])}" for name in rows[0]["metrics"]
         )
         to_full = interval(draws[task, method, lr]) if (task, method, lr) in draws else None
-        updated = report.millions(mean(rows, "updated_parameters"))
+        updated = tables.millions(mean(rows, "updated_parameters"))
         seconds = f"{statistics.mean(row['seconds'] for row in rows):.0f}"
         of_full = share({task: rows}, groups, "flops")
         lines.append([task, method, f"{lr:g}", len(rows), values, to_full, updated, of_full, seconds])
     header = ["task", "method", "lr", "seeds", "metrics", "first metric, to full", "updated, M", "FLOPs, of full"]
-    return report.table([*header, "seconds"], lines)
+    return tables.table([*header, "seconds"], lines)
 
 
 def first_metric(rows: Sequence[dict]) -> str:

@@ -29,13 +29,14 @@ from torch.nn import functional as F
 
 import harness
 from harness import Timing, Variant, number
-from progtuning import accounting, report
+from progtuning import accounting
 from progtuning.bert import Model, build_model
 from progtuning.config import ARCHITECTURES, BertConfig, PeftConfig
 from progtuning.engine import StageEngine
 from progtuning.files import write_json, write_text
 from progtuning.optim import build_optimizer
 from progtuning.peft import apply_peft
+from progtuning.report import pictures, tables
 from progtuning.run import choose_device
 from progtuning.stages import EMBEDDING_POLICIES, Stage, make_schedule
 from progtuning.train import autocast
@@ -173,11 +174,11 @@ def cost(timing: Timing, full: Timing, facts: Mapping, full_facts: Mapping, peak
     return {
         "rounds": len(timing.rounds),
         "out_of_memory": timing.out_of_memory,
-        "milliseconds": {phase: timing.milliseconds(phase) for phase in report.PHASES},
+        "milliseconds": {phase: timing.milliseconds(phase) for phase in tables.PHASES},
         "backward_ideal": facts["backward_flops"] / full_facts["backward_flops"],
         "backward_measured": timing.ratio(full, "backward"),
         "step_ideal": flops / (full_facts["forward_flops"] + full_facts["backward_flops"]),
-        "step_measured": timing.ratio(full, *report.PHASES),
+        "step_measured": timing.ratio(full, *tables.PHASES),
         "peak_bytes": timing.peak_bytes,
         "flops_per_second": reached,
         "share_of_matmul_peak": reached and reached / peak,
@@ -229,13 +230,13 @@ def markdown(document: dict) -> str:
 
 def table(rows: Sequence[dict]) -> str:
     header = ["T:t", "frozen", "form", "backward, ideal", "measured", "step, ideal", "measured"]
-    header += [f"{phase}, ms" for phase in report.PHASES] + ["peak, MiB", "saved, MiB", "TFLOP/s", "of peak"]
-    return report.table(header, [_cells(row) for row in rows])
+    header += [f"{phase}, ms" for phase in tables.PHASES] + ["peak, MiB", "saved, MiB", "TFLOP/s", "of peak"]
+    return tables.table(header, [_cells(row) for row in rows])
 
 
 def _cells(row: dict) -> list[str | None]:
     stages = sorted({(where["stages_of"], where["stage"]) for where in row["stages"]})
-    times = [number(row["milliseconds"][phase], ".1f") for phase in report.PHASES]
+    times = [number(row["milliseconds"][phase], ".1f") for phase in tables.PHASES]
     if row["out_of_memory"]:
         times[0] = "out of memory"
     ratios = []
@@ -259,7 +260,7 @@ def _cells(row: dict) -> list[str | None]:
 def draw(rows: Sequence[dict], path: Path) -> None:
     """Draw, for each model and length, measured over ideal backward ratios, and saved bytes over the frozen blocks."""
     shapes = groups_of(rows, "model", "length")
-    figure = report.new_figure(1 + 4 * len(shapes), 7.5)
+    figure = pictures.new_figure(1 + 4 * len(shapes), 7.5)
     if figure is None:
         return
     axes = figure.subplots(2, len(shapes), squeeze=False)
@@ -278,7 +279,7 @@ def draw(rows: Sequence[dict], path: Path) -> None:
                     saved.plot(*zip(*sizes), style, color=color, label=f"{method}, {label}")
         ratio.legend()
         saved.legend(fontsize="small")
-    report.save_figure(figure, path)
+    pictures.save_figure(figure, path)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -36,10 +36,11 @@ import transformers
 
 import harness
 from harness import RESULTS, append_row, number, read_rows, spread
-from progtuning import accounting, metrics, report
+from progtuning import accounting, metrics
 from progtuning.config import BLOCK_LINEARS, BertConfig, PeftConfig, TrainConfig
 from progtuning.data.text import Example, Splits, limit_train
 from progtuning.files import write_text
+from progtuning.report import tables
 from progtuning.run import choose_device, fine_tune, load_splits
 from progtuning.sources import model_folder
 from progtuning.stages import make_schedule
@@ -192,9 +193,9 @@ def train_here(name: str, folder: Path, splits: Splits, settings: TrainConfig, d
     return {
         "metrics": summary["metrics"],
         "updated_parameters": summary["updated_parameters"],
-        "flops": report.total(summary, "forward_flops") + report.total(summary, "backward_flops"),
-        "steps": report.total(summary, "steps"),
-        "phase_seconds": {phase: report.seconds(summary, phase) for phase in report.PHASES},
+        "flops": tables.total(summary, "forward_flops") + tables.total(summary, "backward_flops"),
+        "steps": tables.total(summary, "steps"),
+        "phase_seconds": {phase: tables.seconds(summary, phase) for phase in tables.PHASES},
     }
 
 
@@ -283,12 +284,12 @@ def table(rows: Sequence[dict]) -> str:
                 len(group),
                 spread([row["wall_seconds"] for row in group]),
                 *(spread([100 * row["metrics"][metric] for row in group]) for metric in first["metrics"]),
-                report.millions(round(statistics.mean(row["updated_parameters"] for row in group))),
-                report.tera(round(statistics.mean(row["flops"] for row in group))),
+                tables.millions(round(statistics.mean(row["updated_parameters"] for row in group))),
+                tables.tera(round(statistics.mean(row["flops"] for row in group))),
             ]
         )
     header = ["run", "epochs", "seeds", "wall, s", *rows[0]["metrics"], "updated, M", "TFLOP"]
-    return "\n".join([report.table(header, lines), "", targets_table(groups)])
+    return "\n".join([tables.table(header, lines), "", targets_table(groups)])
 
 
 def targets_table(groups: Mapping[str, list[dict]]) -> str:
@@ -308,7 +309,7 @@ def targets_table(groups: Mapping[str, list[dict]]) -> str:
             within = "yes" if abs(change) <= max(statistics.stdev(side) for side in values) else "no"
         lines.append([name, base, f"{faster:.2f}", number(at_least, ".1f"), reached, f"{change:+.1f}", within])
     header = ["run", "than", "times faster", "at least", "reached", "change of the metric", "within one deviation"]
-    return report.table(header, lines)
+    return tables.table(header, lines)
 
 
 def _by_seed(own: Sequence[dict], others: Sequence[dict]) -> list[tuple[dict, dict]]:

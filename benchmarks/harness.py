@@ -29,7 +29,7 @@ from progtuning.config import PRECISIONS
 from progtuning.errors import InputError, RunError
 from progtuning.files import read_json
 from progtuning.measure import Clock, peak_bytes, reset_peak_bytes
-from progtuning.report import PHASES
+from progtuning.report.tables import PHASES
 from progtuning.run import choose_device
 from progtuning.train import autocast
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from progtuning import report
+from progtuning.report import tables
 from tests.hostile import HUB, MUTATED, Mutations, attempt, corpus, make_ground, result, start_hub_cases
 from tests.hub_server import HubServer
 
@@ -34,7 +34,7 @@ def main() -> int:
         for kind in MUTATED:
             rows.append(try_mutations(kind, args.mutations, random.Random(f"{args.seed} {kind}"), root, ground))
     header = ["kind", "tried", "as specified", "of these valid"]
-    print(report.table(header, [[str(row[name]) for name in header] for row in rows]))
+    print(tables.table(header, [[str(row[name]) for name in header] for row in rows]))
     tried, good = (sum(row[name] for row in rows) for name in ("tried", "as specified"))
     print(json.dumps({"tried": tried, "as_specified": good, "seconds": round(time.time() - begin), "rows": rows}))
     return int(good < tried)

@@ -28,13 +28,13 @@ from torch.nn import functional as F
 
 import harness
 from harness import Timing, Variant, number
-from progtuning import report
 from progtuning.bert import build_model
 from progtuning.config import ARCHITECTURES, BLOCK_LINEARS, BertConfig, PeftConfig
 from progtuning.engine import EMBEDDINGS, HEAD, StageEngine, unit_of
 from progtuning.files import write_json, write_text
 from progtuning.optim import build_optimizer
 from progtuning.peft import apply_peft
+from progtuning.report import tables
 from progtuning.run import choose_device
 from progtuning.stages import Stage, make_schedule
 from progtuning.train import autocast
@@ -184,15 +184,15 @@ def rows_of(entries: Mapping[str, Entry], facts: Mapping[str, dict], timings: Ma
                 **facts[name],
                 "rounds": len(timing.rounds),
                 "out_of_memory": timing.out_of_memory,
-                "milliseconds": {phase: timing.milliseconds(phase) for phase in report.PHASES},
+                "milliseconds": {phase: timing.milliseconds(phase) for phase in tables.PHASES},
                 "peak_bytes": timing.peak_bytes,
                 "peer": entry.peer,
-                "step_of_peer": entry.peer and timing.ratio(timings[entry.peer], *report.PHASES),
+                "step_of_peer": entry.peer and timing.ratio(timings[entry.peer], *tables.PHASES),
                 "full": entry.full,
-                "step_of_full": timing.ratio(full, *report.PHASES),
+                "step_of_full": timing.ratio(full, *tables.PHASES),
                 "backward_of_full": timing.ratio(full, "backward"),
                 "backward_ideal": flops[1] / full_flops[1] if flops and full_flops else None,
-                "step_of_transformers": timing.ratio(timings[THEIRS_FULL], *report.PHASES),
+                "step_of_transformers": timing.ratio(timings[THEIRS_FULL], *tables.PHASES),
             }
         )
     return rows
@@ -240,7 +240,7 @@ def targets_table(document: dict) -> str | None:
             lines.append([f"backward of {name}: measured off the ideal ratio by", BACKWARD_TOLERANCE, off])
     reached = {True: "yes", False: "no"}
     cells = [[text, f"{limit:.2f}", f"{value:.3f}", reached[value <= limit]] for text, limit, value in lines]
-    return report.table(["figure", "at most", "measured", "reached"], cells)
+    return tables.table(["figure", "at most", "measured", "reached"], cells)
 
 
 def markdown(document: dict) -> str:
@@ -262,18 +262,18 @@ def markdown(document: dict) -> str:
 
 
 def table(rows: Sequence[dict]) -> str:
-    header = ["variant", "trainable, M", *(f"{phase}, ms" for phase in report.PHASES), "step, of peer", "step, of full"]
+    header = ["variant", "trainable, M", *(f"{phase}, ms" for phase in tables.PHASES), "step, of peer", "step, of full"]
     header += ["step, of transformers", "backward, of full", "ideal", "peak, MiB", "saved, MiB"]
     lines = []
     for row in rows:
-        times = [number(row["milliseconds"][phase], ".1f") for phase in report.PHASES]
+        times = [number(row["milliseconds"][phase], ".1f") for phase in tables.PHASES]
         if row["out_of_memory"]:
             times[0] = "out of memory"
         ratios = ("step_of_peer", "step_of_full", "step_of_transformers", "backward_of_full")
         lines.append(
             [
                 row["variant"],
-                report.millions(row["trainable_parameters"]),
+                tables.millions(row["trainable_parameters"]),
                 *times,
                 *(row[key] and f"{row[key]['median']:.3f}" for key in ratios),
                 number(row["backward_ideal"], ".3f"),
@@ -281,7 +281,7 @@ def table(rows: Sequence[dict]) -> str:
                 number(row["saved_bytes"] and row["saved_bytes"] / 2**20, ",.0f"),
             ]
         )
-    return report.table(header, lines)
+    return tables.table(header, lines)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 
 from harness import append_row, read_rows, this_run
-from progtuning import report
 from progtuning.config import TASK_DEFAULTS, BertConfig, TrainConfig
 from progtuning.data.squad import encode_questions, read_squad
 from progtuning.data.text import limit_train
 from progtuning.data.tokenization import load_tokenizer
 from progtuning.measure import environment
+from progtuning.report import tables
 from progtuning.run import choose_device, fine_tune, load_splits
 from progtuning.sources import model_folder
 
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> None:
                 "schedule": schedule,
                 "metrics": summary["metrics"],
                 "updated_parameters": summary["updated_parameters"],
-                "flops": report.total(summary, "forward_flops") + report.total(summary, "backward_flops"),
-                "seconds": {phase: round(report.seconds(summary, phase), 1) for phase in report.PHASES},
+                "flops": tables.total(summary, "forward_flops") + tables.total(summary, "backward_flops"),
+                "seconds": {phase: round(tables.seconds(summary, phase), 1) for phase in tables.PHASES},
                 "wall_seconds": round(time.perf_counter() - begin, 1),
                 "cpu_seconds": round(time.process_time() - cpu_begin, 1),  # with evaluation; of all threads
                 **{key: summary[key] for key in ("train_rows", "train_windows", "dev_rows")},
@@ -138,14 +138,14 @@ def table() -> str:
             f"{row['train_rows']:,} x {row['epochs']}",
             *(f"{100 * row['metrics'][name]:.1f}" for name in ("exact", "f1")),
             f"{sum(row['seconds'].values()):.0f}",
-            report.millions(row["updated_parameters"]),
+            tables.millions(row["updated_parameters"]),
             f"{row['flops'] / 1e12:.0f}",
         ]
         for row in rows
         if "metrics" in row
     ]
     header = ["task", "schedule", "questions x epochs", "EM", "F1", "training, s", "updated, M", "TFLOP"]
-    return report.table(header, lines)
+    return tables.table(header, lines)
 
 
 def main() -> None:

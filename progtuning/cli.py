@@ -13,7 +13,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from progtuning import __version__, report
+from progtuning import __version__
 from progtuning.accounting import paper_rows, plan
 from progtuning.config import (
     ARCHITECTURES,
@@ -39,6 +39,8 @@ from progtuning.files import (
     write_json,
     write_text,
 )
+from progtuning.report import pages, pictures, tables
+from progtuning.report.summary import read_summary
 from progtuning.settings.options import add_options, given, options
 from progtuning.stages import AdaptiveSchedule, make_schedule
 
@@ -318,17 +320,17 @@ def run_demo(args: argparse.Namespace) -> None:
         say(f"Schedule {schedule}:")
         runs.append(fine_tune(DEMO_MODEL, folder, splits, TrainConfig(schedule=schedule, **DEMO_SETTINGS), device))
     write_json(output / "summary.json", {"full": runs[0], "shrinking": runs[1]})
-    drawn = report.draw_savings(*runs, output / "savings.png")
+    drawn = pictures.draw_savings(*runs, output / "savings.png")
     if args.json:
         print_json({"full": runs[0], "shrinking": runs[1]})
         return
     held_out, where = runs[0]["dev_rows"]["dev"], runs[0]["device"]
     tell(f"\n{DEMO_MODEL} on {DEMO_DATA}: {DEMO_ROWS:,} training rows, {held_out:,} held-out rows, {where}\n")
-    tell(report.comparison_table(*runs))
+    tell(tables.comparison_table(*runs))
     tell("\nWhat each stage of Progtuning cost, as a share of the same epoch of full fine-tuning:\n")
-    tell(report.savings_table(*runs))
-    pictures = " and savings.png" if drawn else " (install matplotlib for a picture)"
-    tell(f"\nWritten: {output / 'summary.json'}{pictures}")
+    tell(tables.savings_table(*runs))
+    picture = " and savings.png" if drawn else " (install matplotlib for a picture)"
+    tell(f"\nWritten: {output / 'summary.json'}{picture}")
 
 
 def run_train(args: argparse.Namespace) -> None:
@@ -360,11 +362,11 @@ def run_train(args: argparse.Namespace) -> None:
         return
     card = Path(args.output_dir) / "README.md"
     if not card.exists():  # of a finished run: its reader may have written more into it
-        write_text(card, report.card(summary))
+        write_text(card, pages.card(summary))
     if args.json:
         print_json(summary)
         return
-    tell(report.card(summary))
+    tell(pages.card(summary))
     tell(f"Written: {args.output_dir}")
 
 
@@ -382,7 +384,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if args.json:
         print_json({"task": splits.task.name, "metrics": values})
     else:
-        put_line(report.table(["metric", splits.task.name], [[name, f"{value:.4f}"] for name, value in values.items()]))
+        put_line(tables.table(["metric", splits.task.name], [[name, f"{value:.4f}"] for name, value in values.items()]))
 
 
 def run_predict(args: argparse.Namespace) -> None:
@@ -454,7 +456,7 @@ def run_plan(args: argparse.Namespace) -> None:
         args.model,
         cache_dtype=settings.cache_dtype,
     )
-    print_json(document) if args.json else put_line(report.plan_table(document))
+    print_json(document) if args.json else put_line(tables.plan_table(document))
 
 
 def architecture(name: str) -> BertConfig:
@@ -477,7 +479,7 @@ def architecture(name: str) -> BertConfig:
 
 def run_paper(args: argparse.Namespace) -> None:
     rows = paper_rows()
-    print_json({"rows": rows}) if args.json else put_line(report.paper_table(rows))
+    print_json({"rows": rows}) if args.json else put_line(tables.paper_table(rows))
 
 
 def run_probe(args: argparse.Namespace) -> None:
@@ -511,17 +513,17 @@ def run_probe(args: argparse.Namespace) -> None:
         **environment(device),
     }
     write_json(output / "probe.json", document)
-    report.draw_probe(document, output / "probe.png")
-    print_json(document) if args.json else tell(report.probe_table(document))
+    pictures.draw_probe(document, output / "probe.png")
+    print_json(document) if args.json else tell(tables.probe_table(document))
 
 
 def run_report(args: argparse.Namespace) -> None:
-    runs = [report.read_summary(Path(folder)) for folder in args.folders]
+    runs = [read_summary(Path(folder)) for folder in args.folders]
     output = Path(args.output)
     check_output_file(args.output)
     check_no_input(output, (Path(folder) / "summary.json" for folder in args.folders))
     made_folder(output.parent, "--output")
-    write_text(output, report.compare(runs, output))
+    write_text(output, pages.compare(runs, output))
     tell(f"Written: {output}")
 
 

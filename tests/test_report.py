@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from progtuning import report
+from progtuning.report import tables
 from tests.test_cli import FAST, call, refused
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -32,7 +32,7 @@ def test_report_compares_runs_in_a_table_with_pictures(runs, tmp_path):
     for folder in folders:
         summary = json.loads((folder / "summary.json").read_text())
         row = next(line for line in page.splitlines() if line.startswith(f"| {folder.name} "))
-        assert f"{summary['metrics']['accuracy']:.4f}" in row and report.millions(summary["updated_parameters"]) in row
+        assert f"{summary['metrics']['accuracy']:.4f}" in row and tables.millions(summary["updated_parameters"]) in row
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", page)
     assert len(pictures) == 4
     assert all((tmp_path / name).read_bytes().startswith(PNG) for name in pictures)
@@ -93,7 +93,7 @@ def test_probe_trains_one_block_at_a_time_and_draws_the_metric_by_block(
 
 
 def test_tables_align_numbers_to_the_right_and_words_to_the_left():
-    text = report.table(["name", "count"], [["a", 1], ["bcd", 23.5], ["e", None]])
+    text = tables.table(["name", "count"], [["a", 1], ["bcd", 23.5], ["e", None]])
     assert text.splitlines() == [
         "| name | count |",
         "|------|------:|",

@@ -1,0 +1,143 @@
+"""Tables of runs, plans, probes and the paper's figures, in Markdown."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+_NUMBER = re.compile(r"[-+]?[\d.,]*(e[-+]?\d+)?")
+PHASES = ("forward", "backward", "optimizer")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """Return an aligned Markdown table: columns of numbers to the right, others to the left; None is an empty cell."""
+    body = [[str("" if cell is None else cell) for cell in row] for row in rows]
+    columns = list(zip(*body)) or [()] * len(header)
+    numeric = [all(_NUMBER.fullmatch(cell) for cell in column) for column in columns]
+    widths = [max(map(len, (name, *column))) for name, column in zip(header, columns)]
+    lines = [
+        "| " + " | ".join(c.rjust(w) if right else c.ljust(w) for c, w, right in zip(row, widths, numeric)) + " |"
+        for row in (header, *body)
+    ]
+    rule = "|" + "|".join("-" * (width + 1) + (":" if right else "-") for width, right in zip(widths, numeric)) + "|"
+    return "\n".join([lines[0].rstrip(), rule, *lines[1:]])
+
+
+def blocks_text(stage: dict) -> str:
+    """Name what trains in a stage: "E, 1-12, H"."""
+    low_high = stage["active_blocks"]
+    blocks = [] if low_high is None else [str(low_high[0]) if low_high[0] == low_high[1] else "{}-{}".format(*low_high)]
+    return ", ".join([*(["E"] if stage["embeddings"] else []), *blocks, "H"])
+
+
+def stages_table(summary: dict) -> str:
+    """Return the table of a run's stages: what trained, and what it cost."""
+    rows = []
+    for stage in summary["stages"]:
+        seconds = stage["seconds"]
+        rows.append(
+            [
+                stage["stage"],
+                blocks_text(stage),
+                stage["steps"],
+                millions(stage["updated_parameters"]),
+                tera(stage["forward_flops"]),
+                tera(stage["backward_flops"]),
+                *(f"{seconds.get(phase, 0):.1f}" for phase in ("forward", "backward", "optimizer")),
+                None if stage["peak_bytes"] is None else f"{stage['peak_bytes'] / 2**20:,.0f}",
+            ]
+        )
+    header = ["stage", "trains", "steps", "updated, M", "forward, TFLOP", "backward, TFLOP"]
+    return table([*header, "forward, s", "backward, s", "optimizer, s", "peak, MiB"], rows)
+
+
+def comparison_table(full: dict, other: dict) -> str:
+    """Return two runs side by side, the second as a share of the first too."""
+    rows = [[name, f"{value:.4f}", f"{other['metrics'][name]:.4f}", None] for name, value in full["metrics"].items()]
+    for name, count, text in (
+        ("updated parameters, M", lambda run: run["updated_parameters"], millions),
+        ("forward, TFLOP", lambda run: total(run, "forward_flops"), tera),
+        ("backward, TFLOP", lambda run: total(run, "backward_flops"), tera),
+        *((f"{phase}, s", lambda run, p=phase: seconds(run, p), "{:.1f}".format) for phase in PHASES),
+    ):
+        rows.append([name, text(count(full)), text(count(other)), f"{count(other) / count(full):.2f}"])
+    return table(["", full["settings"]["schedule"], other["settings"]["schedule"], "ratio"], rows)
+
+
+def savings_table(full: dict, other: dict) -> str:
+    """Return by stage the measured backward seconds over those of full fine-tuning, beside the ratio of the FLOPs."""
+    rows = []
+    for base, stage in zip(full["stages"], other["stages"], strict=True):
+        measured = stage["seconds"]["backward"] / base["seconds"]["backward"]
+        ideal = stage["backward_flops"] / base["backward_flops"]
+        rows.append([stage["stage"], blocks_text(stage), f"{ideal:.2f}", f"{measured:.2f}"])
+    return table(["stage", "trains", "backward FLOPs, of full", "backward seconds, of full"], rows)
+
+
+def total(summary: dict, key: str) -> int:
+    return sum(stage[key] for stage in summary["stages"])
+
+
+def seconds(summary: dict, phase: str) -> float:
+    return sum(stage["seconds"].get(phase, 0.0) for stage in summary["stages"])
+
+
+def millions(count: int) -> str:
+    return f"{count / 1e6:,.2f}"
+
+
+def tera(flops: int) -> str:
+    return f"{flops / 1e12:,.3f}"
+
+
+def plan_table(document: dict) -> str:
+    """Return the document of `accounting.plan` as a table."""
+    rows = [
+        [
+            stage["stage"],
+            f"{stage['epochs']:g}",
+            blocks_text(stage),
+            millions(stage["trainable_parameters"]),
+            millions(stage["updated_parameters"]),
+            f"{stage['forward_flops']:,}",
+            f"{stage['backward_flops']:,}",
+            f"{stage['share_of_full']:.2f}",
+            mebibytes(stage["optimizer_bytes"]),
+            mebibytes(stage["cache_bytes"]),
+        ]
+        for stage in document["stages"]
+    ]
+    header = ["stage", "epochs", "trains", "trainable, M", "updated, M", "forward FLOPs a step"]
+    header += ["backward FLOPs a step", "of full", "optimizer, MiB", "cache a batch, MiB"]
+    updated, full = document["updated_parameters"], document["updated_parameters_full"]
+    parameters = f"{millions(updated)} M, {updated / full:.2f} of full fine-tuning ({millions(full)} M)"
+    backward = f"{document['backward_share_of_full']:.2f} of full fine-tuning, on average over the stages"
+    lines = [f"Updated parameters: {parameters}.", f"Backward FLOPs: {backward}."]
+    if sums := max(stage["gradient_sum_bytes"] for stage in document["stages"]):
+        lines.append(
+            f"Gradient sums: {mebibytes(sums)} MiB. adaptive decides while it trains: this is the most it costs."
+        )
+    return "\n".join([table(header, rows), "", *lines])
+
+
+def paper_table(rows: Iterable[dict]) -> str:
+    """Return the rows of `accounting.paper_rows` as a table: millions of updated parameters, ours and the paper's."""
+    rows = list(rows)
+    words = {True: "yes", False: "no", None: "not printed"}
+    cells = [
+        [*(row[key] for key in ("table", "row", "model", "task", "epochs")), f"{row['ours']:.2f}", row["paper"]]
+        + [words[row["agrees"]]]
+        for row in rows
+    ]
+    notes = dict.fromkeys(f"{row['row']}: {row['note']}." for row in rows if "note" in row)
+    header = ["where", "row", "model", "task", "epochs", "ours, M", "paper, M", "agrees"]
+    return "\n".join([table(header, cells), *(["", *notes] if notes else [])])
+
+
+def mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f}"
+
+
+def probe_table(document: dict) -> str:
+    """Return the rows of a probe: the metrics by the block that trained."""
+    names = list(document["rows"][0]["metrics"])
+    rows = [[row["block"], *(f"{row['metrics'][name]:.4f}" for name in names)] for row in document["rows"]]
+    return table(["block", *names], rows)
