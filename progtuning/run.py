@@ -209,8 +209,6 @@ def fine_tune(
         model, loaded = load_model(folder, config, settings.seed)
         apply_peft(model, settings.peft, settings.seed)
         trainer = Trainer(model, train_rows, settings, device, world=world)
-    for note in loaded.notes:
-        say(note)
     if trainer.engine.cache:
         tokens, size = trainer.engine.cache.num_tokens, trainer.engine.cache.nbytes
         whose = "The prefix cache" if world.size == 1 else f"Each of the {world.size} processes' prefix caches"
@@ -221,6 +219,8 @@ def fine_tune(
 
     cache = trainer.engine.cache or nullcontext()
     with StopSignals(world) as signals, RunFolder(output_dir, checkpoints, identity, say, world) as run, cache:
+        for note in loaded.notes:
+            say(note)
         if run.is_resumed and world.first((run.path / SUMMARY).is_file()):
             say(f"The run in {output_dir} is finished already.")
             return read_json(run.path / SUMMARY) if world.is_main else {}
