@@ -122,13 +122,15 @@ class RunFolder:
                 "versions": {"progtuning": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()},
             }
             run = json.loads(json.dumps(run))  # tuples become lists, as they are in the file
-            self._digest = hashlib.sha256(json.dumps(run["identity"], sort_keys=True).encode()).hexdigest()
             if self.is_resumed:
-                _check_same(read_json(self.path / RUN), run, self.path)
+                begun = read_json(self.path / RUN)
+                _check_same(begun, run, self.path)
+                run = begun  # its checkpoints name it as it was begun, before an option that is newer
                 self._clear()
             else:
                 self.log.rewind(0)
                 write_json(self.path / RUN, run)
+            self._digest = hashlib.sha256(json.dumps(run["identity"], sort_keys=True).encode()).hexdigest()
         except BaseException:
             self.log.close()
             raise
@@ -268,10 +270,15 @@ def _is_blank(path: Path) -> bool:
 
 
 def _check_same(found: object, ours: Mapping, folder: Path) -> None:
-    """Raise InputError that names what differs between the identity in a `run.json` and ours."""
+    """Raise InputError that names what differs between the identity in a `run.json` and ours.
+
+    A setting that it lacks, of a run begun before there was the option, counts as the option's default.
+    """
     if not isinstance(found, dict) or found.get("format") != _FORMAT or not isinstance(found.get("identity"), dict):
         raise InputError(f"{folder / RUN}: expected a file of format {_FORMAT} with the key 'identity'")
+    defaults = _flatten(json.loads(json.dumps({"settings": asdict(TrainConfig())})))
     theirs, mine = dict(_flatten(found["identity"])), dict(_flatten(ours["identity"]))
+    theirs = {key: value for key, value in defaults if key in mine} | theirs
     differing = [key for key in {**mine, **theirs} if theirs.get(key) != mine.get(key)]
     if differing:
         differences = "; ".join(_difference(key, theirs.get(key), mine.get(key)) for key in differing)

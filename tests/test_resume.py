@@ -1,5 +1,6 @@
 """Stop and resume: a run that goes on from a checkpoint ends as one that never stopped, or says why it cannot."""
 
+import hashlib
 import json
 import os
 import random
@@ -520,6 +521,51 @@ def test_a_damaged_run_json_is_refused_by_name(content, stopped, tiny_folder, ti
     (tmp_path / "run" / "run.json").write_text(content)
     line = refused(*call("train", *arguments(tiny_folder, tiny_task, tmp_path / "run", "--resume")))
     assert f"{tmp_path / 'run' / 'run.json'}: " in line
+
+
+@pytest.fixture(scope="module")
+def older(stopped, tmp_path_factory) -> Path:
+    """The stopped run as it would be had it been begun before there were some of the options."""
+    folder = tmp_path_factory.mktemp("older") / "run"
+    shutil.copytree(stopped, folder)
+    run = json.loads((folder / "run.json").read_text())
+    settings = run["identity"]["settings"]
+    del settings["lr_schedule"], settings["seed"], settings["dps"], settings["peft"]["lora_targets"]
+    (folder / "run.json").write_text(json.dumps(run))
+    digest = hashlib.sha256(json.dumps(run["identity"], sort_keys=True).encode()).hexdigest()
+    for checkpoint in (folder / CHECKPOINTS).iterdir():
+        write_checkpoint(checkpoint, read_checkpoint(checkpoint) | {"run": digest})
+    return folder
+
+
+def test_a_run_begun_before_there_was_an_option_goes_on_with_the_options_default(
+    older, stopped, tiny_folder, tiny_task, tmp_path
+):
+    shutil.copytree(older, tmp_path / "run")
+    status, _, err = call("train", *arguments(tiny_folder, tiny_task, tmp_path / "run", "--resume"))
+    assert status == 0 and "step-00000003: step 3 of 6" in err and "warning" not in err
+    for name in ("model.safetensors", LOG):
+        assert (tmp_path / "run" / name).read_bytes() == (stopped.parent / "whole" / name).read_bytes(), name
+    assert (tmp_path / "run" / "run.json").read_bytes() == (older / "run.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--lr-schedule", "constant"], "--lr-schedule was linear, now constant"),
+        (["--seed", "7"], "--seed was 42, now 7"),
+        (
+            ["--dps", "mix", "--dps-update-ratio", "0.5"],
+            "--dps was off, now mix; --dps-update-ratio was 0.05, now 0.5",
+        ),
+        (["--lora-targets", "key"], "--lora-targets was ['query', 'value'], now ['key']"),
+    ],
+)
+def test_an_option_that_is_newer_than_the_run_is_refused_where_it_is_not_its_default(
+    options, message, older, tiny_folder, tiny_task
+):
+    line = refused(*call("train", *arguments(tiny_folder, tiny_task, older, "--resume", *options)))
+    assert f"{older} is of another run: {message}" in line
 
 
 def test_other_versions_are_a_warning(tmp_path, capsys):
