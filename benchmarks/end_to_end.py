@@ -37,9 +37,10 @@ import transformers
 import harness
 from harness import RESULTS, append_row, number, read_rows, spread
 from progtuning import accounting, metrics
-from progtuning.config import BLOCK_LINEARS, BertConfig, PeftConfig, TrainConfig
+from progtuning.config import BertConfig, PeftConfig, TrainConfig
 from progtuning.data.text import Example, Splits, limit_train
 from progtuning.files import write_text
+from progtuning.model.names import BLOCK_LINEARS
 from progtuning.report import tables
 from progtuning.run import choose_device, fine_tune, load_splits
 from progtuning.sources import model_folder

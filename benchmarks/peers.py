@@ -29,9 +29,10 @@ from torch.nn import functional as F
 import harness
 from harness import Timing, Variant, number
 from progtuning.bert import build_model
-from progtuning.config import ARCHITECTURES, BLOCK_LINEARS, BertConfig, PeftConfig
-from progtuning.engine import EMBEDDINGS, HEAD, StageEngine, unit_of
+from progtuning.config import ARCHITECTURES, BertConfig, PeftConfig
+from progtuning.engine import StageEngine
 from progtuning.files import write_json, write_text
+from progtuning.model.names import BLOCK_LINEARS, EMBEDDINGS, HEAD, unit_of
 from progtuning.optim import build_optimizer
 from progtuning.peft import apply_peft
 from progtuning.report import tables
@@ -139,7 +140,7 @@ def _by_requires_grad(model: nn.Module, candidates: Mapping[str, nn.Parameter], 
     def enter() -> None:
         for name, parameter in candidates.items():
             # bert.encoder.layer.0..., and under peft base_model.model.bert.encoder.layer.0...
-            unit = unit_of(name.rpartition("bert.")[2])
+            unit = unit_of(name.removeprefix("base_model.model.").removeprefix("bert."))
             trains = stage.embeddings if unit == EMBEDDINGS else unit == HEAD or unit in stage.blocks
             parameter.requires_grad_(trains)
 

@@ -38,8 +38,9 @@ from fractions import Fraction
 from math import prod
 
 from progtuning.base.checks import check_choice, check_number
-from progtuning.config import ARCHITECTURES, BLOCK_LINEARS, BertConfig, PeftConfig
+from progtuning.config import ARCHITECTURES, BertConfig, PeftConfig
 from progtuning.errors import InputError
+from progtuning.model.names import BLOCK_LINEARS
 from progtuning.stages import AdaptiveSchedule, Schedule, Stage, make_schedule
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}  # bytes an element of a cache, by --cache-dtype

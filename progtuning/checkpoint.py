@@ -28,9 +28,10 @@ from torch import Tensor
 
 from progtuning.accounting import units
 from progtuning.bert import Model
-from progtuning.config import BLOCK_LINEARS, BertConfig, PeftConfig, passed_over, read_head
+from progtuning.config import BertConfig, PeftConfig, passed_over, read_head
 from progtuning.errors import InputError, RunError
 from progtuning.files import read_json, replacing, write_json
+from progtuning.model.names import BLOCK_LINEARS
 from progtuning.peft import apply_peft
 from progtuning.peft.lora import lora_layers
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from progtuning.base.checks import check_choice, check_number
 from progtuning.errors import InputError
 from progtuning.files import read_json
+from progtuning.model.names import BLOCK_LINEARS
 from progtuning.settings.options import Options, option
 from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES
 
@@ -34,16 +35,6 @@ DPS_MODES = ("off", "dense", "mix")
 PRECISIONS = ("fp32", "bf16")
 CACHES = ("off", "memory", "disk")
 LR_SCHEDULES = ("linear", "constant")
-
-# The six linear layers of a block, by the names that Hugging Face checkpoints give them.
-BLOCK_LINEARS = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "attention-output": "attention.output.dense",
-    "intermediate": "intermediate.dense",
-    "output": "output.dense",
-}
 
 # Keys of a config.json with which the encoder computes the same whatever their value.
 _WITHOUT_EFFECT = frozenset(

@@ -16,7 +16,6 @@ Progtuning (arXiv 2506.21119), Section 3. With block b the lowest active one:
 Where E trains while low blocks are frozen (embeddings "always"), its gradient crosses every block, so there is no cut.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -28,18 +27,9 @@ from torch import Tensor, nn
 from progtuning.bert import Model
 from progtuning.cache import PrefixCache
 from progtuning.errors import InputError, RunError
+from progtuning.model.names import EMBEDDINGS, HEAD, unit_of
 from progtuning.optim import keep_only
 from progtuning.stages import Stage
-
-EMBEDDINGS, HEAD = "embeddings", "head"
-
-
-def unit_of(name: str) -> int | str:
-    """Say in which unit of M = E . B1 ... BL . H parameter `name` sits: EMBEDDINGS, a 0-based block index, or HEAD."""
-    if name.startswith("embeddings."):
-        return EMBEDDINGS
-    block = re.match(r"encoder\.layer\.(\d+)\.", name)
-    return int(block[1]) if block else HEAD
 
 
 @lru_cache

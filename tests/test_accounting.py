@@ -17,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from progtuning import accounting
 from progtuning.accounting import backward_flops, forward_flops, paper_rows, plan, units, updated_parameters
 from progtuning.bert import ACTIVATIONS, Model
-from progtuning.config import ARCHITECTURES, BLOCK_LINEARS, HEADS, PEFT_METHODS, BertConfig, PeftConfig
+from progtuning.config import ARCHITECTURES, HEADS, PEFT_METHODS, BertConfig, PeftConfig
 from progtuning.engine import StageEngine
 from progtuning.errors import InputError
+from progtuning.model.names import BLOCK_LINEARS
 from progtuning.optim import build_optimizer
 from progtuning.peft import apply_peft
 from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES, Stage, make_schedule

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from progtuning.accounting import gradient_sum_bytes
 from progtuning.config import DPSConfig, PeftConfig, TrainConfig
-from progtuning.engine import GradientSums, unit_of
+from progtuning.engine import GradientSums
 from progtuning.errors import InputError
+from progtuning.model.names import unit_of
 from progtuning.peft import apply_peft
 from progtuning.stages import AdaptiveSchedule, Stage, percentile
 from progtuning.train import Trainer

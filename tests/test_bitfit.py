@@ -5,8 +5,9 @@ import torch
 
 from progtuning.bert import Model
 from progtuning.config import ARCHITECTURES, PeftConfig
-from progtuning.engine import EMBEDDINGS, HEAD, StageEngine, unit_of
+from progtuning.engine import StageEngine
 from progtuning.errors import InputError
+from progtuning.model.names import EMBEDDINGS, HEAD, unit_of
 from progtuning.peft import apply_peft
 from progtuning.stages import EMBEDDING_POLICIES, Stage, embeddings_train
 from tests.models import tiny_batch, tiny_model

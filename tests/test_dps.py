@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from progtuning.config import BLOCK_LINEARS, DPSConfig, PeftConfig, TrainConfig
+from progtuning.config import DPSConfig, PeftConfig, TrainConfig
 from progtuning.dps import DPS, num_kept, window_length
 from progtuning.engine import StageEngine
 from progtuning.errors import InputError
+from progtuning.model.names import BLOCK_LINEARS
 from progtuning.optim import build_optimizer
 from progtuning.peft import apply_peft
 from progtuning.stages import Stage, make_schedule

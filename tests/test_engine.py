@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from progtuning.engine import EMBEDDINGS, HEAD, StageEngine, unit_of
+from progtuning.engine import StageEngine
+from progtuning.model.names import EMBEDDINGS, HEAD, unit_of
 from progtuning.optim import build_optimizer
 from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES, Stage, make_schedule
 from tests.models import TINY, gradients, reachable, tiny_batch, tiny_model

@@ -22,8 +22,9 @@ from progtuning.checkpoint import (
     save_pretrained,
     tuned_config,
 )
-from progtuning.config import BLOCK_LINEARS, BertConfig, PeftConfig, TrainConfig
+from progtuning.config import BertConfig, PeftConfig, TrainConfig
 from progtuning.errors import InputError, RunError
+from progtuning.model.names import BLOCK_LINEARS
 from progtuning.peft import apply_peft, trainable_names
 from progtuning.peft.lora import merge, unwrap
 from progtuning.run import load_checkpoint, write_model

@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from progtuning.checkpoint import save_pretrained
-from progtuning.config import BLOCK_LINEARS, PeftConfig
+from progtuning.config import PeftConfig
 from progtuning.errors import InputError
+from progtuning.model.names import BLOCK_LINEARS
 from progtuning.peft import apply_peft
 from progtuning.peft.lora import LoRALinear, lora_layers, merge, unmerge, unwrap
 from tests.models import gradients, tiny_batch, tiny_model

@@ -11,18 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from progtuning.accounting import units
 from progtuning.bert import Model
-from progtuning.config import (
-    ARCHITECTURES,
-    BLOCK_LINEARS,
-    HEADS,
-    PEFT_METHODS,
-    DPSConfig,
-    PeftConfig,
-    TrainConfig,
-    recipe,
-)
+from progtuning.config import ARCHITECTURES, HEADS, PEFT_METHODS, DPSConfig, PeftConfig, TrainConfig, recipe
 from progtuning.engine import StageEngine
 from progtuning.errors import InputError
+from progtuning.model.names import BLOCK_LINEARS
 from progtuning.optim import build_optimizer
 from progtuning.peft import apply_peft, trainable_names
 from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES, Stage, make_schedule

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from progtuning.accounting import spafit_bounds, units
-from progtuning.config import ARCHITECTURES, BLOCK_LINEARS, PeftConfig
+from progtuning.config import ARCHITECTURES, PeftConfig
 from progtuning.engine import StageEngine
 from progtuning.errors import InputError
+from progtuning.model.names import BLOCK_LINEARS
 from progtuning.peft import apply_peft, spafit
 from progtuning.peft.lora import lora_layers
 from progtuning.peft.spafit import parse_bounds

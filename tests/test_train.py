@@ -18,10 +18,10 @@ from progtuning.config import PEFT_METHODS, DPSConfig, PeftConfig, TrainConfig
 from progtuning.data.batching import EncodedRows
 from progtuning.data.text import Task
 from progtuning.data.tokenization import Encoding
-from progtuning.engine import EMBEDDINGS, HEAD, unit_of
 from progtuning.errors import InputError, RunError
 from progtuning.evaluate import measure_splits, predict
 from progtuning.model.heads import CLASSES
+from progtuning.model.names import EMBEDDINGS, HEAD, unit_of
 from progtuning.peft import apply_peft
 from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES
 from progtuning.train import Trainer, collate_inputs

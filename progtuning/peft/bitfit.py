@@ -5,7 +5,7 @@ the half that they find to do nearly as well (Section 4, "Fewer bias parameters"
 code trains the pooler's bias with either.
 """
 
-from progtuning.config import BLOCK_LINEARS
+from progtuning.model.names import BLOCK_LINEARS
 
 
 def bitfit_trains(name: str, biases: str = "all") -> bool:

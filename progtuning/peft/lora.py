@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 from progtuning.bert import Model
-from progtuning.config import BLOCK_LINEARS
 from progtuning.errors import InputError
+from progtuning.model.names import BLOCK_LINEARS
 
 
 class LoRALinear(nn.Module):

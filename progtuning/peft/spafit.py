@@ -19,8 +19,9 @@ import torch
 
 from progtuning.accounting import spafit_bounds
 from progtuning.bert import Model
-from progtuning.config import BLOCK_LINEARS, PeftConfig
+from progtuning.config import PeftConfig
 from progtuning.errors import InputError
+from progtuning.model.names import BLOCK_LINEARS
 from progtuning.peft.lora import insert_lora, lora_trains
 
 VARIANTS = {"4-9": (4, 9), "4-14": (4, 14)}  # N1, N2 of 24 blocks
