@@ -40,7 +40,7 @@ from math import prod
 from progtuning.base.checks import check_choice, check_number
 from progtuning.config import ARCHITECTURES, BertConfig, PeftConfig
 from progtuning.errors import InputError
-from progtuning.model.names import BLOCK_LINEARS
+from progtuning.model.names import BLOCK_LINEARS, EMBEDDINGS, HEAD, prefix_of
 from progtuning.stages import AdaptiveSchedule, Schedule, Stage, make_schedule
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}  # bytes an element of a cache, by --cache-dtype
@@ -133,37 +133,18 @@ def units(config: BertConfig, peft: PeftConfig = _PLAIN) -> Units:
     lora_A and lora_B, or adapter.down and adapter.up. Raises InputError where the method does not fit the
     architecture.
     """
-    bounds = spafit_bounds(config, peft) if peft.method == "spafit" else None
-    shapes = _embedding_shapes(config)
-    embeddings = Unit("embeddings.", shapes, frozenset(name for name in shapes if _embedding_trains(name, peft)))
-    blocks = []
-    for index in range(config.num_hidden_layers):
-        method = peft.method if bounds is None else _stratum(index, bounds)
-        shapes = _block_shapes(config, peft, method)
-        trainable = frozenset(name for name in shapes if _block_trains(name, peft, method))
-        blocks.append(Unit(f"encoder.layer.{index}.", shapes, trainable))
-    shapes = _head_shapes(config)
-    head = Unit("", shapes, frozenset(name for name in shapes if _head_trains(name, peft)))
-    return Units(embeddings, tuple(blocks), head)
-
-
-def spafit_bounds(config: BertConfig, peft: PeftConfig) -> tuple[int, int]:
-    """Return N1, N2 of SPAFIT (arXiv 2405.00201); where none are given 4, 9 for 24 blocks, else in proportion.
-
-    Raises InputError where they exceed the number of blocks.
-    """
     num_blocks = config.num_hidden_layers
-    if peft.spafit_bounds is None:
-        return 4 * num_blocks // 24, 9 * num_blocks // 24
-    n1, n2 = peft.spafit_bounds
-    if n2 > num_blocks:
-        raise InputError(f"--spafit-bounds must be two numbers 0 <= N1 <= N2 <= {num_blocks}, got {n1},{n2}")
-    return n1, n2
+    blocks = (_unit(index, _block_shapes(config, peft, index), peft, num_blocks) for index in range(num_blocks))
+    return Units(
+        _unit(EMBEDDINGS, _embedding_shapes(config), peft, num_blocks),
+        tuple(blocks),
+        _unit(HEAD, _head_shapes(config), peft, num_blocks),
+    )
 
 
-def _stratum(index: int, bounds: tuple[int, int]) -> str:
-    """Name what SPAFIT does to block `index`: group 1 frozen, group 2 biases, group 3 LoRA and biases."""
-    return ("frozen", "biases", "lora+biases")[sum(index >= bound for bound in bounds)]
+def _unit(unit: int | str, shapes: Mapping[str, tuple[int, ...]], peft: PeftConfig, num_blocks: int) -> Unit:
+    prefix = prefix_of(unit)
+    return Unit(prefix, shapes, frozenset(name for name in shapes if peft.trains(prefix + name, num_blocks)))
 
 
 def _embedding_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
@@ -177,21 +158,15 @@ def _embedding_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _block_shapes(config: BertConfig, peft: PeftConfig, method: str) -> dict[str, tuple[int, ...]]:
-    d, f, a, r = config.hidden_size, config.intermediate_size, peft.adapter_size, peft.lora_r
+def _block_shapes(config: BertConfig, peft: PeftConfig, index: int) -> dict[str, tuple[int, ...]]:
+    d, f = config.hidden_size, config.intermediate_size
     shapes = {}
     for target, name in BLOCK_LINEARS.items():
         n_out, n_in = {"intermediate": (f, d), "output": (d, f)}.get(target, (d, d))
         shapes |= {f"{name}.weight": (n_out, n_in), f"{name}.bias": (n_out,)}
-        if method in ("lora", "lora+biases") and target in peft.lora_targets:
-            if r > min(n_in, n_out):
-                raise InputError(f"--lora-r must be in 1..{min(n_in, n_out)} for {target} ({n_out} x {n_in}), got {r}")
-            shapes |= {f"{name}.lora_A.weight": (r, n_in), f"{name}.lora_B.weight": (n_out, r)}
+        shapes |= peft.adds(target, n_out, n_in, index, config.num_hidden_layers)
     for name in ("attention.output", "output"):
         shapes |= {f"{name}.LayerNorm.weight": (d,), f"{name}.LayerNorm.bias": (d,)}
-        if method == "adapter":
-            shapes |= {f"{name}.adapter.down.weight": (a, d), f"{name}.adapter.down.bias": (a,)}
-            shapes |= {f"{name}.adapter.up.weight": (d, a), f"{name}.adapter.up.bias": (d,)}
     return shapes
 
 
@@ -207,46 +182,6 @@ def _head_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
         layers = {"classifier.dense": (d, d), "classifier.out_proj": (c, d)}
     weights = {f"{name}.weight": shape for name, shape in layers.items()}
     return weights | {f"{name}.bias": shape[:1] for name, shape in layers.items()}
-
-
-def _embedding_trains(name: str, peft: PeftConfig) -> bool:
-    """E under each method: all of it; its one bias under BitFit; by option its LayerNorm with adapters; or nothing."""
-    every_bias = peft.method == "bitfit" and peft.bitfit_biases == "all"
-    layer_norm = peft.method == "adapter" and peft.adapter_embedding_layer_norm
-    return (
-        peft.method == "none"
-        or (every_bias and name == "LayerNorm.bias")
-        or (layer_norm and name.startswith("LayerNorm."))
-    )
-
-
-def _block_trains(name: str, peft: PeftConfig, method: str) -> bool:
-    """A block under `method`, one of PEFT_METHODS or a stratum of SPAFIT."""
-    layer, _, kind = name.rpartition(".")
-    if method == "none":
-        return True
-    if method == "adapter":  # Houlsby et al. 2019 train the LayerNorms too
-        return ".adapter." in name or (peft.adapter_layer_norms and layer.endswith("LayerNorm"))
-    if method == "bitfit" and peft.bitfit_biases == "query,intermediate":
-        return kind == "bias" and layer in (BLOCK_LINEARS["query"], BLOCK_LINEARS["intermediate"])
-    if method in ("bitfit", "biases"):
-        return kind == "bias"
-    if method == "lora":
-        return ".lora_" in name
-    if method == "lora+biases":  # LoRA, and biases elsewhere: not that of a layer which has LoRA
-        wrapped = {BLOCK_LINEARS[target] for target in peft.lora_targets}
-        return ".lora_" in name or (kind == "bias" and layer not in wrapped)
-    return False
-
-
-def _head_trains(name: str, peft: PeftConfig) -> bool:
-    """H under each method: all of it; but BERT's pooler is pre-trained, and a method trains of it at most the bias,
-    or by option of LoRA all."""
-    if peft.method == "none" or not name.startswith("pooler."):
-        return True
-    if peft.method == "lora":
-        return peft.lora_pooler
-    return peft.method in ("bitfit", "spafit") and name == "pooler.dense.bias"
 
 
 def trainable_parameters(config: BertConfig, stage: Stage, peft: PeftConfig = _PLAIN) -> int:

@@ -24,6 +24,7 @@ from progtuning.config import (
     PeftConfig,
     SquadConfig,
     TrainConfig,
+    parse_bounds,
     parse_label_map,
     parse_size,
     recipe,
@@ -283,8 +284,6 @@ def train_config(args: argparse.Namespace, num_blocks: int, task: str | None = N
     `--recipe paper` the authors' for `num_rows` training rows before them."""
     values = {settings: given(args, settings) for settings in SETTINGS}
     if "spafit_bounds" in values[PeftConfig]:
-        from progtuning.peft.spafit import parse_bounds
-
         values[PeftConfig]["spafit_bounds"] = parse_bounds(values[PeftConfig]["spafit_bounds"], num_blocks)
     if {"batch_size", "batch_tokens"} <= set(values[TrainConfig]):
         raise InputError("--batch-size and --batch-tokens exclude each other: give one of them")

@@ -306,7 +306,7 @@ def test_the_heads_of_roberta_and_of_question_answering_train_whole_under_every_
 
 def test_spafit_bounds_default_to_4_and_9_of_24_blocks_and_scale_with_depth():
     peft = PeftConfig("spafit")
-    found = {name: accounting.spafit_bounds(config, peft) for name, config in ARCHITECTURES.items()}
+    found = {name: peft.bounds(config.num_hidden_layers) for name, config in ARCHITECTURES.items()}
     assert found == {
         **dict.fromkeys((name for name in ARCHITECTURES if "-base-" in name or name == "roberta-base"), (2, 4)),
         **dict.fromkeys(("bert-large-uncased", "bert-large-cased", "roberta-large"), (4, 9)),

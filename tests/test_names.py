@@ -1,9 +1,10 @@
 """Which unit of M = E . B1 ... BL . H a parameter's name is in. A name that is none of the model's is an error."""
 
 import pytest
+import torch
 from torch import nn
 
-from progtuning.config import HEADS, PeftConfig
+from progtuning.config import HEADS, PEFT_METHODS, PeftConfig
 from progtuning.engine import StageEngine
 from progtuning.model.names import EMBEDDINGS, HEAD, HEAD_MODULES, prefix_of, unit_of
 from progtuning.peft import apply_peft
@@ -90,3 +91,14 @@ def test_the_engine_enters_no_stage_of_a_model_with_a_foreign_parameter_and_leav
     with pytest.raises(ValueError, match=r"parameter 'transformer\.layer\.0\.weight' is none of the model's"):
         engine.enter(Stage(0, 4, 2, embeddings=False))
     assert engine.stage is None and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", PEFT_METHODS)
+def test_no_method_is_applied_to_a_model_with_a_foreign_parameter(method):
+    model = foreign_model()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"parameter 'transformer\.layer\.0\.weight' is none of the model's"):
+        apply_peft(model, PeftConfig(method, lora_r=2))
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert all(p.requires_grad for p in after.values())

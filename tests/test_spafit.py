@@ -8,14 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from progtuning.accounting import spafit_bounds, units
-from progtuning.config import ARCHITECTURES, PeftConfig
+from progtuning.accounting import units
+from progtuning.config import ARCHITECTURES, PeftConfig, parse_bounds
 from progtuning.engine import StageEngine
 from progtuning.errors import InputError
 from progtuning.model.names import BLOCK_LINEARS
-from progtuning.peft import apply_peft, spafit
+from progtuning.peft import apply_peft
 from progtuning.peft.lora import lora_layers
-from progtuning.peft.spafit import parse_bounds
 from progtuning.stages import SCHEDULES, make_schedule
 from tests.models import TINY, tiny_batch, tiny_model
 
@@ -72,10 +71,19 @@ def test_blocks_frozen_to_the_top_leave_the_head():
     assert torch.equal(model(**batch), base(**batch))
 
 
+def test_a_rank_that_fits_no_layer_is_an_error_where_a_block_has_lora_and_nowhere_else():
+    unused, used = (PeftConfig("spafit", spafit_bounds=(1, n2), lora_r=17) for n2 in (4, 3))
+    apply_peft(tiny_model(), unused)
+    assert units(TINY, unused).num_trainable
+    for refuse in (lambda: apply_peft(tiny_model(), used), lambda: units(TINY, used)):
+        with pytest.raises(InputError, match="--lora-r must be in 1..16 for query"):
+            refuse()
+
+
 @pytest.mark.parametrize("num_blocks, expected", [(24, (4, 9)), (12, (2, 4)), (6, (1, 2)), (4, (0, 1)), (1, (0, 0))])
 def test_the_default_bounds_are_4_and_9_of_24_blocks_in_proportion(num_blocks, expected):
     config = replace(TINY, num_hidden_layers=num_blocks)
-    assert spafit_bounds(config, PeftConfig("spafit")) == expected == parse_bounds("4-9", num_blocks)
+    assert PeftConfig("spafit").bounds(config.num_hidden_layers) == expected == parse_bounds("4-9", num_blocks)
 
 
 @pytest.mark.parametrize("name, percent", [("4-9", 0.21), ("4-14", 0.16)])
@@ -83,13 +91,14 @@ def test_at_the_defaults_the_percents_of_bert_large_that_the_docstring_says_trai
     config = ARCHITECTURES["bert-large-uncased"].with_head("classification", ("a", "b"))
     model = units(config, PeftConfig("spafit", spafit_bounds=parse_bounds(name, 24)))
     assert round(100 * model.num_trainable / model.num_parameters, 2) == percent
-    assert f"{percent} %" in spafit.__doc__
+    assert f"{percent} %" in PeftConfig.bounds.__doc__
 
 
 def test_the_variants_of_the_paper_have_names():
     assert parse_bounds("4-9", 24) == (4, 9)
     assert parse_bounds("4-14", 24) == (4, 14)
-    assert doctest.testmod(spafit).failed == 0 and doctest.testmod(spafit).attempted == 1
+    [examples] = doctest.DocTestFinder().find(parse_bounds, globs={"parse_bounds": parse_bounds})
+    assert doctest.DocTestRunner().run(examples) == (0, 1)  # failed, attempted
 
 
 @given(st.integers(1, 40), st.data())

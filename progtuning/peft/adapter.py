@@ -60,8 +60,3 @@ def insert_adapters(model: Model, peft: PeftConfig, generator: torch.Generator) 
             weight = half.output.dense.weight
             adapter = Adapter(model.config.hidden_size, *settings, generator)
             half.output = AdaptedOutput(half.output, adapter.to(weight.device, weight.dtype))
-
-
-def adapter_trains(name: str, layer_norms: bool) -> bool:
-    """Say whether a block's parameter `name` trains: the adapters and, as in Section 2.1, the LayerNorms."""
-    return ".adapter." in name or (layer_norms and ".LayerNorm." in name)

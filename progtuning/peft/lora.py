@@ -9,7 +9,7 @@ update to W, after which the layer costs what it did before; `unmerge` gives W b
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 from progtuning.bert import Model
-from progtuning.errors import InputError
+from progtuning.config import PeftConfig
 from progtuning.model.names import BLOCK_LINEARS
 
 
@@ -64,29 +64,19 @@ class LoRALinear(nn.Module):
             self.base_weight = None
 
 
-def insert_lora(
-    model: Model,
-    targets: Iterable[str],
-    r: int,
-    alpha: float,
-    dropout: float,
-    generator: torch.Generator,
-    blocks: Iterable[int] | None = None,
-) -> None:
-    """Wrap the layers `targets` (keys of BLOCK_LINEARS) in each of `blocks` (0-based; all where None).
-
-    Raises InputError, before anything is wrapped, where `r` is larger than a layer.
-    """
-    targets = [target for target in BLOCK_LINEARS if target in set(targets)]  # draws do not depend on the order given
-    for target in targets:
-        n_out, n_in = model.encoder.layer[0].get_submodule(BLOCK_LINEARS[target]).weight.shape
-        if not 1 <= r <= min(n_out, n_in):
-            raise InputError(f"--lora-r must be in 1..{min(n_out, n_in)} for {target} ({n_out} x {n_in}), got {r}")
-    for index in range(model.num_blocks) if blocks is None else blocks:
-        for target in targets:
-            parent, _, name = BLOCK_LINEARS[target].rpartition(".")
-            parent = model.encoder.layer[index].get_submodule(parent)
-            setattr(parent, name, LoRALinear(getattr(parent, name), r, alpha, dropout, generator))
+def insert_lora(model: Model, peft: PeftConfig, generator: torch.Generator) -> None:
+    """Wrap every layer to which `peft` adds an A and a B. Raises InputError, before anything is wrapped, as it does."""
+    wrapped = []
+    for index, block in enumerate(model.encoder.layer):
+        for target, layer in BLOCK_LINEARS.items():
+            n_out, n_in = block.get_submodule(layer).weight.shape
+            if f"{layer}.lora_A.weight" in peft.adds(target, n_out, n_in, index, model.num_blocks):
+                wrapped.append((block, layer))
+    for block, layer in wrapped:
+        parent, _, name = layer.rpartition(".")
+        parent = block.get_submodule(parent)
+        linear = LoRALinear(getattr(parent, name), peft.lora_r, peft.lora_alpha, peft.lora_dropout, generator)
+        setattr(parent, name, linear)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -113,8 +103,3 @@ def unwrap(model: nn.Module) -> None:
         linear = nn.Linear(*reversed(layer.weight.shape), device="meta")
         linear.weight, linear.bias = layer.weight, layer.bias
         model.set_submodule(name, linear.train(layer.training))
-
-
-def lora_trains(name: str) -> bool:
-    """Say whether a block's parameter `name` trains: A and B alone."""
-    return ".lora_" in name
