@@ -34,7 +34,6 @@ from progtuning.bert import Model, build_model
 from progtuning.config import ARCHITECTURES, BertConfig, PeftConfig
 from progtuning.engine import StageEngine
 from progtuning.files import write_json, write_text
-from progtuning.model.names import unit_of
 from progtuning.optim import build_optimizer
 from progtuning.peft import apply_peft
 from progtuning.report import pictures, tables

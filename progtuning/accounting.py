@@ -39,7 +39,6 @@ from math import prod
 
 from progtuning.base.checks import check_choice, check_number
 from progtuning.config import ARCHITECTURES, BertConfig, PeftConfig
-from progtuning.errors import InputError
 from progtuning.model.names import BLOCK_LINEARS, EMBEDDINGS, HEAD, prefix_of
 from progtuning.stages import AdaptiveSchedule, Schedule, Stage, make_schedule
 

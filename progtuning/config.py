@@ -31,6 +31,7 @@ _SAME_ACTIVATION = {
 }
 HEADS = ("classification", "regression", "question-answering")
 PEFT_METHODS = ("none", "adapter", "bitfit", "lora", "spafit")
+MERGEABLE = ("lora", "bitfit", "spafit")  # what they do to a model fits in its own layers
 DPS_MODES = ("off", "dense", "mix")
 PRECISIONS = ("fp32", "bf16")
 CACHES = ("off", "memory", "disk")

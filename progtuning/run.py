@@ -24,7 +24,7 @@ from progtuning.checkpoint import (
     save_pretrained,
     tuned_config,
 )
-from progtuning.config import HEADS, BertConfig, CheckpointConfig, SquadConfig, TrainConfig, format_label_map
+from progtuning.config import HEADS, MERGEABLE, BertConfig, CheckpointConfig, SquadConfig, TrainConfig, format_label_map
 from progtuning.data import glue, squad
 from progtuning.data.answers import to_jsonl, write_predictions
 from progtuning.data.batching import EncodedRows, encode_examples
@@ -203,8 +203,9 @@ def fine_tune(
     """
     task = splits.task
     with world.agreed():
-        if merge and settings.peft.method in ("none", "adapter"):
-            raise InputError(f"--merge needs --peft lora, bitfit or spafit, got {settings.peft.method}")
+        if merge and settings.peft.method not in MERGEABLE:
+            methods = f"{', '.join(MERGEABLE[:-1])} or {MERGEABLE[-1]}"
+            raise InputError(f"--merge needs --peft {methods}, got {settings.peft.method}")
         config, settings, tokenizer, train_rows, dev_rows = prepare(folder, splits, settings)
         model, loaded = load_model(folder, config, settings.seed)
         apply_peft(model, settings.peft, settings.seed)
