@@ -105,16 +105,16 @@ class AdaptiveSchedule:
     num_intervals); a rest makes more of them. Over an interval the gradients of each parameter are summed, as backward
     gives them, before any clipping. G_i is the L1 norm of each of block i's sums, added up over its parameters. At the
     end of every interval but the first a block's score is |G_i(before) - G_i(now)| / G_i(before), or 0 where G_i(now)
-    is 0, and the lowest active blocks up to the first whose score is not below the `percentile` of all active ones (50:
-    the median) are frozen; so the last block never is. E freezes with block 1 (`embeddings`, "with-block-1"), and
-    frozen blocks do not drop out (`TrainConfig.drops_out_prefix`). 50 is the script's default. Its README runs 20
+    is 0, and the active blocks below the first whose score is not below the `percentile` of all active ones (50: the
+    median) are frozen; so the last block never is. E freezes with block 1 (`embeddings`, "with-block-1"), and what lies
+    below the cut does not drop out (`TrainConfig.drops_out_prefix`). 50 is the script's default. Its README runs 20
     intervals in 4 epochs, which gives the default of five an epoch; the script itself has 10 a run.
 
     What differs on purpose. Their optimizer starts afresh at each decision, its moments lost; here what trains on keeps
     them. They clip each tensor by itself, their Adam corrects no bias, and the learning rate falls to 0.7 and 0.4 after
     30 and 60 % of the steps without a warm-up; here all that is as in every other schedule. With accumulation they add
     what the gradient is after each piece; here a batch counts once, whole, over its pieces and processes, before any
-    mask of DPS, and not at all where it is skipped. A percentile of 0 thaws all blocks there, a G_i(before) of 0 ends
+    mask of DPS, and not at all where it is skipped. A threshold of 0 thaws all blocks there, a G_i(before) of 0 ends
     the run; here nothing thaws, and such a score is infinite. A block without a trainable parameter has no score.
 
     Every decision is kept, with its scores, in `decisions`.
