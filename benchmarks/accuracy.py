@@ -305,7 +305,7 @@ Groups = dict[tuple[str, str, float], list[dict]]  # the rows of each task, meth
 
 
 def table(path: Path, data: Data) -> str:
-    """Return a line for each method and learning rate with all its tasks, then one for each of its tasks.
+    """Return a line for each method and learning rate with all its tasks, one for each of its tasks, and decisions.
 
     Metrics are means and standard deviations over the seeds, times 100; differences to full fine-tuning are in points
     of the first metric, with their intervals; parameters and FLOPs are shares of full fine-tuning's.
@@ -319,9 +319,11 @@ def table(path: Path, data: Data) -> str:
     draws = {}
     for (task, method, lr), rows in groups.items():
         full = full_rows(groups, task)
-        if full and method != "full" and "predictions" in rows[0] and task in held_out:
+        if full and method != "full" and all("predictions" in row for row in rows + full) and task in held_out:
             draws[task, method, lr] = differences(rows, full, held_out[task])
-    return "\n\n".join([account(every_row), by_method(groups, draws, held_out), by_task(groups, draws)])
+    parts = [account(every_row), by_method(groups, draws, held_out), by_task(groups, draws)]
+    decided = [row for row in every_row if "decisions" in row]
+    return "\n\n".join(parts + [by_decision(decided)] * bool(decided))
 
 
 def account(rows: Sequence[dict]) -> str:
@@ -367,6 +369,18 @@ def by_task(groups: Groups, draws: Mapping[tuple[str, str, float], np.ndarray]) 
         lines.append([task, method, f"{lr:g}", len(rows), values, to_full, updated, of_full, seconds])
     header = ["task", "method", "lr", "seeds", "metrics", "first metric, to full", "updated, M", "FLOPs, of full"]
     return tables.table([*header, "seconds"], lines)
+
+
+def by_decision(rows: Sequence[dict]) -> str:
+    """Return a line for each run that decided for itself what to freeze: blocks, and after how many steps."""
+    lines = []
+    for row in rows:
+        first: dict[int, int] = {}  # blocks frozen: the step of the first decision to freeze so many
+        for decision in row["decisions"]:
+            first.setdefault(decision["frozen_blocks"], decision["step"])
+        frozen = ", ".join(f"{blocks} after {step}" for blocks, step in first.items() if blocks)
+        lines.append([row["task"], row["method"], row["seed"], len(row["decisions"]), frozen or "none"])
+    return tables.table(["task", "method", "seed", "decisions", "blocks frozen, after steps"], lines)
 
 
 def first_metric(rows: Sequence[dict]) -> str:

@@ -498,3 +498,29 @@ def test_differences_are_those_of_scipys_paired_bootstrap(small_study):
     assert sorted(draws[1:])[-50] == pytest.approx(high, abs=0.01)
     assert accuracy.interval(accuracy.differences([other], [other], held_out)) == "+0.0 (+0.0 to +0.0)"
     assert accuracy.interval(accuracy.differences([rows], [other | {"seed": 2}], held_out)) is None
+
+
+def test_the_table_has_costs_averaged_over_the_seeds_decisions_and_rows_with_and_without_predictions(tmp_path):
+    import accuracy
+
+    common = {"task": "movie-reviews", "metrics": {"accuracy": 0.5}, "lr": 1e-4, "seconds": 1.0}
+    rows = [
+        common | {"method": "full", "seed": seed, "updated_parameters": 10**6, "flops": flops}
+        for seed, flops in ((1, 100), (2, 300))
+    ]
+    frozen = [{"step": 18, "frozen_blocks": 0}, {"step": 27, "frozen_blocks": 2}, {"step": 36, "frozen_blocks": 2}]
+    rows += [
+        common
+        | {"method": "adaptive", "seed": seed, "updated_parameters": 10**6 * seed, "flops": 100}
+        | {"decisions": frozen[:seed], "predictions": [0, 1]}
+        for seed in (1, 2)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = accuracy.table(path, accuracy.Data(None, None))
+    by_method, by_task, decided = (
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines()]
+        for part in text.split("\n\n")[1:]
+    )
+    assert by_method[3][-2:] == ["1.50", "0.50"] and by_task[3][-3:-1] == ["1.50", "0.50"]
+    assert [line[2:] for line in decided[2:]] == [["1", "1", "none"], ["2", "2", "2 after 27"]]
