@@ -159,7 +159,8 @@ class RunFolder:
         """Bring a new `trainer` and the log to the last good checkpoint; where there is none they stay at the start.
 
         Checkpoints that are damaged are passed over, with a warning, and removed once a good one is found. Raises
-        InputError where there are checkpoints and all are damaged.
+        InputError where there are checkpoints and all are damaged, or where the last good one, of an older version,
+        lacks what a run has now.
         """
         if self.path is None or not self.is_resumed:
             return
@@ -173,7 +174,11 @@ class RunFolder:
             return
         with self.world.agreed():
             state = state or read_checkpoint(Path(checkpoint))  # the folder is one that all processes can read
-            trainer.load_state_dict(state["trainer"])
+            try:
+                trainer.load_state_dict(state["trainer"])
+            except KeyError as error:
+                message = f"--resume: {checkpoint} lacks {error}, expected a checkpoint of progtuning as it is now"
+                raise InputError(message) from None
         self._saved_step = trainer.step
         self.say(f"Resumed from {checkpoint}: step {trainer.step} of {trainer.num_steps}.")
 

@@ -49,7 +49,7 @@ class StageCost:
 
     @classmethod
     def from_state_dict(cls, state: Mapping, names: frozenset[str], device: torch.device) -> "StageCost":
-        counts = {name: state[name] for name in _COUNTS}
+        counts = {name: state[name] for name in _COUNTS if name in state}  # one that is newer is 0
         return cls(Stage(**state["stage"]), names, clock=Clock(device, state["seconds"]), **counts)
 
     def to_dict(self, active: accounting.Units, updated_parameters: int) -> dict:
