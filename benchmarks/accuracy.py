@@ -38,6 +38,7 @@ from progtuning.data.text import Splits, limit_train
 from progtuning.errors import InputError
 from progtuning.evaluate import answer, predict
 from progtuning.report import tables
+from progtuning.report.summary import Summary
 from progtuning.run import Checkpoint, choose_device, encode, fine_tune, load_checkpoint, load_splits
 from progtuning.sources import model_folder
 
@@ -247,20 +248,20 @@ def predict_held_out(saved: Checkpoint, splits: Splits, settings: TrainConfig, d
     return outputs.argmax(axis=1).tolist()
 
 
-def row_of(summary: dict) -> dict:
+def row_of(summary: Summary) -> dict:
     """Return what is kept of a run's summary."""
     return {
-        "task": summary["task"],
-        "metrics": summary["metrics"],
-        "updated_parameters": summary["updated_parameters"],
-        "flops": tables.total(summary, "forward_flops") + tables.total(summary, "backward_flops"),
-        "seconds": sum(tables.seconds(summary, phase) for phase in tables.PHASES),
-        **({"decisions": summary["decisions"]} if "decisions" in summary else {}),
-        "train_rows": summary["train_rows"],
-        "dev_rows": summary["dev_rows"],
-        **{key: summary["settings"][key] for key in ("epochs", "batch_size", "lr", "max_length", "precision")},
-        "model": summary["model"],
-        **{key: summary[key] for key in ("device", "processor", "versions")},
+        "task": summary.task,
+        "metrics": summary.metrics,
+        "updated_parameters": summary.updated_parameters,
+        "flops": summary.flops,
+        "seconds": sum(summary.seconds(phase) for phase in tables.PHASES),
+        **({} if summary.decisions is None else {"decisions": summary.decisions}),
+        "train_rows": summary.train_rows,
+        "dev_rows": summary.dev_rows,
+        **{key: summary.settings[key] for key in ("epochs", "batch_size", "lr", "max_length", "precision")},
+        "model": summary.model,
+        **{key: getattr(summary, key) for key in ("device", "processor", "versions")},
         "date": date.today().isoformat(),
     }
 

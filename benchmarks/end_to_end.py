@@ -192,11 +192,11 @@ def cost_of_full(folder: Path, splits: Splits, settings: TrainConfig, shapes: Ma
 def train_here(name: str, folder: Path, splits: Splits, settings: TrainConfig, device: torch.device) -> dict:
     summary = fine_tune(name, folder, splits, settings, device)
     return {
-        "metrics": summary["metrics"],
-        "updated_parameters": summary["updated_parameters"],
-        "flops": tables.total(summary, "forward_flops") + tables.total(summary, "backward_flops"),
-        "steps": tables.total(summary, "steps"),
-        "phase_seconds": {phase: tables.seconds(summary, phase) for phase in tables.PHASES},
+        "metrics": summary.metrics,
+        "updated_parameters": summary.updated_parameters,
+        "flops": summary.flops,
+        "steps": sum(stage.steps for stage in summary.stages),
+        "phase_seconds": {phase: summary.seconds(phase) for phase in tables.PHASES},
     }
 
 

@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from progtuning.bert import build_model
 from progtuning.checkpoint import save_pretrained
 from progtuning.config import BertConfig
 from progtuning.errors import RunError
+from progtuning.report.summary import SUMMARY, read_summary
 from progtuning.resume import LOG, checkpoints_of, step_of, unfinished_checkpoints_of
 
 WORDS = "good fine great nice bad poor awful sad film story cast plot the a was is and very not".split()
@@ -175,11 +177,10 @@ def steps_saved(folder: Path) -> int:
 def outcome(folder: Path) -> dict:
     """Return what a run came to: its files, without checkpoints, card, and what a clock or the system measured."""
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "README.md"}
-    summary = json.loads(files["summary.json"])
-    for stage in summary["stages"]:
-        del stage["seconds"], stage["peak_bytes"]
+    summary = read_summary(folder)
+    stages = [replace(stage, seconds={}, peak_bytes=None) for stage in summary.stages]
     weights = {path.name: _weights(path) for path in folder.glob("*.safetensors")}
-    return files | weights | {"summary.json": summary}
+    return files | weights | {SUMMARY: replace(summary, stages=stages)}
 
 
 def _weights(path: Path) -> dict:

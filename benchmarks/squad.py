@@ -59,16 +59,16 @@ def run(args: argparse.Namespace) -> None:
             {
                 "task": args.task,
                 "schedule": schedule,
-                "metrics": summary["metrics"],
-                "updated_parameters": summary["updated_parameters"],
-                "flops": tables.total(summary, "forward_flops") + tables.total(summary, "backward_flops"),
-                "seconds": {phase: round(tables.seconds(summary, phase), 1) for phase in tables.PHASES},
+                "metrics": summary.metrics,
+                "updated_parameters": summary.updated_parameters,
+                "flops": summary.flops,
+                "seconds": {phase: round(summary.seconds(phase), 1) for phase in tables.PHASES},
                 "wall_seconds": round(time.perf_counter() - begin, 1),
                 "cpu_seconds": round(time.process_time() - cpu_begin, 1),  # with evaluation; of all threads
-                **{key: summary[key] for key in ("train_rows", "train_windows", "dev_rows")},
-                "stages": len(summary["stages"]),
-                **{key: summary["settings"][key] for key in keys},
-                **{key: summary[key] for key in ("model", "device", "processor", "versions")},
+                **{key: getattr(summary, key) for key in ("train_rows", "train_windows", "dev_rows")},
+                "stages": len(summary.stages),
+                **{key: summary.settings[key] for key in keys},
+                **{key: getattr(summary, key) for key in ("model", "device", "processor", "versions")},
             }
         )
 

@@ -41,7 +41,7 @@ from progtuning.files import (
     write_text,
 )
 from progtuning.report import pages, pictures, tables
-from progtuning.report.summary import read_summary
+from progtuning.report.summary import SUMMARY, read_worked_summary
 from progtuning.settings.options import add_options, given, options
 from progtuning.stages import AdaptiveSchedule, make_schedule
 
@@ -246,7 +246,7 @@ def build_parser() -> Parser:
     report_command = add_command(commands, "report", run_report, "compare runs: a table, and with matplotlib pictures")
     report_command.add_argument("folders", nargs="+", metavar="DIR", help="output folders of train")
     report_command.add_argument(
-        "-o", "--output", required=True, metavar="FILE", help="Markdown; pictures are put beside it"
+        "-o", "--output", required=True, metavar="SUMMARY", help="Markdown; pictures are put beside it"
     )
     return parser
 
@@ -318,18 +318,19 @@ def run_demo(args: argparse.Namespace) -> None:
     for schedule in ("full", "shrinking"):
         say(f"Schedule {schedule}:")
         runs.append(fine_tune(DEMO_MODEL, folder, splits, TrainConfig(schedule=schedule, **DEMO_SETTINGS), device))
-    write_json(output / "summary.json", {"full": runs[0], "shrinking": runs[1]})
+    both = {run.settings["schedule"]: run.to_json() for run in runs}
+    write_json(output / SUMMARY, both)
     drawn = pictures.draw_savings(*runs, output / "savings.png")
     if args.json:
-        print_json({"full": runs[0], "shrinking": runs[1]})
+        print_json(both)
         return
-    held_out, where = runs[0]["dev_rows"]["dev"], runs[0]["device"]
+    held_out, where = runs[0].dev_rows["dev"], runs[0].device
     tell(f"\n{DEMO_MODEL} on {DEMO_DATA}: {DEMO_ROWS:,} training rows, {held_out:,} held-out rows, {where}\n")
     tell(tables.comparison_table(*runs))
     tell("\nWhat each stage of Progtuning cost, as a share of the same epoch of full fine-tuning:\n")
     tell(tables.savings_table(*runs))
     picture = " and savings.png" if drawn else " (install matplotlib for a picture)"
-    tell(f"\nWritten: {output / 'summary.json'}{picture}")
+    tell(f"\nWritten: {output / SUMMARY}{picture}")
 
 
 def run_train(args: argparse.Namespace) -> None:
@@ -363,7 +364,7 @@ def run_train(args: argparse.Namespace) -> None:
     if not card.exists():  # of a finished run: its reader may have written more into it
         write_text(card, pages.card(summary))
     if args.json:
-        print_json(summary)
+        print_json(summary.to_json())
         return
     tell(pages.card(summary))
     tell(f"Written: {args.output_dir}")
@@ -517,10 +518,11 @@ def run_probe(args: argparse.Namespace) -> None:
 
 
 def run_report(args: argparse.Namespace) -> None:
-    runs = [read_summary(Path(folder)) for folder in args.folders]
+    folders = [Path(folder) for folder in args.folders]
+    runs = [(folder.name or str(folder), read_worked_summary(folder)) for folder in folders]
     output = Path(args.output)
     check_output_file(args.output)
-    check_no_input(output, (Path(folder) / "summary.json" for folder in args.folders))
+    check_no_input(output, (folder / SUMMARY for folder in folders))
     made_folder(output.parent, "--output")
     write_text(output, pages.compare(runs, output))
     tell(f"Written: {output}")

@@ -37,17 +37,17 @@ from progtuning.distributed import World
 from progtuning.engine import reporting_compiler
 from progtuning.errors import InputError, Interrupted, RunError
 from progtuning.evaluate import answer, measure_splits, predict, score_answers
-from progtuning.files import made_folder, new_folder, read_json, write_json
+from progtuning.files import made_folder, new_folder
 from progtuning.measure import attention_backends, environment
 from progtuning.peft import apply_peft
 from progtuning.peft.lora import unwrap
+from progtuning.report.summary import SUMMARY, Summary, no_training, read_summary, read_training, write_summary
 from progtuning.resume import RunFolder, StopSignals, identify
 from progtuning.sources import MODEL, data_folder, model_folder, split_revision
 from progtuning.train import Trainer
 
 _log = logging.getLogger(__name__)
 
-SUMMARY = "summary.json"
 OWN_DATA = ("classification", "regression")  # tasks whose files are the user's
 HUB = "hub"  # in place of a folder: the task's data set on the Hugging Face Hub
 
@@ -188,15 +188,14 @@ def fine_tune(
     checkpoints: CheckpointConfig = CheckpointConfig(),
     say: Callable[[str], None] = lambda text: None,
     world: World = World(),
-) -> dict:
-    """Fine-tune the model of `folder` on a task and return the document of `summary.json`.
+) -> Summary | None:
+    """Fine-tune the model of `folder` on a task and return its summary.
 
     With `output_dir`, a new or empty folder, the tokenizer, `metrics.jsonl`, `summary.json` and the model are written
     there; every input has been checked before it is made. A model that a PEFT method trained is written as what was
     trained alone, or with `merge` as a whole one in Hugging Face layout. `checkpoints` says when the run is saved
     there, and whether it goes on from what is saved. `say` is told what a person may want to know meanwhile. Where
-    `world` has several processes, all call this; rank 0 writes, says, and returns the document, and the others return
-    an empty one.
+    `world` has several processes, all call this; rank 0 writes, says, and returns the summary, and the others None.
 
     Raises InputError for a wrong input, RunError for a run that fails, and Interrupted where SIGINT or SIGTERM stops
     it; where there is a folder, the run has been saved in it then.
@@ -224,7 +223,7 @@ def fine_tune(
             say(note)
         if run.is_resumed and world.first((run.path / SUMMARY).is_file()):
             say(f"The run in {output_dir} is finished already.")
-            return read_json(run.path / SUMMARY) if world.is_main else {}
+            return read_summary(run.path) if world.is_main else None
         run.restore(trainer)
         trainer.log = run.log
 
@@ -241,26 +240,26 @@ def fine_tune(
         shape = {"train_windows": len(train_rows)} if of_squad else {"pairs": has_pairs(splits.train)}
         with signals.held(), reporting_compiler():
             fit_and_save(trainer, measure, run, signals)
-            summary = {
-                "model": model_name,
-                "task": task.name,
-                "num_blocks": model.num_blocks,
-                "train_rows": len(splits.train),
-                "dev_rows": {name: len(rows) for name, rows in splits.dev.items()},
+            summary = Summary(
+                model=model_name,
+                task=task.name,
+                num_blocks=model.num_blocks,
+                train_rows=len(splits.train),
+                dev_rows={name: len(rows) for name, rows in splits.dev.items()},
                 **shape,
-                "metrics": run.log.rows[-1]["metrics"],
+                metrics=run.log.rows[-1]["metrics"],
                 **trainer.account(),
-                "fresh_parameters": loaded.fresh,
-                "unused_tensors": loaded.unused,
-                "settings": asdict(settings),
+                fresh_parameters=loaded.fresh,
+                unused_tensors=loaded.unused,
+                settings=asdict(settings),
                 **environment(device),
-                "attention_backends": attention_backends(config, device, settings.precision),
-            }
+                attention_backends=attention_backends(config, device, settings.precision),
+            )
             if output_dir is not None and world.is_main:
                 write_model(model, Path(output_dir), settings, model_name, merge, loaded.fresh)
                 tokenizer.save(output_dir)
-                write_json(Path(output_dir) / SUMMARY, summary)
-    return summary if world.is_main else {}
+                write_summary(Path(output_dir), summary)
+    return summary if world.is_main else None
 
 
 def fit_and_save(trainer: Trainer, measure: Callable[[int], None], run: RunFolder, signals: StopSignals) -> None:
@@ -386,21 +385,19 @@ def load_checkpoint(
     if config.head not in HEADS:
         raise InputError(f"--checkpoint {folder} must have a head for {', '.join(HEADS)}, got {config.head}")
     renamed = config.renamed(label_map) if label_map else config
-    path = folder / SUMMARY
-    summary = read_json(path) if path.exists() else None
+    path, training = folder / SUMMARY, read_training(folder)
     try:
-        settings, task = ({}, None) if summary is None else (summary["settings"], summary["task"])
+        settings = {} if training is None else training.settings
         squad_settings = SquadConfig(**(settings.get("squad") or {}))
-        length = default_max_length(config) if summary is None else max_length or settings["max_length"]
-        pairs = None if summary is None else summary.get("pairs")
-        if type(length) is not int or type(pairs) not in (bool, type(None)):
+        length = default_max_length(config) if training is None else max_length or settings["max_length"]
+        if type(length) is not int:
             raise TypeError
-    except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{path}: expected the summary of a run of train, with its task and settings") from None
+    except (KeyError, TypeError):
+        raise no_training(folder) from None
     except InputError as error:
         raise InputError(f"{path}: settings.squad: {error}") from None
     squad_settings = replace(squad_settings, **squad_options)
-    null_answers = task == "squad_v2" or squad_settings.null_threshold is not None
+    null_answers = (training is not None and training.task == "squad_v2") or squad_settings.null_threshold is not None
     if base is None:
         model, loaded = load_model(folder, fresh_head=False)
         for note in loaded.notes:
@@ -414,7 +411,7 @@ def load_checkpoint(
         max_length = tokenizer.check_max_length(length if max_length is None else max_length)
     except InputError as error:
         raise error if max_length is not None else InputError(f"{path}: settings.max_length: {error}") from None
-    return Checkpoint(folder, model, tokenizer, max_length, squad_settings, null_answers, pairs)
+    return Checkpoint(folder, model, tokenizer, max_length, squad_settings, null_answers, training and training.pairs)
 
 
 def checkpoint_files(folder: Path) -> list[Path]:

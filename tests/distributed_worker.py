@@ -109,10 +109,11 @@ def train(case: str, world: World = World()) -> tuple[dict[str, torch.Tensor], d
     weights = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
     digest = hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in weights.values())).hexdigest()
     owned = run.world.owns(NUM_ROWS)
+    account = run.account()
     return weights, {
         "digest": digest,
         "log": logged,
-        "account": run.account(),
+        "account": account | {"stages": [stage.to_json() for stage in account["stages"]]},
         "outputs": predict(run.model, run.data, 4, CPU, world=world).tolist(),
         "owned_runs": max((count for (row, _), count in ran.items() if owned[row]), default=0),
         "all_runs": sum(ran.values()),

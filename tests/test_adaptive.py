@@ -325,9 +325,9 @@ def test_the_sums_take_the_bytes_that_plan_and_summary_say_in_every_stage_and_wh
     stages = run.account()["stages"]
     assert len(stages) > 1 and len(measured) == len(stages)
     for stage, cost in zip(stages, run.ledger.costs):
-        assert stage["gradient_sum_bytes"] == measured[cost.stage.index] > 0
-        assert stage["gradient_sum_bytes"] == gradient_sum_bytes(model.config, cost.stage, method)
-    assert {stage["gradient_sum_bytes"] for stage in trainer().account()["stages"]} <= {0}
+        assert stage.gradient_sum_bytes == measured[cost.stage.index] > 0
+        assert stage.gradient_sum_bytes == gradient_sum_bytes(model.config, cost.stage, method)
+    assert {stage.gradient_sum_bytes for stage in trainer().account()["stages"]} <= {0}
 
 
 def test_plan_of_adaptive_is_the_most_that_it_can_cost_with_its_sums_and_cache():

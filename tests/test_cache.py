@@ -99,9 +99,9 @@ def test_losses_with_the_cache_are_those_without_to_rounding(case, place):
     expected = losses(plain)
     assert losses(cached) == pytest.approx(expected, rel=1e-5)
     stages = cached.account()["stages"]
-    assert sum(stage["cache_misses"] for stage in stages) > 0
+    assert sum(stage.cache_misses for stage in stages) > 0
     with_prefix = [cost.stage.index + 1 for cost in cached.ledger.costs if cached.engine.cut_of(cost.stage)]
-    assert [stage["stage"] for stage in stages if stage["cache_bytes"]] == with_prefix
+    assert [stage.stage for stage in stages if stage.cache_bytes] == with_prefix
     assert len(set(expected)) == len(expected) >= 10
 
 
@@ -136,7 +136,7 @@ def test_hits_and_misses_count_the_examples_of_every_stage():
     run = trainer(cache="memory", epochs=6, stages=3)
     run.fit()
     stages = run.account()["stages"]
-    assert [(stage["cache_hits"], stage["cache_misses"]) for stage in stages] == [(0, 0), (40, 40), (40, 40)]
+    assert [(stage.cache_hits, stage.cache_misses) for stage in stages] == [(0, 0), (40, 40), (40, 40)]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_the_account_leaves_out_the_flops_that_the_cache_spares(case):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run.fit()
     stages = run.account()["stages"]
-    assert counter.get_total_flops() == sum(stage["forward_flops"] + stage["backward_flops"] for stage in stages)
+    assert counter.get_total_flops() == sum(stage.forward_flops + stage.backward_flops for stage in stages)
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
@@ -160,7 +160,7 @@ def test_the_bytes_are_those_of_the_closed_form(place, dtype):
     assert expected == run.engine.cache.nbytes == run.engine.cache._states.untyped_storage().nbytes()
     run.fit()
     sizes = [accounting.cache_bytes(TINY, stage, tokens, dtype) for stage in run.schedule.stages]
-    assert [stage["cache_bytes"] for stage in run.account()["stages"]] == sizes
+    assert [stage.cache_bytes for stage in run.account()["stages"]] == sizes
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from progtuning.report import tables
+from progtuning.report.summary import SUMMARY, read_summary, write_summary
 from tests.test_cli import FAST, call, refused
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -63,6 +64,95 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "summary.json").write_text("{}")
     line = refused(*call("report", tmp_path, "-o", tmp_path / "page.md"))
     assert "summary.json: expected the summary of a run" in line
+
+
+def altered(summary: dict, place: str, value) -> dict:
+    """Return a copy of a summary with another value at a place such as "stages.0.steps"; DROPPED leaves the key out."""
+    copy = json.loads(json.dumps(summary))
+    *path, last = [int(key) if key.isdigit() else key for key in place.split(".")]
+    inner = copy
+    for key in path:
+        inner = inner[key]
+    if value is DROPPED:
+        del inner[last]
+    else:
+        inner[last] = value
+    return copy
+
+
+DROPPED = object()
+NAMES, SIZES, COUNTS = (
+    "task, settings.schedule or settings.peft.method",
+    "num_blocks or updated_parameters",
+    ("stages[0].embeddings or .steps"),
+)
+WRONG = [  # place, what is wrong there, and how the message names it
+    ("settings", [None, [], {}, {"peft": None, "schedule": "full"}], "settings"),
+    ("task", [None, 1, ["x"]], NAMES),
+    ("settings.schedule", [None, 1, DROPPED], NAMES),
+    ("settings.peft.method", [None, 1, DROPPED], NAMES),
+    (
+        "metrics",
+        [None, [], {}, {"accuracy": "1"}, {"accuracy": True}, {"accuracy": -1e10}, {"accuracy": None}],
+        "metrics",
+    ),
+    ("num_blocks", [None, 0, 1001, 4.0, True, "4"], SIZES),
+    ("updated_parameters", [None, -1, True, "1", 10**31], SIZES),
+    ("stages", [None, {}, [1], [None], []], "stages"),
+    (
+        "stages.0.active_blocks",
+        [DROPPED, 1, [1], [1, 2, 3], [0, 4], [1, 5], [1.0, 4], [True, 4], {}],
+        "stages[0].active_blocks",
+    ),
+    ("stages.0.embeddings", [DROPPED, None, 1], COUNTS),
+    ("stages.0.steps", [DROPPED, None, -1, 10**12 + 1, True, 1.5], COUNTS),
+    *(
+        (f"stages.0.{key}", [DROPPED, None, -1, True, "1", 10**31], f"stages[0].{key}")
+        for key in ("stage", "updated_parameters", "forward_flops", "backward_flops")
+    ),
+    (
+        "stages.0.seconds",
+        [DROPPED, None, [], {"forward": None}, {"forward": -1}, {"forward": "1"}],
+        "stages[0].seconds",
+    ),
+    ("stages.0.peak_bytes", [DROPPED, "1", -1, True], "stages[0].peak_bytes"),
+]
+
+
+@pytest.mark.parametrize("place, values, name", WRONG, ids=[place for place, _, _ in WRONG])
+def test_a_wrong_value_of_a_summary_is_refused_by_its_name(place, values, name, runs, tmp_path):
+    summary = json.loads((runs / "full" / SUMMARY).read_text())
+    for value in values:
+        (tmp_path / SUMMARY).write_text(json.dumps(altered(summary, place, value)))
+        line = refused(*call("report", tmp_path, "-o", tmp_path / "page.md"))
+        assert line.endswith(f"{SUMMARY}: {name} is not what train writes there"), (value, line)
+
+
+@pytest.mark.parametrize("schedule", ["full", "adaptive"])
+def test_a_summary_that_is_read_and_written_is_the_same_file(schedule, runs, tmp_path):
+    write_summary(tmp_path, read_summary(runs / schedule))
+    assert (tmp_path / SUMMARY).read_bytes() == (runs / schedule / SUMMARY).read_bytes()
+
+
+def test_a_summary_without_the_keys_that_came_later_is_read_and_reported(runs, tmp_path):
+    summary = json.loads((runs / "full" / SUMMARY).read_text())
+    needed = {"model", "task", "metrics", "stages", "settings", "num_blocks", "updated_parameters"}
+    of_stage = "stage steps active_blocks embeddings updated_parameters forward_flops backward_flops seconds peak_bytes"
+    old = {key: summary[key] for key in summary if key in needed}
+    old["stages"] = [{key: stage[key] for key in stage if key in of_stage.split()} for stage in summary["stages"]]
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / SUMMARY).write_text(json.dumps(old))
+    assert read_summary(tmp_path / "old").to_json() == old
+    pages = []
+    for folder in (runs / "full", tmp_path / "old"):
+        assert call("report", folder, "-o", tmp_path / f"{folder.name}.md")[0] == 0
+        pages.append((tmp_path / f"{folder.name}.md").read_text().replace("old", "full"))
+    assert pages[0].splitlines()[6:] == pages[1].splitlines()[6:]
+    for key in needed:
+        (tmp_path / SUMMARY).write_text(json.dumps(altered(old, key, DROPPED)))
+        assert "expected the summary of a run of train" in refused(
+            *call("report", tmp_path, "-o", tmp_path / "page.md")
+        )
 
 
 def test_adaptive_decisions_stand_in_the_summary_with_their_scores(runs):

@@ -21,6 +21,7 @@ from progtuning.errors import InputError, Interrupted, RunError
 from progtuning.evaluate import predict
 from progtuning.files import MAX_JSON_BYTES, replacing
 from progtuning.peft import apply_peft
+from progtuning.report.summary import StageSummary, read_summary
 from progtuning.resume import (
     CHECKPOINTS,
     LOG,
@@ -89,9 +90,9 @@ def train(folder: Path | None, options: CheckpointConfig, **changes) -> Trainer:
     return run
 
 
-def unmeasured(stages: list[dict]) -> list[dict]:
+def unmeasured(stages: list[StageSummary]) -> list[StageSummary]:
     """The account of each stage without what a clock or the system measured."""
-    return [{key: stage[key] for key in stage if key not in ("seconds", "peak_bytes")} for stage in stages]
+    return [replace(stage, seconds={}, peak_bytes=None) for stage in stages]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -406,11 +407,9 @@ def test_train_resume_ends_as_the_run_that_was_not_stopped(stopped, tiny_folder,
     assert status == 0 and err.count("Resumed from") == 1 and "step-00000003: step 3 of 6" in err
     for name in ("model.safetensors", LOG, "run.json", "config.json", "vocab.txt"):
         assert (tmp_path / "run" / name).read_bytes() == (stopped.parent / "whole" / name).read_bytes(), name
-    ours, theirs = (
-        json.loads((path / "summary.json").read_text()) for path in (tmp_path / "run", stopped.parent / "whole")
-    )
-    assert ours["metrics"] == theirs["metrics"]
-    assert unmeasured(ours["stages"]) == unmeasured(theirs["stages"])
+    ours, theirs = (read_summary(path) for path in (tmp_path / "run", stopped.parent / "whole"))
+    assert ours.metrics == theirs.metrics
+    assert unmeasured(ours.stages) == unmeasured(theirs.stages)
 
 
 def test_a_finished_run_resumed_says_so_and_changes_nothing(stopped, tiny_folder, tiny_task, tmp_path):

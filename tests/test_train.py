@@ -150,8 +150,8 @@ def test_under_a_token_budget_stages_change_with_epochs_and_the_schedule_ends_wi
     run = trainer(log=logged.append, batch_tokens=30, accumulation_steps=2)
     run.fit()
     stages = run.account()["stages"]
-    assert [stage["steps"] for stage in stages] == [len(run.batches)] * 3
-    assert sum(stage["steps"] for stage in stages) == run.num_steps == logged[-1]["step"] and logged[-1]["lr"] == 0
+    assert [stage.steps for stage in stages] == [len(run.batches)] * 3
+    assert sum(stage.steps for stage in stages) == run.num_steps == logged[-1]["step"] and logged[-1]["lr"] == 0
     assert run.account()["updated_parameters"] == accounting.updated_parameters(TINY, run.schedule, 3)
     with pytest.raises(InputError, match="--batch-tokens must be at least 9, the longest row's tokens, got 8"):
         trainer(batch_tokens=8)
@@ -164,8 +164,8 @@ def test_the_account_of_a_run_is_the_closed_form_over_its_batches(policy, epochs
     run.fit()
     account = run.account()
     num_stages = stages or epochs
-    assert [stage["stage"] for stage in account["stages"]] == list(range(1, num_stages + 1))
-    assert sum(stage["steps"] for stage in account["stages"]) == epochs * 5
+    assert [stage.stage for stage in account["stages"]] == list(range(1, num_stages + 1))
+    assert sum(stage.steps for stage in account["stages"]) == epochs * 5
     forward = backward = step = 0
     for epoch in range(epochs):
         for batch in run.batches.epoch(epoch):
@@ -175,14 +175,14 @@ def test_the_account_of_a_run_is_the_closed_form_over_its_batches(policy, epochs
                 forward += accounting.forward_flops(TINY, PeftConfig(), *shape)
                 backward += accounting.backward_flops(TINY, stage, PeftConfig(), *shape)
             step += 1
-    assert sum(stage["forward_flops"] for stage in account["stages"]) == forward
-    assert sum(stage["backward_flops"] for stage in account["stages"]) == backward
+    assert sum(stage.forward_flops for stage in account["stages"]) == forward
+    assert sum(stage.backward_flops for stage in account["stages"]) == backward
     if run.num_steps % num_stages == 0:
         assert account["updated_parameters"] == accounting.updated_parameters(TINY, run.schedule, epochs)
     for stage in account["stages"]:
-        assert set(stage["seconds"]) == {"forward", "backward", "optimizer"}
-        assert all(seconds > 0 for seconds in stage["seconds"].values())
-        assert stage["peak_bytes"] is None or stage["peak_bytes"] > 2**20
+        assert set(stage.seconds) == {"forward", "backward", "optimizer"}
+        assert all(seconds > 0 for seconds in stage.seconds.values())
+        assert stage.peak_bytes is None or stage.peak_bytes > 2**20
 
 
 @settings(max_examples=50, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
@@ -212,7 +212,8 @@ def test_updated_parameters_of_a_run_are_those_of_the_plan_wherever_its_steps_di
             run.enter(stage)
         run.ledger.costs[-1].steps += 1
     account, plan = run.account(), accounting.plan(config, run.schedule, epochs, peft, batch=1, length=1)
-    of_run, of_plan = ([stage["updated_parameters"] for stage in document["stages"]] for document in (account, plan))
+    of_run = [stage.updated_parameters for stage in account["stages"]]
+    of_plan = [stage["updated_parameters"] for stage in plan["stages"]]
     if run.num_steps % stages == 0:
         assert of_run == of_plan
     exact = sum(Fraction(cost.trainable_parameters * cost.steps, steps_per_epoch) for cost in run.ledger.costs)
@@ -228,14 +229,14 @@ def test_the_flops_of_a_run_are_those_of_what_trains_also_where_its_method_would
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run.fit()
     [stage] = run.account()["stages"]
-    assert counter.get_total_flops() == stage["forward_flops"] + stage["backward_flops"]
-    assert stage["active_blocks"] == [1, 4] and not stage["embeddings"]
+    assert counter.get_total_flops() == stage.forward_flops + stage.backward_flops
+    assert stage.active_blocks == [1, 4] and not stage.embeddings
 
 
 def test_stages_name_their_active_blocks_from_1_and_null_where_the_head_trains_alone():
     run = trainer(schedule="without-low-blocks")
     run.fit()
-    assert [stage["active_blocks"] for stage in run.account()["stages"]] == [[2, 4], [3, 4], None]
+    assert [stage.active_blocks for stage in run.account()["stages"]] == [[2, 4], [3, 4], None]
 
 
 def test_training_learns_a_separable_task():
@@ -364,8 +365,8 @@ def test_a_skipped_batch_moves_nothing_is_logged_and_counted(changes):
     assert logged[0]["skipped_rows"] == [str(row) for row in run.batches.epoch(0)[2]]
     assert all(math.isfinite(row["loss"]) for row in logged if "loss" in row)
     stages = run.account()["stages"]
-    assert stages[0]["skipped_steps"] == 2
-    assert sum(stage["steps"] + stage["skipped_steps"] for stage in stages) == run.num_steps
+    assert stages[0].skipped_steps == 2
+    assert sum(stage.steps + stage.skipped_steps for stage in stages) == run.num_steps
     assert all(p.isfinite().all() for p in run.model.parameters())
 
 

@@ -5,66 +5,69 @@ from pathlib import Path
 
 from progtuning.files import plain_place
 from progtuning.report.pictures import draw_metric, draw_run
-from progtuning.report.tables import PHASES, millions, seconds, stages_table, table, tera, total
+from progtuning.report.summary import Summary
+from progtuning.report.tables import PHASES, millions, stages_table, table, tera
 
 
-def card(summary: dict) -> str:
+def card(summary: Summary) -> str:
     """Return the README.md of an output folder."""
-    settings = summary["settings"]
+    settings = summary.settings
     tokens = settings.get("batch_tokens")
     batch = settings["batch_size"] if tokens is None else f"of {tokens:,} tokens"
-    metrics = [[name, f"{value:.4f}"] for name, value in summary["metrics"].items()]
+    metrics = [[name, f"{value:.4f}"] for name, value in summary.metrics.items()]
     return "\n".join(
         [
-            f"# {summary['model']} fine-tuned on {summary['task']}",
+            f"# {summary.model} fine-tuned on {summary.task}",
             "",
-            f"Schedule {settings['schedule']} in {len(summary['stages'])} stages over {settings['epochs']} epochs, "
-            f"embeddings {settings['embeddings']}, {summary['train_rows']:,} training rows, batch {batch}, "
+            f"Schedule {settings['schedule']} in {len(summary.stages)} stages over {settings['epochs']} epochs, "
+            f"embeddings {settings['embeddings']}, {summary.train_rows:,} training rows, batch {batch}, "
             f"learning rate {settings['lr']:g} ({settings['lr_schedule']}), seed {settings['seed']}, "
             f"{settings['precision']}, "
-            f"on {summary['device']}.",
+            f"on {summary.device}.",
             "",
             table(["metric", "value"], metrics),
             "",
             stages_table(summary),
             "",
-            f"Updated parameters (summed over epochs): {millions(summary['updated_parameters'])} M, of "
-            f"{millions(summary['updated_parameters_full'])} M in full fine-tuning.",
+            f"Updated parameters (summed over epochs): {millions(summary.updated_parameters)} M, of "
+            f"{millions(summary.updated_parameters_full)} M in full fine-tuning.",
             "",
         ]
     )
 
 
-def compare(runs: Sequence[dict], path: Path) -> str:
+def compare(runs: Sequence[tuple[str, Summary]], path: Path) -> str:
     """Return a Markdown page on several runs and, where matplotlib is installed, draw its pictures beside `path`.
+
+    Each run has its name with it.
 
     Pictures: the staircase of each run; its measured backward seconds a step beside its FLOPs a step, as shares of
     those of the first stage; the main metric against all FLOPs. Beside a device or a pipe none are drawn.
     """
-    names = list(dict.fromkeys(name for run in runs for name in run["metrics"]))
+    names = list(dict.fromkeys(name for _, run in runs for name in run.metrics))
     rows = [
         [
-            run["name"],
-            run["task"],
-            run["settings"]["schedule"],
-            run["settings"]["peft"]["method"],
-            *(f"{run['metrics'][name]:.4f}" if name in run["metrics"] else None for name in names),
-            millions(run["updated_parameters"]),
-            tera(total(run, "forward_flops") + total(run, "backward_flops")),
-            *(f"{seconds(run, phase):.1f}" for phase in PHASES),
+            title,
+            run.task,
+            run.settings["schedule"],
+            run.settings["peft"]["method"],
+            *(f"{run.metrics[name]:.4f}" if name in run.metrics else None for name in names),
+            millions(run.updated_parameters),
+            tera(run.flops),
+            *(f"{run.seconds(phase):.1f}" for phase in PHASES),
         ]
-        for run in runs
+        for title, run in runs
     ]
     header = ["run", "task", "schedule", "peft", *names, "updated, M", "TFLOP", *(f"{phase}, s" for phase in PHASES)]
     parts = ["# Runs", table(header, rows)]
-    pictures = {f"{path.stem}-{i + 1}.png": (draw_run, run) for i, run in enumerate(runs)}
+    pictures = {f"{path.stem}-{i + 1}.png": (draw_run, run) for i, (_, run) in enumerate(runs)}
     pictures[f"{path.stem}-metric.png"] = (draw_metric, runs)
     is_plain = plain_place(path) is not None
     drawn = {name: is_plain and draw(subject, path.with_name(name)) for name, (draw, subject) in pictures.items()}
-    for i, run in enumerate(runs):
-        parts += [f"## {run['name']}", stages_table(run)]
+    for i, (title, run) in enumerate(runs):
+        parts += [f"## {title}", stages_table(run)]
         name = f"{path.stem}-{i + 1}.png"
-        parts += [f"![stages of {run['name']}]({name})"] if drawn[name] else []
+        parts += [f"![stages of {title}]({name})"] if drawn[name] else []
     name = f"{path.stem}-metric.png"
     parts += ["## Metric against work", f"![metric against FLOPs]({name})"] if drawn[name] else []
     return "\n\n".join(parts) + "\n"

@@ -1,59 +1,208 @@
-"""The document of a run, `summary.json`."""
+"""The document of a run, `summary.json`: what it is, written and read."""
 
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin
 
 from progtuning.errors import InputError
-from progtuning.files import read_json
+from progtuning.files import read_json, write_json
+
+SUMMARY = "summary.json"
+_NAMES = "task, settings.schedule or settings.peft.method"
+_SIZES = "num_blocks or updated_parameters"
+_COUNTS = "embeddings or .steps"
 
 
-def read_summary(folder: Path) -> dict:
-    """Read the `summary.json` of an output folder of `train`. Raises InputError where it is none."""
-    path = folder / "summary.json"
-    summary = read_json(path)
-    expected = {"model", "task", "metrics", "stages", "settings", "num_blocks", "updated_parameters"}
-    if not isinstance(summary, dict) or not expected <= set(summary):
+def _key(low: float = 0, high: float = 1e30, called: str | None = None):
+    """A key that each summary has: the range of its numbers, and what a message calls it where not by its name."""
+    return field(metadata={"low": low, "high": high, "called": called})
+
+
+def _maybe():
+    """A key that some runs, or versions that wrote less, leave out: then it is None."""
+    return field(default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSummary:
+    """What a stage did and cost: of all processes together, but for the seconds and the two of `allreduced`."""
+
+    stage: int  # from 1
+    steps: int = _key(high=10**12, called=_COUNTS)
+    skipped_steps: int | None = _maybe()
+    active_blocks: list[int] | None  # the first and the last that train, from 1
+    embeddings: bool = _key(called=_COUNTS)  # whether a part of E trains
+    trainable_parameters: int | None = _maybe()
+    updated_parameters: int
+    forward_flops: int
+    backward_flops: int
+    seconds: dict[str, float]  # by phase
+    gradient_sum_bytes: int | None = _maybe()
+    peak_bytes: int | None
+    cache_bytes: int | None = _maybe()
+    cache_hits: int | None = _maybe()
+    cache_misses: int | None = _maybe()
+    allreduced_bytes: int | None = _maybe()
+    allreduced_bytes_per_step: float | None = _maybe()
+    gradient_bytes: int | None = _maybe()
+
+    def to_json(self) -> dict:
+        return _written(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a run was, gave and cost. `settings` are those of TrainConfig, as a dict."""
+
+    model: str = _key()
+    task: str = _key(called=_NAMES)
+    num_blocks: int = _key(1, 1000, _SIZES)
+    train_rows: int | None = _maybe()
+    dev_rows: dict[str, int] | None = _maybe()
+    train_windows: int | None = _maybe()  # of questions
+    pairs: bool | None = _maybe()  # of labelled texts: whether a row has two
+    metrics: dict[str, float] = _key(low=-1e9)
+    processes: int | None = _maybe()
+    stages: list[StageSummary]
+    decisions: list[dict] | None = _maybe()  # of the schedule "adaptive"
+    updated_parameters: int = _key(called=_SIZES)
+    updated_parameters_full: int | None = _maybe()
+    fresh_parameters: Sequence[str] | None = _maybe()
+    unused_tensors: Sequence[str] | None = _maybe()
+    settings: dict
+    device: str | None = _maybe()
+    processor: str | None = _maybe()
+    versions: dict[str, str] | None = _maybe()
+    attention_backends: dict[str, dict[str, str]] | None = _maybe()
+
+    @property
+    def forward_flops(self) -> int:
+        return sum(stage.forward_flops for stage in self.stages)
+
+    @property
+    def backward_flops(self) -> int:
+        return sum(stage.backward_flops for stage in self.stages)
+
+    @property
+    def flops(self) -> int:
+        return self.forward_flops + self.backward_flops
+
+    def seconds(self, phase: str) -> float:
+        return sum(stage.seconds.get(phase, 0.0) for stage in self.stages)
+
+    def to_json(self) -> dict:
+        return _written(self) | {"stages": [stage.to_json() for stage in self.stages]}
+
+
+@dataclass(frozen=True)
+class Training:
+    """Of a run's summary what its predictions need."""
+
+    task: str
+    settings: dict
+    pairs: bool | None  # None: not known, or of questions
+
+
+def write_summary(folder: Path, summary: Summary) -> None:
+    """Write the summary of the run of `folder`."""
+    write_json(folder / SUMMARY, summary.to_json())
+
+
+def read_summary(folder: Path) -> Summary:
+    """Read the summary of an output folder of `train`. Raises InputError where it is none.
+
+    Keys that have no default must be there, with values of their types; of the others nothing is checked.
+    """
+    path = folder / SUMMARY
+    values = read_json(path)
+    expected = {one.name for one in fields(Summary) if one.default is MISSING}
+    if not isinstance(values, dict) or not expected <= set(values):
         raise InputError(f"{path}: expected the summary of a run of train, with {', '.join(sorted(expected))}")
-    if wrong := _wrong_value(summary):
-        raise InputError(f"{path}: {wrong} is not what train writes there")
-    return summary | {"name": folder.name or str(folder)}
+    if wrong := _wrong_value(values):
+        raise _not_written(path, wrong)
+    stages = [StageSummary(**_known(StageSummary, stage)) for stage in values["stages"]]
+    return Summary(**_known(Summary, values) | {"stages": stages})
 
 
-def _wrong_value(summary: dict) -> str | None:
-    """Return the name of the first value that a report cannot use, None where there is none."""
-    settings, metrics, stages = summary["settings"], summary["metrics"], summary["stages"]
-    if not isinstance(settings, dict) or not isinstance(settings.get("peft"), dict):
+def read_worked_summary(folder: Path) -> Summary:
+    """Read a summary as `read_summary` does, of a run that took a step: else InputError too."""
+    summary = read_summary(folder)
+    if not any(stage.steps and stage.backward_flops for stage in summary.stages):
+        raise _not_written(folder / SUMMARY, "stages")
+    return summary
+
+
+def read_training(folder: Path) -> Training | None:
+    """Read what predictions need of a summary, None where the folder has none. What stands in its settings is not
+    checked. Raises InputError where it is no summary."""
+    path = folder / SUMMARY
+    if not path.exists():
+        return None
+    values = read_json(path)
+    if not isinstance(values, dict) or not {"task", "settings"} <= set(values):
+        raise no_training(folder)
+    training = Training(values["task"], values["settings"], values.get("pairs"))
+    if not isinstance(training.settings, dict) or not _fits(training.pairs, bool | None):
+        raise no_training(folder)
+    return training
+
+
+def no_training(folder: Path) -> InputError:
+    return InputError(f"{folder / SUMMARY}: expected the summary of a run of train, with its task and settings")
+
+
+def _not_written(path: Path, name: str) -> InputError:
+    return InputError(f"{path}: {name} is not what train writes there")
+
+
+def _written(document: Summary | StageSummary) -> dict:
+    values = {one.name: getattr(document, one.name) for one in fields(document)}
+    return {one.name: values[one.name] for one in fields(document) if values[one.name] is not one.default}
+
+
+def _known(kind: type, values: dict) -> dict:
+    return {one.name: values[one.name] for one in fields(kind) if one.name in values}
+
+
+def _wrong_value(values: dict) -> str | None:
+    """Return the name of the first value of a summary that is not of its type, None where there is none."""
+    if wrong := _wrong_key(Summary, values):
+        return wrong
+    peft = values["settings"].get("peft")
+    if not isinstance(peft, dict):
         return "settings"
-    names = (summary["task"], settings.get("schedule"), settings["peft"].get("method"))
-    if not all(isinstance(name, str) for name in names):
-        return "task, settings.schedule or settings.peft.method"
-    if not isinstance(metrics, dict) or not metrics or not all(_is_number(value, -1e9) for value in metrics.values()):
-        return "metrics"
-    num_blocks = summary["num_blocks"]
-    if not _is_count(num_blocks, 1, 1000) or not _is_number(summary["updated_parameters"]):
-        return "num_blocks or updated_parameters"
-    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
-        return "stages"
-    for i, stage in enumerate(stages):
-        blocks, spent, peak = stage.get("active_blocks", ()), stage.get("seconds"), stage.get("peak_bytes", "")
-        if blocks is not None and not (
-            isinstance(blocks, list) and len(blocks) == 2 and all(_is_count(block, 1, num_blocks) for block in blocks)
-        ):
+    if not all(isinstance(name, str) for name in (values["settings"].get("schedule"), peft.get("method"))):
+        return _NAMES
+    for i, stage in enumerate(values["stages"]):
+        blocks = stage.get("active_blocks", ())
+        if blocks is not None and not (_fits(blocks, list[int], 1, values["num_blocks"]) and len(blocks) == 2):
             return f"stages[{i}].active_blocks"
-        if not isinstance(stage.get("embeddings"), bool) or not _is_count(stage.get("steps")):
-            return f"stages[{i}].embeddings or .steps"
-        for key in ("stage", "updated_parameters", "forward_flops", "backward_flops"):
-            if not _is_number(stage.get(key)):
-                return f"stages[{i}].{key}"
-        if not isinstance(spent, dict) or not all(_is_number(value) for value in spent.values()):
-            return f"stages[{i}].seconds"
-        if peak is not None and not _is_number(peak):
-            return f"stages[{i}].peak_bytes"
-    return None if any(stage["steps"] and stage["backward_flops"] for stage in stages) else "stages"
+        if wrong := _wrong_key(StageSummary, stage):
+            return f"stages[{i}].{wrong}"
+    return None if values["metrics"] else "metrics"
 
 
-def _is_number(value, low: float = 0, high: float = 1e30) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+def _wrong_key(kind: type, values: dict) -> str | None:
+    """Return the name of the first key without a default that is missing or not of its type, None where all are."""
+    for one in fields(kind):
+        low, high = one.metadata.get("low", 0), one.metadata.get("high", 1e30)
+        if one.default is MISSING and not (one.name in values and _fits(values[one.name], one.type, low, high)):
+            return one.metadata.get("called") or one.name
+    return None
 
 
-def _is_count(value, low: int = 0, high: int = 10**12) -> bool:
-    return isinstance(value, int) and _is_number(value, low, high)
+def _fits(value, kind, low: float = 0, high: float = 1e30) -> bool:
+    """Say whether a value of JSON is of a type, and its numbers in low .. high."""
+    inner = get_args(kind)
+    if get_origin(kind) is UnionType:
+        return any(_fits(value, one, low, high) for one in inner)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, inner[0], low, high) for item in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_fits(item, inner[1], low, high) for item in value.values())
+    if kind in (int, float):
+        numbers = int if kind is int else (int, float)
+        return isinstance(value, numbers) and not isinstance(value, bool) and low <= value <= high
+    return isinstance(value, dict if is_dataclass(kind) else kind)

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterable, Sequence
 
+from progtuning.report.summary import Summary
+
 _NUMBER = re.compile(r"[-+]?[\d.,]*(e[-+]?\d+)?")
 PHASES = ("forward", "backward", "optimizer")
 
@@ -21,63 +23,55 @@ def table(header: Sequence[str], rows: Iterable[Sequence]) -> str:
     return "\n".join([lines[0].rstrip(), rule, *lines[1:]])
 
 
-def blocks_text(stage: dict) -> str:
+def blocks_text(low_high: Sequence[int] | None, embeddings: bool) -> str:
     """Name what trains in a stage: "E, 1-12, H"."""
-    low_high = stage["active_blocks"]
     blocks = [] if low_high is None else [str(low_high[0]) if low_high[0] == low_high[1] else "{}-{}".format(*low_high)]
-    return ", ".join([*(["E"] if stage["embeddings"] else []), *blocks, "H"])
+    return ", ".join([*(["E"] if embeddings else []), *blocks, "H"])
 
 
-def stages_table(summary: dict) -> str:
+def stages_table(summary: Summary) -> str:
     """Return the table of a run's stages: what trained, and what it cost."""
     rows = []
-    for stage in summary["stages"]:
-        seconds = stage["seconds"]
+    for stage in summary.stages:
         rows.append(
             [
-                stage["stage"],
-                blocks_text(stage),
-                stage["steps"],
-                millions(stage["updated_parameters"]),
-                tera(stage["forward_flops"]),
-                tera(stage["backward_flops"]),
-                *(f"{seconds.get(phase, 0):.1f}" for phase in ("forward", "backward", "optimizer")),
-                None if stage["peak_bytes"] is None else f"{stage['peak_bytes'] / 2**20:,.0f}",
+                stage.stage,
+                blocks_text(stage.active_blocks, stage.embeddings),
+                stage.steps,
+                millions(stage.updated_parameters),
+                tera(stage.forward_flops),
+                tera(stage.backward_flops),
+                *(f"{stage.seconds.get(phase, 0):.1f}" for phase in PHASES),
+                None if stage.peak_bytes is None else f"{stage.peak_bytes / 2**20:,.0f}",
             ]
         )
     header = ["stage", "trains", "steps", "updated, M", "forward, TFLOP", "backward, TFLOP"]
     return table([*header, "forward, s", "backward, s", "optimizer, s", "peak, MiB"], rows)
 
 
-def comparison_table(full: dict, other: dict) -> str:
+def comparison_table(full: Summary, other: Summary) -> str:
     """Return two runs side by side, the second as a share of the first too."""
-    rows = [[name, f"{value:.4f}", f"{other['metrics'][name]:.4f}", None] for name, value in full["metrics"].items()]
+    rows = [[name, f"{value:.4f}", f"{other.metrics[name]:.4f}", None] for name, value in full.metrics.items()]
     for name, count, text in (
-        ("updated parameters, M", lambda run: run["updated_parameters"], millions),
-        ("forward, TFLOP", lambda run: total(run, "forward_flops"), tera),
-        ("backward, TFLOP", lambda run: total(run, "backward_flops"), tera),
-        *((f"{phase}, s", lambda run, p=phase: seconds(run, p), "{:.1f}".format) for phase in PHASES),
+        ("updated parameters, M", lambda run: run.updated_parameters, millions),
+        ("forward, TFLOP", lambda run: run.forward_flops, tera),
+        ("backward, TFLOP", lambda run: run.backward_flops, tera),
+        *((f"{phase}, s", lambda run, p=phase: run.seconds(p), "{:.1f}".format) for phase in PHASES),
     ):
         rows.append([name, text(count(full)), text(count(other)), f"{count(other) / count(full):.2f}"])
-    return table(["", full["settings"]["schedule"], other["settings"]["schedule"], "ratio"], rows)
+    return table(["", full.settings["schedule"], other.settings["schedule"], "ratio"], rows)
 
 
-def savings_table(full: dict, other: dict) -> str:
+def savings_table(full: Summary, other: Summary) -> str:
     """Return by stage the measured backward seconds over those of full fine-tuning, beside the ratio of the FLOPs."""
     rows = []
-    for base, stage in zip(full["stages"], other["stages"], strict=True):
-        measured = stage["seconds"]["backward"] / base["seconds"]["backward"]
-        ideal = stage["backward_flops"] / base["backward_flops"]
-        rows.append([stage["stage"], blocks_text(stage), f"{ideal:.2f}", f"{measured:.2f}"])
+    for base, stage in zip(full.stages, other.stages, strict=True):
+        measured = stage.seconds["backward"] / base.seconds["backward"]
+        ideal = stage.backward_flops / base.backward_flops
+        rows.append(
+            [stage.stage, blocks_text(stage.active_blocks, stage.embeddings), f"{ideal:.2f}", f"{measured:.2f}"]
+        )
     return table(["stage", "trains", "backward FLOPs, of full", "backward seconds, of full"], rows)
-
-
-def total(summary: dict, key: str) -> int:
-    return sum(stage[key] for stage in summary["stages"])
-
-
-def seconds(summary: dict, phase: str) -> float:
-    return sum(stage["seconds"].get(phase, 0.0) for stage in summary["stages"])
 
 
 def millions(count: int) -> str:
@@ -94,7 +88,7 @@ def plan_table(document: dict) -> str:
         [
             stage["stage"],
             f"{stage['epochs']:g}",
-            blocks_text(stage),
+            blocks_text(stage["active_blocks"], stage["embeddings"]),
             millions(stage["trainable_parameters"]),
             millions(stage["updated_parameters"]),
             f"{stage['forward_flops']:,}",

@@ -1,7 +1,7 @@
 """What each stage of a run did and cost: steps, FLOPs, seconds, bytes, updated parameters."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from functools import lru_cache
 
@@ -12,6 +12,7 @@ from progtuning.bert import Model
 from progtuning.config import BertConfig, PeftConfig
 from progtuning.distributed import World
 from progtuning.measure import Clock, peak_bytes, reset_peak_bytes
+from progtuning.report.summary import StageSummary
 from progtuning.stages import Stage, make_schedule
 
 # What each process counts for itself, and `summary.json` has for all of them together.
@@ -52,32 +53,32 @@ class StageCost:
         counts = {name: state[name] for name in _COUNTS if name in state}  # one that is newer is 0
         return cls(Stage(**state["stage"]), names, clock=Clock(device, state["seconds"]), **counts)
 
-    def to_dict(self, active: accounting.Units, updated_parameters: int) -> dict:
+    def summary(self, active: accounting.Units, updated_parameters: int) -> StageSummary:
         """The stage as `summary.json` has it.
 
         `active` are the units with what trains; a PEFT method may have nothing to train in E or in a block of the
         stage.
         """
-        return {
-            "stage": self.stage.index + 1,
-            "steps": self.steps,
-            "skipped_steps": self.skipped_steps,
-            "active_blocks": active.active_blocks(),
-            "embeddings": bool(active.embeddings.trainable),
-            "trainable_parameters": self.trainable_parameters,
-            "updated_parameters": updated_parameters,
-            "forward_flops": self.forward_flops,
-            "backward_flops": self.backward_flops,
-            "seconds": self.clock.seconds(),
-            "gradient_sum_bytes": self.gradient_sum_bytes,
-            "peak_bytes": self.peak_bytes,
-            "cache_bytes": self.cache_bytes,
-            "cache_hits": self.cache_hits,
-            "cache_misses": self.cache_misses,
-            "allreduced_bytes": self.allreduced_bytes,
-            "allreduced_bytes_per_step": self.allreduced_bytes / (self.steps + self.skipped_steps or 1),
-            "gradient_bytes": 4 * self.trainable_parameters,  # fp32: the closed form of the line above
-        }
+        return StageSummary(
+            stage=self.stage.index + 1,
+            steps=self.steps,
+            skipped_steps=self.skipped_steps,
+            active_blocks=active.active_blocks(),
+            embeddings=bool(active.embeddings.trainable),
+            trainable_parameters=self.trainable_parameters,
+            updated_parameters=updated_parameters,
+            forward_flops=self.forward_flops,
+            backward_flops=self.backward_flops,
+            seconds=self.clock.seconds(),
+            gradient_sum_bytes=self.gradient_sum_bytes,
+            peak_bytes=self.peak_bytes,
+            cache_bytes=self.cache_bytes,
+            cache_hits=self.cache_hits,
+            cache_misses=self.cache_misses,
+            allreduced_bytes=self.allreduced_bytes,
+            allreduced_bytes_per_step=self.allreduced_bytes / (self.steps + self.skipped_steps or 1),
+            gradient_bytes=4 * self.trainable_parameters,  # fp32: the closed form of the line above
+        )
 
 
 _COUNTS = tuple(one.name for one in fields(StageCost) if one.name not in ("stage", "names", "clock"))  # numbers
@@ -147,11 +148,9 @@ class Ledger:
             (cost.trainable_parameters, Fraction(cost.steps, self.steps_per_epoch)) for cost in self.costs
         )
         active = [_active(config, self.peft, cost.names) for cost in self.costs]
-        stages = [cost.to_dict(*values) for cost, *values in zip(self.costs, active, updated)]
-        for stage, *of_ranks in zip(stages, *self.world.gather(stages)):
-            for key in _OF_ALL_PROCESSES:
-                stage[key] = sum(of_rank[key] for of_rank in of_ranks)
-            stage["peak_bytes"] = max(of_rank["peak_bytes"] or 0 for of_rank in of_ranks) or None
+        own = [cost.summary(*values) for cost, *values in zip(self.costs, active, updated)]
+        of_ranks = self.world.gather([stage.to_json() for stage in own])
+        stages = [_of_all(stage, of_stage) for stage, *of_stage in zip(own, *of_ranks)]
         return {
             "processes": self.world.size,
             "stages": stages,
@@ -168,6 +167,12 @@ class Ledger:
         """Take up what `state_dict` gave."""
         names = (frozenset(self.trainable_names(Stage(**cost["stage"]))) for cost in state)
         self.costs = [StageCost.from_state_dict(cost, of_cost, self.device) for cost, of_cost in zip(state, names)]
+
+
+def _of_all(stage: StageSummary, of_ranks: Sequence[Mapping]) -> StageSummary:
+    """Put into a process's stage what all together did, from each one's own."""
+    counts = {key: sum(of_rank[key] for of_rank in of_ranks) for key in _OF_ALL_PROCESSES}
+    return replace(stage, **counts, peak_bytes=max(of_rank["peak_bytes"] or 0 for of_rank in of_ranks) or None)
 
 
 @lru_cache
