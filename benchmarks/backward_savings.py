@@ -39,7 +39,7 @@ from progtuning.peft import apply_peft
 from progtuning.report import pictures, tables
 from progtuning.run import choose_device
 from progtuning.stages import EMBEDDING_POLICIES, Stage, make_schedule
-from progtuning.train import autocast
+from progtuning.step.device import autocast
 
 METHODS = {
     "full": PeftConfig(),

@@ -31,7 +31,7 @@ from progtuning.files import read_json
 from progtuning.measure import Clock, peak_bytes, reset_peak_bytes
 from progtuning.report.tables import PHASES
 from progtuning.run import choose_device
-from progtuning.train import autocast
+from progtuning.step.device import autocast
 
 RESULTS = Path(__file__).parent / "results"
 MAX_GRAD_NORM = 1.0

@@ -38,7 +38,7 @@ from progtuning.peft import apply_peft
 from progtuning.report import tables
 from progtuning.run import choose_device
 from progtuning.stages import Stage, make_schedule
-from progtuning.train import autocast
+from progtuning.step.device import autocast
 
 SETTINGS = ("model", "batch_size", "length", "padding", "precision", "stages_of", "steps")  # options
 SEED, LR = 0, 1e-5

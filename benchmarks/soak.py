@@ -33,10 +33,10 @@ from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
+import harness
 import torch
 from safetensors import safe_open
 
-import harness
 from progtuning import cli, train
 from progtuning.bert import build_model
 from progtuning.checkpoint import save_pretrained

@@ -40,7 +40,7 @@ from math import prod
 from progtuning.base.checks import check_choice, check_number
 from progtuning.config import ARCHITECTURES, BertConfig, PeftConfig
 from progtuning.model.names import BLOCK_LINEARS, EMBEDDINGS, HEAD, prefix_of
-from progtuning.stages import AdaptiveSchedule, Schedule, Stage, make_schedule
+from progtuning.stages import Schedule, Stage, make_schedule
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}  # bytes an element of a cache, by --cache-dtype
 _FP32 = ITEMSIZE["fp32"]
@@ -454,7 +454,7 @@ def _gradient_sum_bytes(active: Units) -> int:
 
 def plan(
     config: BertConfig,
-    schedule: Schedule | AdaptiveSchedule,
+    schedule: Schedule,
     num_epochs: int,
     peft: PeftConfig = _PLAIN,
     batch: int = 32,
@@ -466,7 +466,7 @@ def plan(
     """Return the document that `progtuning plan --json` prints: what every stage of a run costs.
 
     FLOPs and bytes are those of one training step over (batch, length) tokens; the cache holds `tokens` tokens, one
-    batch where None. Of AdaptiveSchedule, which decides while it trains, the plan is the most that it can cost: its
+    batch where None. Of a schedule that decides while it trains, the plan is the most that it can cost: its
     first stage throughout, with the sums by which it decides, and the cache of its furthest. The baseline, "full", is
     plain fine-tuning by the same method: every block and E in every epoch.
     A config that names no head is given a classification head. Raises InputError where an argument is out of range.
@@ -479,10 +479,9 @@ def plan(
     full_backward = backward_flops(config, full.stages[0], peft, batch, length)
     updated = _updated_by_stage(model, schedule, num_epochs)
     epochs = Fraction(num_epochs, len(schedule.stages))
-    is_adaptive = isinstance(schedule, AdaptiveSchedule)
     stages = []
     num_tokens = batch * length if tokens is None else tokens
-    for stage, stage_updated in zip(schedule.stages, updated):
+    for (stage, kept), stage_updated in zip(schedule.planned, updated):
         active = model.during(stage)
         trace = _trace(config, active, peft, batch, length)
         forward, backward = trace.flops
@@ -498,10 +497,8 @@ def plan(
                 "backward_flops": backward,
                 "share_of_full": backward / full_backward,
                 **_bytes(active, trace),
-                "gradient_sum_bytes": _gradient_sum_bytes(active) if is_adaptive else 0,
-                "cache_bytes": cache_bytes(
-                    config, schedule.furthest if is_adaptive else stage, num_tokens, cache_dtype, peft
-                ),
+                "gradient_sum_bytes": _gradient_sum_bytes(active) if schedule.sums_gradients else 0,
+                "cache_bytes": cache_bytes(config, kept, num_tokens, cache_dtype, peft),
             }
         )
     return {

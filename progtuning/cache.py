@@ -15,7 +15,7 @@ example lets a stage begin in the middle of an epoch. A block's forward pass is 
 once an epoch. A cut can only rise: a block that trains again would make the entries above it wrong.
 
 Matrix products of other shapes round differently, so the last bits of an entry depend on the batch that it was made in.
-The same batches make the same entries: so a resumed run gets its cache back (`train.Trainer.refill_cache`).
+The same batches make the same entries: so a resumed run gets its cache back (`CachedEngine.refill`).
 """
 
 import mmap
@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from progtuning.accounting import ITEMSIZE
+from progtuning.bert import Model
+from progtuning.engine import StageEngine
 from progtuning.errors import InputError, RunError
 from progtuning.measure import free_disk, free_memory
 
@@ -206,3 +208,65 @@ def _on_disk(size: int) -> Tensor:
             return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
     except OSError as error:
         raise RunError(f"--cache disk: {folder}: no room for {size / 1e9:.3g} GB: {error.strerror or error}") from None
+
+
+class CachedEngine(StageEngine):
+    """A stage engine whose prefix is read from a cache where that has it, for stages whose cut never falls.
+
+    Pass the examples' numbers as `rows` with each batch; None goes past the cache.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        optimizer: torch.optim.Optimizer | None,
+        cache: PrefixCache,
+        prefix_dropout: bool = False,
+    ):
+        super().__init__(model, optimizer, prefix_dropout)
+        self.cache = cache
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Run the model, cut for the current stage. Arguments and result are those of `Model.forward`."""
+        if rows is None or not self.cut:  # E alone is too cheap to keep
+            return super().forward(input_ids, attention_mask, token_type_ids)
+        return self.suffix(self.cached_prefix(input_ids, attention_mask, token_type_ids, rows), attention_mask)
+
+    def cached_prefix(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        rows: Sequence[int] = (),
+    ) -> Tensor:
+        """Return what `prefix` does for the examples `rows`, running only the blocks that the cache has not kept.
+
+        Raises ValueError where the prefix drops out, or the cut has fallen.
+        """
+        if self.prefix_dropout:
+            raise ValueError("a prefix cache needs prefix_dropout=False, got True")
+
+        def run(chosen: np.ndarray | None, level: int, x: Tensor | None) -> Tensor:
+            inputs = (input_ids, attention_mask, token_type_ids)
+            if chosen is not None:
+                index = torch.from_numpy(chosen).to(input_ids.device, non_blocking=True)
+                inputs = (None if value is None else value[index] for value in inputs)
+            return self.prefix(*inputs, start=level, x=x)
+
+        return self.cache.fetch(rows, self.cut, input_ids.shape[1], input_ids.device, run)
+
+    def refill(self, rows: Sequence[int], inputs: dict[str, Tensor]) -> None:
+        """Make the entries that a piece of a batch, `rows`, made in this stage: run its `inputs` again.
+
+        For a run that is resumed: the frozen blocks still have the weights that they had then, and the same batches in
+        the same order make the lost entries bit for bit. It costs what making them did, at most one forward pass of the
+        frozen blocks for each example.
+        """
+        if self.cut and self.cache.lacks(rows, self.cut):
+            self.cached_prefix(**inputs, rows=rows)

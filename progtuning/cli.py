@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 from progtuning import __version__
@@ -40,10 +39,10 @@ from progtuning.files import (
     write_json,
     write_text,
 )
+from progtuning.methods.schedules import build_schedule
 from progtuning.report import pages, pictures, tables
 from progtuning.report.summary import SUMMARY, read_worked_summary
 from progtuning.settings.options import add_options, given, options
-from progtuning.stages import AdaptiveSchedule, make_schedule
 
 # What the demo trains: a learning rate for a small encoder, and a part of the rows
 # so that two runs take minutes on two cores.
@@ -303,8 +302,8 @@ def train_config(args: argparse.Namespace, num_blocks: int, task: str | None = N
 
 def run_demo(args: argparse.Namespace) -> None:
     from progtuning.data.text import limit_train, movie_reviews
-    from progtuning.sources import data_folder, model_folder
     from progtuning.run import choose_device, fine_tune
+    from progtuning.sources import data_folder, model_folder
 
     device = choose_device(args.device)
     sources = f"{DEMO_MODEL} (a 6-block BERT, 84 MB) and {DEMO_DATA} (2 MB)"
@@ -336,10 +335,10 @@ def run_demo(args: argparse.Namespace) -> None:
 def run_train(args: argparse.Namespace) -> None:
     from progtuning.data.text import limit_train
     from progtuning.distributed import join
-    from progtuning.engine import check_compiler
     from progtuning.resume import check_output_folder
-    from progtuning.sources import model_folder
     from progtuning.run import choose_device, fine_tune, load_splits
+    from progtuning.sources import model_folder
+    from progtuning.speed.kernels import check_compiler
 
     with join(say) as world:
         with world.agreed():
@@ -443,8 +442,7 @@ def run_plan(args: argparse.Namespace) -> None:
     head = "regression" if args.head == "classification" and args.labels == 1 else args.head
     config = config.with_head(head, tuple(f"LABEL_{i}" for i in range(args.labels)))
     settings = train_config(args, config.num_hidden_layers)
-    make = AdaptiveSchedule if settings.schedule == "adaptive" else partial(make_schedule, settings.schedule)
-    schedule = make(config.num_hidden_layers, settings.num_stages, settings.embeddings)
+    schedule = build_schedule(settings, config.num_hidden_layers)
     length = min(128, config.max_length) if args.length is None else args.length
     document = plan(
         config,
@@ -484,10 +482,10 @@ def run_paper(args: argparse.Namespace) -> None:
 
 def run_probe(args: argparse.Namespace) -> None:
     from progtuning.data.text import limit_train
-    from progtuning.engine import check_compiler
     from progtuning.measure import environment
     from progtuning.run import choose_device, load_splits, probe
     from progtuning.sources import model_folder
+    from progtuning.speed.kernels import check_compiler
 
     check_new_folder(args.output_dir)
     device = choose_device(args.device)

@@ -41,12 +41,13 @@ from torch import Tensor, nn
 
 from progtuning.config import DPSConfig
 from progtuning.errors import InputError
+from progtuning.step.masks import NoMasks
 
 EXPONENTIAL_FROM = 50  # steps a window
 _TENSORS = ("initial", "start", "score", "times_kept", "kept")
 
 
-class DPS:
+class DPS(NoMasks):
     """The subnetworks of one run over `num_steps` optimizer steps. A training loop calls, once for each step,
 
         before_step()       before the first forward pass, and after the step's stage has been entered
@@ -107,8 +108,8 @@ class DPS:
             self._mix()
 
     @torch.no_grad()
-    def after_backward(self) -> None:
-        """Put the weights back, keep the gradients of what trains, and add their squares to the scores."""
+    def after_backward(self) -> bool:
+        """Put the weights back, keep the gradients of what trains, and add their squares to the scores; say so."""
         for name, before in self.before.items():
             self.weights[name].copy_(before)
         for name, weight in self._active():
@@ -122,6 +123,7 @@ class DPS:
                 _add(self.score, name, weight.grad.square())
                 if self.mix:
                     _add(self.times_kept, name, self.kept[name][0].long())
+        return True
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -15,7 +15,8 @@ from progtuning.data.squad import SquadRows, SquadTask
 from progtuning.data.text import Task
 from progtuning.distributed import World
 from progtuning.errors import RunError
-from progtuning.train import autocast, load
+from progtuning.step.device import autocast
+from progtuning.step.loader import load
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@
       run.json           what makes the run what it is: settings, and digests of data, tokenizer and weights
       metrics.jsonl      the log; the process that trains holds a lock on it
       checkpoints/
-        step-00000120/   what changes while it trains: the state of `Trainer`, and the length of the log
+        step-00000120/   what changes while it trains: the state of the run, and the length of the log
           state.safetensors, state.json    the tensors, and the rest
           manifest.json                    bytes and SHA-256 of both
 
@@ -16,7 +16,6 @@ import fcntl
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -27,7 +26,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -43,6 +41,7 @@ from progtuning.distributed import World
 from progtuning.errors import InputError, Interrupted, RunError
 from progtuning.files import check_new_folder, new_folder, read_json, temporary_of, write_json
 from progtuning.settings.options import option_name
+from progtuning.state import load_state_dict, state_dict
 
 RUN, LOG, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
 _TENSORS, _VALUES, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
@@ -138,12 +137,12 @@ class RunFolder:
     def save(self, trainer) -> None:
         """Write a checkpoint of `trainer` (a `train.Trainer` between two steps) and remove those that are too many.
 
-        Raises RunError where the disk refuses, and what `Trainer.state_dict` raises;
+        Raises RunError where the disk refuses, and what `state.state_dict` raises;
         earlier checkpoints are left alone then.
         """
         if self.path is None or trainer.step == self._saved_step:
             return
-        state = trainer.state_dict()
+        state = state_dict(trainer)
         with self.world.agreed():
             if self.world.is_main:
                 self._write(trainer.step, state)
@@ -175,7 +174,7 @@ class RunFolder:
         with self.world.agreed():
             state = state or read_checkpoint(Path(checkpoint))  # the folder is one that all processes can read
             try:
-                trainer.load_state_dict(state["trainer"])
+                load_state_dict(trainer, state["trainer"])
             except KeyError as error:
                 message = f"--resume: {checkpoint} lacks {error}, expected a checkpoint of progtuning as it is now"
                 raise InputError(message) from None
@@ -494,32 +493,6 @@ class StopSignals:
             yield
         finally:
             self._is_held = before
-
-
-def random_states(device: torch.device) -> dict:
-    """Return the states of the global generators of Python, numpy and torch, and of `device` where that is a GPU.
-
-    They are JSON: numbers in lists.
-    """
-    version, internal, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, keys.tolist(), *rest],
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": torch.cuda.get_rng_state(device).tolist() if device.type == "cuda" else None,
-    }
-
-
-def set_random_states(states: Mapping, device: torch.device) -> None:
-    """Set the global generators to what `random_states` gave."""
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8), device)
 
 
 def warn(text: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from progtuning.bert import Model
+from progtuning.build import build_trainer
 from progtuning.checkpoint import (
     CONFIG,
     LORA_CONFIG,
@@ -34,7 +35,6 @@ from progtuning.data.submission import write_submission
 from progtuning.data.text import Example, Splits, Task, has_pairs, load_dev, load_folder, movie_reviews, read_table
 from progtuning.data.tokenization import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from progtuning.distributed import World
-from progtuning.engine import reporting_compiler
 from progtuning.errors import InputError, Interrupted, RunError
 from progtuning.evaluate import answer, measure_splits, predict, score_answers
 from progtuning.files import made_folder, new_folder
@@ -44,6 +44,7 @@ from progtuning.peft.lora import unwrap
 from progtuning.report.summary import SUMMARY, Summary, no_training, read_summary, read_training, write_summary
 from progtuning.resume import RunFolder, StopSignals, identify
 from progtuning.sources import MODEL, data_folder, model_folder, split_revision
+from progtuning.speed.kernels import reporting_compiler
 from progtuning.train import Trainer
 
 _log = logging.getLogger(__name__)
@@ -208,16 +209,17 @@ def fine_tune(
         config, settings, tokenizer, train_rows, dev_rows = prepare(folder, splits, settings)
         model, loaded = load_model(folder, config, settings.seed)
         apply_peft(model, settings.peft, settings.seed)
-        trainer = Trainer(model, train_rows, settings, device, world=world)
-    if trainer.engine.cache:
-        tokens, size = trainer.engine.cache.num_tokens, trainer.engine.cache.nbytes
+        trainer = build_trainer(model, train_rows, settings, device, world=world)
+    cache = trainer.ledger.cache
+    if cache:
+        tokens, size = cache.num_tokens, cache.nbytes
         whose = "The prefix cache" if world.size == 1 else f"Each of the {world.size} processes' prefix caches"
         say(f"{whose} takes {size / 1e9:.3g} GB of {settings.cache}: {tokens:,} tokens in {settings.cache_dtype}.")
 
     def identity() -> dict:
         return identify(settings, task, train_rows, dev_rows, tokenizer, model, device, world.size)
 
-    cache = trainer.engine.cache or nullcontext()
+    cache = cache or nullcontext()
     with StopSignals(world) as signals, RunFolder(output_dir, checkpoints, identity, say, world) as run, cache:
         for note in loaded.notes:
             say(note)
@@ -225,7 +227,7 @@ def fine_tune(
             say(f"The run in {output_dir} is finished already.")
             return read_summary(run.path) if world.is_main else None
         run.restore(trainer)
-        trainer.log = run.log
+        trainer.progress.log = run.log
 
         def measure(epoch: int) -> None:
             if settings.evaluate == "epoch" or epoch == settings.epochs - 1:
@@ -248,7 +250,7 @@ def fine_tune(
                 dev_rows={name: len(rows) for name, rows in splits.dev.items()},
                 **shape,
                 metrics=run.log.rows[-1]["metrics"],
-                **trainer.account(),
+                **trainer.ledger.account(),
                 fresh_parameters=loaded.fresh,
                 unused_tensors=loaded.unused,
                 settings=asdict(settings),
@@ -318,7 +320,7 @@ def probe(
         for other, block in enumerate(model.encoder.layer):
             block.requires_grad_(other == index)
         with reporting_compiler():
-            Trainer(model, train_rows, settings, device).fit()
+            build_trainer(model, train_rows, settings, device).fit()
             values = measure_splits(
                 model, dev_rows, splits.task, settings.batch_size, device, settings.precision, settings.squad
             )

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from progtuning.build import build_trainer
 from progtuning.config import CheckpointConfig, DPSConfig, PeftConfig, TrainConfig
 from progtuning.data.batching import EncodedRows
 from progtuning.data.tokenization import Encoding
@@ -84,7 +85,7 @@ def make_trainer(case: str, world: World = World(), **changes) -> Trainer:
     apply_peft(model, settings.peft)
     if settings.cache == "off":
         model.double()
-    run = Trainer(model, rows(model.config.head), settings, CPU, world=world)
+    run = build_trainer(model, rows(model.config.head), settings, CPU, world=world)
     if settings.cache != "off":
         for group in run.optimizer.param_groups:
             group["eps"] = 1e-3
@@ -94,7 +95,7 @@ def make_trainer(case: str, world: World = World(), **changes) -> Trainer:
 def train(case: str, world: World = World()) -> tuple[dict[str, torch.Tensor], dict]:
     """Run a case; return the weights, and what else the tests compare."""
     run, logged, ran = make_trainer(case, world), [], Counter()
-    run.log = logged.append
+    run.progress.log = logged.append
     original = StageEngine.prefix
 
     def prefix(self, input_ids, attention_mask=None, token_type_ids=None, start=0, x=None):
@@ -106,18 +107,18 @@ def train(case: str, world: World = World()) -> tuple[dict[str, torch.Tensor], d
         run.fit()
     finally:
         StageEngine.prefix = original
-    weights = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
+    weights = {name: parameter.detach().clone() for name, parameter in run.engine.model.named_parameters()}
     digest = hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in weights.values())).hexdigest()
-    owned = run.world.owns(NUM_ROWS)
-    account = run.account()
+    owned = run.replica.world.owns(NUM_ROWS)
+    account = run.ledger.account()
     return weights, {
         "digest": digest,
         "log": logged,
         "account": account | {"stages": [stage.to_json() for stage in account["stages"]]},
-        "outputs": predict(run.model, run.data, 4, CPU, world=world).tolist(),
+        "outputs": predict(run.engine.model, run.loader.data, 4, CPU, world=world).tolist(),
         "owned_runs": max((count for (row, _), count in ran.items() if owned[row]), default=0),
         "all_runs": sum(ran.values()),
-        "cache_rows": 0 if run.engine.cache is None else run.engine.cache.num_tokens,
+        "cache_rows": 0 if run.ledger.cache is None else run.ledger.cache.num_tokens,
         "drawn": torch.rand(1).item(),  # where the generator of dropout stands
         "rank": world.rank,
     }

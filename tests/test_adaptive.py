@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from progtuning.accounting import gradient_sum_bytes
+from progtuning.build import build_trainer
 from progtuning.config import DPSConfig, PeftConfig, TrainConfig
-from progtuning.engine import GradientSums
+from progtuning.dps import DPS
 from progtuning.errors import InputError
+from progtuning.methods.autofreeze import AdaptiveSchedule, GradientSums, percentile
 from progtuning.model.names import unit_of
 from progtuning.peft import apply_peft
-from progtuning.stages import AdaptiveSchedule, Stage, percentile
+from progtuning.stages import Stage
+from progtuning.state import state_dict
 from progtuning.train import Trainer
 from tests.models import TINY, tiny_model
 from tests.test_cli import call
@@ -218,14 +221,14 @@ def test_intervals_are_of_equal_length_as_the_authors_have_them():
 
 def watch(run: Trainer) -> list[dict[str, Tensor]]:
     """Keep what is summed at each step."""
-    seen, add = [], run.sums.add
+    seen, add = [], run.schedule.sums.add
 
     def spy():
-        gradients = {name: p.grad for name, p in run.sums.parameters.items() if p.grad is not None}
+        gradients = {name: p.grad for name, p in run.schedule.sums.parameters.items() if p.grad is not None}
         seen.append({name: gradient.clone() for name, gradient in gradients.items()})
         add()
 
-    run.sums.add = spy
+    run.schedule.sums.add = spy
     return seen
 
 
@@ -250,10 +253,10 @@ def test_a_run_decides_by_the_sums_of_its_gradients_and_records_why(case):
     changed = replace(SETTINGS, schedule="adaptive", epochs=4, stages=7, **IN_A_RUN[case])
     model = tiny_model()
     apply_peft(model, changed.peft, seed=1)
-    run = Trainer(model, rows(), changed, CPU)
+    run = build_trainer(model, rows(), changed, CPU)
     seen = watch(run)
     run.fit()
-    schedule, account = run.schedule, run.account()
+    schedule, account = run.schedule, run.ledger.account()
     expected = literal(as_history(seen, 4), 7, changed.freeze_percentile)
     assert [one[:2] for one in found(schedule)] == [one[:2] for one in expected]
     for (_, _, ours), (_, _, theirs) in zip(found(schedule), expected):
@@ -276,17 +279,17 @@ def test_what_is_summed_is_the_batchs_whole_gradient_before_clipping_and_masks_w
     seen = []
     for run in runs:
         seen.append(watch(run))
-        pieces = next(iter(run.collated(run.batches.epoch(0))))
+        pieces = next(iter(run.loader.epoch(0)))
         run.enter(run.schedule.at_step(0, run.num_steps))
-        if run.dps:
-            run.dps.step = run.dps.window  # a window that trains a subnetwork: all of it is masked
-            run.dps.kept = {
-                name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in run.dps.weights.items()
+        if isinstance(run.masks, DPS):
+            run.masks.step = run.masks.window  # a window that trains a subnetwork: all of it is masked
+            run.masks.kept = {
+                name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in run.masks.weights.items()
             }
-            run.dps.before_step = lambda: None
+            run.masks.before_step = lambda: None
         run.update(run.backward(pieces))
     model = tiny_model()
-    inputs = runs[0].data.collate(runs[0].batches.epoch(0)[0])
+    inputs = runs[0].loader.data.collate(runs[0].loader.batches.epoch(0)[0])
     labels = inputs.pop("labels")
     inputs.pop("index", None)
     nn.functional.cross_entropy(model(**inputs), labels).backward()
@@ -295,7 +298,7 @@ def test_what_is_summed_is_the_batchs_whole_gradient_before_clipping_and_masks_w
         assert summed.keys() == expected.keys()
         for name, gradient in summed.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
-    assert all(p.grad is None or not p.grad.any() for p in runs[3].model.parameters())
+    assert all(p.grad is None or not p.grad.any() for p in runs[3].engine.model.parameters())
 
 
 def test_a_batch_that_is_skipped_is_not_summed():
@@ -312,22 +315,22 @@ def test_a_batch_that_is_skipped_is_not_summed():
 def test_the_sums_take_the_bytes_that_plan_and_summary_say_in_every_stage_and_what_froze_leaves_the_checkpoint(method):
     model = tiny_model()
     apply_peft(model, method, seed=1)
-    run = Trainer(model, rows(), replace(SETTINGS, schedule="adaptive", epochs=4, stages=7, peft=method), CPU)
+    run = build_trainer(model, rows(), replace(SETTINGS, schedule="adaptive", epochs=4, stages=7, peft=method), CPU)
     measured = {}
 
     def after_step(ends: bool) -> None:
-        state = run.state_dict()["gradient_sums"]
+        state = state_dict(run)["gradient_sums"]
         assert {unit_of(name) for name in state} <= set(run.engine.stage.blocks)
         if state:
             measured[run.engine.stage.index] = sum(total.nbytes for total in state.values())
 
     run.fit(after_step=after_step)
-    stages = run.account()["stages"]
+    stages = run.ledger.account()["stages"]
     assert len(stages) > 1 and len(measured) == len(stages)
     for stage, cost in zip(stages, run.ledger.costs):
         assert stage.gradient_sum_bytes == measured[cost.stage.index] > 0
         assert stage.gradient_sum_bytes == gradient_sum_bytes(model.config, cost.stage, method)
-    assert {stage.gradient_sum_bytes for stage in trainer().account()["stages"]} <= {0}
+    assert {stage.gradient_sum_bytes for stage in trainer().ledger.account()["stages"]} <= {0}
 
 
 def test_plan_of_adaptive_is_the_most_that_it_can_cost_with_its_sums_and_cache():
@@ -350,6 +353,6 @@ def test_frozen_blocks_of_adaptive_do_not_drop_out_unless_told_to_and_it_has_fiv
 
 
 def test_the_furthest_stage_trains_the_last_block_and_the_head():
-    assert AdaptiveSchedule(12, 15).furthest == Stage(0, 12, 11, embeddings=False)
-    assert AdaptiveSchedule(1, 15).furthest == Stage(0, 1, 0, embeddings=True)
+    assert [furthest for _, furthest in AdaptiveSchedule(12, 15).planned] == [Stage(0, 12, 11, embeddings=False)]
+    assert [furthest for _, furthest in AdaptiveSchedule(1, 15).planned] == [Stage(0, 1, 0, embeddings=True)]
     assert TINY.num_hidden_layers == 4

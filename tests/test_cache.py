@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from progtuning import accounting
-from progtuning.cache import PrefixCache
+from progtuning.build import build_trainer
+from progtuning.cache import CachedEngine, PrefixCache
 from progtuning.config import DPSConfig, PeftConfig, TrainConfig, parse_size
 from progtuning.data.batching import EncodedRows
 from progtuning.data.tokenization import Encoding
@@ -28,6 +29,7 @@ from progtuning.errors import InputError, RunError
 from progtuning.measure import free_disk, free_memory
 from progtuning.peft import apply_peft
 from progtuning.stages import Stage
+from progtuning.state import refill_cache
 from progtuning.train import Trainer
 from tests.models import TINY, tiny_batch, tiny_model
 
@@ -62,7 +64,7 @@ def trainer(**changes) -> Trainer:
     head = changes.pop("head", "classification")
     model = tiny_model(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.1, head=head)
     apply_peft(model, changes["peft"])
-    return Trainer(model, rows(spans=head == "question-answering"), replace(SETTINGS, **changes), CPU)
+    return build_trainer(model, rows(spans=head == "question-answering"), replace(SETTINGS, **changes), CPU)
 
 
 def losses(run: Trainer) -> list[float]:
@@ -98,7 +100,7 @@ def test_losses_with_the_cache_are_those_without_to_rounding(case, place):
     plain = trainer(prefix_dropout=False, **CASES[case])
     expected = losses(plain)
     assert losses(cached) == pytest.approx(expected, rel=1e-5)
-    stages = cached.account()["stages"]
+    stages = cached.ledger.account()["stages"]
     assert sum(stage.cache_misses for stage in stages) > 0
     with_prefix = [cost.stage.index + 1 for cost in cached.ledger.costs if cached.engine.cut_of(cost.stage)]
     assert [stage.stage for stage in stages if stage.cache_bytes] == with_prefix
@@ -117,7 +119,7 @@ def test_no_frozen_block_runs_twice_for_an_example_in_a_stage_nor_in_two_stages(
         return original(self, input_ids, attention_mask, token_type_ids, start, x)
 
     calls = Counter()  # block: examples passed through it without grad
-    for index, block in enumerate(run.model.encoder.layer):
+    for index, block in enumerate(run.engine.model.encoder.layer):
         block.register_forward_hook(
             lambda module, inputs, output, i=index: calls.update({i: 0 if torch.is_grad_enabled() else len(output)})
         )
@@ -127,7 +129,7 @@ def test_no_frozen_block_runs_twice_for_an_example_in_a_stage_nor_in_two_stages(
     assert sum(calls.values()) == len(ran)
     costs = run.ledger.costs
     cuts = [run.engine.cut_of(cost.stage) or 0 for cost in costs]
-    whole_epochs = run.num_steps == sum(cost.steps for cost in costs if cost.steps % len(run.batches) == 0)
+    whole_epochs = run.num_steps == sum(cost.steps for cost in costs if cost.steps % len(run.loader.batches) == 0)
     if whole_epochs:
         assert set(ran) == {(example, block) for example in range(40) for block in range(max(cuts))}
 
@@ -135,7 +137,7 @@ def test_no_frozen_block_runs_twice_for_an_example_in_a_stage_nor_in_two_stages(
 def test_hits_and_misses_count_the_examples_of_every_stage():
     run = trainer(cache="memory", epochs=6, stages=3)
     run.fit()
-    stages = run.account()["stages"]
+    stages = run.ledger.account()["stages"]
     assert [(stage.cache_hits, stage.cache_misses) for stage in stages] == [(0, 0), (40, 40), (40, 40)]
 
 
@@ -146,7 +148,7 @@ def test_the_account_leaves_out_the_flops_that_the_cache_spares(case):
     run = trainer(cache="memory", **CASES[case])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run.fit()
-    stages = run.account()["stages"]
+    stages = run.ledger.account()["stages"]
     assert counter.get_total_flops() == sum(stage.forward_flops + stage.backward_flops for stage in stages)
 
 
@@ -154,13 +156,13 @@ def test_the_account_leaves_out_the_flops_that_the_cache_spares(case):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_bytes_are_those_of_the_closed_form(place, dtype):
     run = trainer(cache=place, cache_dtype=dtype)
-    tokens = int(run.data.lengths.sum())
+    tokens = int(run.loader.data.lengths.sum())
     stage = run.schedule.stages[-1]
     expected = accounting.cache_bytes(TINY, stage, tokens, dtype)
     assert expected == run.engine.cache.nbytes == run.engine.cache._states.untyped_storage().nbytes()
     run.fit()
     sizes = [accounting.cache_bytes(TINY, stage, tokens, dtype) for stage in run.schedule.stages]
-    assert [stage.cache_bytes for stage in run.account()["stages"]] == sizes
+    assert [stage.cache_bytes for stage in run.ledger.account()["stages"]] == sizes
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -169,7 +171,7 @@ def test_a_cache_of_half_precision_rounds_and_gives_every_use_the_same_values(pr
     plain = trainer(prefix_dropout=False, precision=precision)
     assert losses(run) == pytest.approx(losses(plain), rel=0.05)
     engine = run.engine.eval()
-    batch = run.data.collate([4, 2, 7])
+    batch = run.loader.data.collate([4, 2, 7])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
     engine.cache.levels[[4, 2, 7]] = 0
     first, again = (engine.cached_prefix(**inputs, rows=[4, 2, 7]) for _ in range(2))
@@ -217,15 +219,15 @@ def test_a_refilled_cache_is_the_lost_one_bit_for_bit():
             raise Stop
 
     run = trainer(cache="memory", epochs=3, stages=4, batch_size=4, accumulation_steps=2)
-    run.log = stop
+    run.progress.log = stop
     with pytest.raises(Stop):
         run.fit()
     lost, stage = run.engine.cache, run.engine.stage
     assert len(run.ledger.costs) == 3 and set(lost.levels) == {1, 2}
     state = {p: {key: value.clone() for key, value in s.items()} for p, s in run.optimizer.state.items()}
-    run.engine.cache = PrefixCache(run.data.lengths, TINY.hidden_size)
+    run.engine.cache = PrefixCache(run.loader.data.lengths, TINY.hidden_size)
     random = torch.get_rng_state()
-    run.refill_cache()
+    refill_cache(run, run.engine)
     assert run.engine.stage == stage and (run.engine.cache.levels == lost.levels).all()
     kept = torch.from_numpy(np.repeat(lost.levels > 0, lost.lengths))
     assert torch.equal(run.engine.cache._states[kept], lost._states[kept])
@@ -238,7 +240,7 @@ def test_the_engine_refuses_a_cut_that_falls_and_a_prefix_that_drops_out():
     model = tiny_model()
     batch = tiny_batch(model.config)
     lengths = batch["attention_mask"].sum(1)
-    engine = StageEngine(model, prefix_dropout=False, cache=PrefixCache(lengths, 16))
+    engine = CachedEngine(model, None, PrefixCache(lengths, 16))
     for boundary in (3, 1):
         engine.enter(Stage(0, 4, boundary, embeddings=False))
         if boundary == 1:
@@ -247,7 +249,7 @@ def test_the_engine_refuses_a_cut_that_falls_and_a_prefix_that_drops_out():
         expected = engine(**batch)
         if boundary == 3:
             torch.testing.assert_close(engine(**batch, rows=range(5)), expected)
-    other = StageEngine(model, cache=PrefixCache(lengths, 16))
+    other = CachedEngine(model, None, PrefixCache(lengths, 16), prefix_dropout=True)
     other.enter(Stage(0, 4, 3, embeddings=False))
     with pytest.raises(ValueError, match="a prefix cache needs prefix_dropout=False"):
         other(**batch, rows=range(5))
@@ -335,7 +337,7 @@ def test_memory_or_a_disk_that_cannot_hold_it_fails_the_run_in_one_line(tmp_path
 
 KILLED = """
 import os, signal
-from progtuning.cache import PrefixCache
+from progtuning.cache import CachedEngine, PrefixCache
 cache = PrefixCache([2**10], 16, "disk")
 cache._states.fill_(1.0)
 print("filled", flush=True)

@@ -14,8 +14,9 @@ import progtuning
 PACKAGE = Path(progtuning.__file__).parent
 # Each may import from those before it alone.
 ORDER = (
-    "errors base files report partition stages model.names settings config accounting model bert unpad peft dps "
-    "checkpoint sources data metrics measure optim cache distributed engine step resume train evaluate run cli __main__"
+    "errors base files report partition stages model.names settings config model accounting bert unpad peft checkpoint "
+    "sources data metrics measure optim distributed engine cache speed step dps methods train build state resume "
+    "evaluate run cli __main__"
 ).split()
 RUNTIME = {"torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "tqdm"}
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from progtuning.config import LR_SCHEDULES
-from progtuning.optim import build_optimizer, keep_only, learning_rate_schedule, parameter_groups
+from progtuning.engine import keep_only
+from progtuning.optim import build_optimizer, learning_rate_schedule, parameter_groups
 from tests.models import tiny_model
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-import progtuning.train
+import progtuning.step.progress
+from progtuning.build import build_trainer
 from progtuning.config import CheckpointConfig, DPSConfig, PeftConfig
 from progtuning.data.squad import Answer, Question, SquadRows, Window
 from progtuning.data.tokenization import Encoding
@@ -29,13 +30,12 @@ from progtuning.resume import (
     RunLog,
     StopSignals,
     checkpoints_of,
-    random_states,
     read_checkpoint,
-    set_random_states,
     step_of,
     warn,
     write_checkpoint,
 )
+from progtuning.state import random_states, set_random_states
 from progtuning.train import Trainer
 from tests.models import tiny_model
 from tests.test_cli import call, refused
@@ -69,7 +69,7 @@ def build(**changes) -> Trainer:
     settings = replace(SETTINGS, lr=1e-2, **changes)
     model = tiny_model(hidden_dropout_prob=0.1)
     apply_peft(model, settings.peft, seed=1)
-    return Trainer(model, rows(24), settings, CPU)
+    return build_trainer(model, rows(24), settings, CPU)
 
 
 def train(folder: Path | None, options: CheckpointConfig, **changes) -> Trainer:
@@ -77,10 +77,15 @@ def train(folder: Path | None, options: CheckpointConfig, **changes) -> Trainer:
     run = build(**changes)
     with RunFolder(folder, options, lambda: {"settings": {"n": 1}}, warn) as held:
         held.restore(run)
-        run.log = held.log
+        run.progress.log = held.log
 
         def evaluate(epoch: int) -> None:
-            held.log({"epoch": epoch + 1, "metrics": {"sum": float(predict(run.model, rows(8, seed=1), 8, CPU).sum())}})
+            held.log(
+                {
+                    "epoch": epoch + 1,
+                    "metrics": {"sum": float(predict(run.engine.model, rows(8, seed=1), 8, CPU).sum())},
+                }
+            )
 
         def save(stage_ends: bool) -> None:
             if options.save_every and (stage_ends or run.step % options.save_every == 0):
@@ -97,7 +102,7 @@ def unmeasured(stages: list[StageSummary]) -> list[StageSummary]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_resumed_after_any_step_ends_bit_for_bit_as_if_it_had_not_stopped(variant, tmp_path, monkeypatch):
-    monkeypatch.setattr(progtuning.train, "LOG_EVERY", 4)  # so that losses wait for their row at a checkpoint
+    monkeypatch.setattr(progtuning.step.progress, "LOG_EVERY", 4)  # so that losses wait for their row at a checkpoint
     changes = VARIANTS[variant]
     whole = train(tmp_path / "whole", EVERY, **changes)
     log = (tmp_path / "whole" / LOG).read_bytes()
@@ -111,10 +116,10 @@ def test_a_run_resumed_after_any_step_ends_bit_for_bit_as_if_it_had_not_stopped(
         torch.manual_seed(random.randrange(2**31))
         resumed = train(folder, CheckpointConfig(resume=True), **changes)
         assert (folder / LOG).read_bytes() == log
-        for name, expected in weights(whole.model).items():
-            assert torch.equal(weights(resumed.model)[name], expected), (checkpoint.name, name)
-        assert unmeasured(resumed.account()["stages"]) == unmeasured(whole.account()["stages"])
-        assert resumed.account().get("decisions") == whole.account().get("decisions")
+        for name, expected in weights(whole.engine.model).items():
+            assert torch.equal(weights(resumed.engine.model)[name], expected), (checkpoint.name, name)
+        assert unmeasured(resumed.ledger.account()["stages"]) == unmeasured(whole.ledger.account()["stages"])
+        assert resumed.ledger.account().get("decisions") == whole.ledger.account().get("decisions")
 
 
 def test_checkpoints_are_written_every_n_steps_and_at_each_stages_end_and_the_last_k_are_kept(tmp_path):
@@ -172,7 +177,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_last_good_one_with_a_warnin
     err = capsys.readouterr().err
     assert err.count("warning: checkpoint passed over: ") == 2 and "step-00000009" in err and "step-00000008" in err
     assert f"Resumed from {tmp_path / 'run' / CHECKPOINTS / 'step-00000007'}: step 7 of 9" in err
-    assert all(torch.equal(weights(resumed.model)[name], tensor) for name, tensor in weights(whole.model).items())
+    assert all(
+        torch.equal(weights(resumed.engine.model)[name], tensor) for name, tensor in weights(whole.engine.model).items()
+    )
     assert (tmp_path / "run" / LOG).read_bytes() == log
     assert all(read_checkpoint(path) for path in (tmp_path / "run" / CHECKPOINTS).iterdir())  # the damaged ones anew
 
@@ -233,7 +240,9 @@ def test_a_persons_copies_of_checkpoints_are_neither_resumed_from_nor_counted_no
     assert f"Resumed from {checkpoints / 'step-00000007'}: step 7 of 9" in err and "passed over" not in err
     assert {path.name for path in checkpoints.iterdir()} == {"step-00000008", "step-00000009", "step-00000099", *copies}
     assert all(read_checkpoint(checkpoints / name) for name in copies)
-    assert all(torch.equal(weights(resumed.model)[name], tensor) for name, tensor in weights(whole.model).items())
+    assert all(
+        torch.equal(weights(resumed.engine.model)[name], tensor) for name, tensor in weights(whole.engine.model).items()
+    )
 
 
 def test_a_newer_checkpoint_put_among_them_costs_none_of_the_runs_own(tmp_path):

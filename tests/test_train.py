@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from progtuning import accounting
 from progtuning.bert import build_model
+from progtuning.build import build_trainer
 from progtuning.config import PEFT_METHODS, DPSConfig, PeftConfig, TrainConfig
 from progtuning.data.batching import EncodedRows
 from progtuning.data.text import Task
@@ -24,7 +25,9 @@ from progtuning.model.heads import CLASSES
 from progtuning.model.names import EMBEDDINGS, HEAD, unit_of
 from progtuning.peft import apply_peft
 from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES
-from progtuning.train import Trainer, collate_inputs
+from progtuning.state import state_dict
+from progtuning.step.loader import Loader, collate_inputs
+from progtuning.train import Trainer
 from tests.models import TINY, tiny_model
 
 CPU = torch.device("cpu")
@@ -44,7 +47,7 @@ def rows(count: int = 40, seed: int = 0, regression: bool = False) -> EncodedRow
 
 
 def trainer(data=None, log=lambda row: None, model=None, **changes) -> Trainer:
-    return Trainer(model or tiny_model(), data or rows(), replace(SETTINGS, **changes), CPU, log)
+    return build_trainer(model or tiny_model(), data or rows(), replace(SETTINGS, **changes), CPU, log)
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -54,10 +57,10 @@ def weights(model) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_each_epoch_moves_exactly_the_units_of_its_stage(schedule):
     run = trainer(schedule=schedule)
-    seen, before = [], weights(run.model)
+    seen, before = [], weights(run.engine.model)
 
     def after_epoch(epoch):
-        now = weights(run.model)
+        now = weights(run.engine.model)
         seen.append({unit_of(name) for name in now if not torch.equal(now[name], before[name])})
         before.update(now)
 
@@ -72,7 +75,7 @@ def test_a_run_is_a_pure_function_of_its_seed():
     runs = [trainer(model=tiny_model(hidden_dropout_prob=0.2), seed=seed) for seed in (5, 5, 6)]
     for run in runs:
         run.fit()
-    first, again, other = (weights(run.model) for run in runs)
+    first, again, other = (weights(run.engine.model) for run in runs)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
@@ -81,24 +84,24 @@ def test_a_run_is_a_pure_function_of_its_seed():
 def test_accumulation_in_pieces_gives_the_update_of_the_whole_batch(pieces, monkeypatch):
     # SGD: where a gradient is zero, as a key's bias's is, AdamW divides rounding errors by their own size.
     monkeypatch.setattr(
-        "progtuning.train.build_optimizer", lambda model, lr, *_: torch.optim.SGD(model.parameters(), lr, 0.9)
+        "progtuning.build.build_optimizer", lambda model, lr, *_: torch.optim.SGD(model.parameters(), lr, 0.9)
     )
     whole, parts = trainer(lr=0.01), trainer(lr=0.01, accumulation_steps=pieces)
     whole.fit()
     parts.fit()
-    for name, weight in weights(whole.model).items():
-        torch.testing.assert_close(weights(parts.model)[name], weight, rtol=1e-5, atol=1e-6)
+    for name, weight in weights(whole.engine.model).items():
+        torch.testing.assert_close(weights(parts.engine.model)[name], weight, rtol=1e-5, atol=1e-6)
 
 
 def test_the_full_schedule_equals_a_plain_pytorch_loop_bit_for_bit():
     run = trainer(schedule="full", max_grad_norm=0.5)
     run.fit()
     other = trainer(schedule="full")
-    model = other.model.train()
+    model = other.engine.model.train()
     step = 0
     for epoch in range(3):
-        for batch in other.batches.epoch(epoch):
-            data = other.data.collate(batch)
+        for batch in other.loader.batches.epoch(epoch):
+            data = other.loader.data.collate(batch)
             logits = model(data["input_ids"], data["attention_mask"], data["token_type_ids"])
             torch.nn.functional.cross_entropy(logits, data["labels"]).backward()
             torch.nn.utils.clip_grad_norm_([p for group in other.optimizer.param_groups for p in group["params"]], 0.5)
@@ -107,7 +110,7 @@ def test_the_full_schedule_equals_a_plain_pytorch_loop_bit_for_bit():
             other.optimizer.zero_grad()
             step += 1
     assert step == run.num_steps == 15
-    for a, b in zip(run.model.parameters(), model.parameters()):
+    for a, b in zip(run.engine.model.parameters(), model.parameters()):
         assert torch.equal(a, b)
 
 
@@ -149,10 +152,10 @@ def test_under_a_token_budget_stages_change_with_epochs_and_the_schedule_ends_wi
     logged = []
     run = trainer(log=logged.append, batch_tokens=30, accumulation_steps=2)
     run.fit()
-    stages = run.account()["stages"]
-    assert [stage.steps for stage in stages] == [len(run.batches)] * 3
+    stages = run.ledger.account()["stages"]
+    assert [stage.steps for stage in stages] == [len(run.loader.batches)] * 3
     assert sum(stage.steps for stage in stages) == run.num_steps == logged[-1]["step"] and logged[-1]["lr"] == 0
-    assert run.account()["updated_parameters"] == accounting.updated_parameters(TINY, run.schedule, 3)
+    assert run.ledger.account()["updated_parameters"] == accounting.updated_parameters(TINY, run.schedule, 3)
     with pytest.raises(InputError, match="--batch-tokens must be at least 9, the longest row's tokens, got 8"):
         trainer(batch_tokens=8)
 
@@ -162,16 +165,16 @@ def test_under_a_token_budget_stages_change_with_epochs_and_the_schedule_ends_wi
 def test_the_account_of_a_run_is_the_closed_form_over_its_batches(policy, epochs, stages):
     run = trainer(embeddings=policy, epochs=epochs, stages=stages, accumulation_steps=2)
     run.fit()
-    account = run.account()
+    account = run.ledger.account()
     num_stages = stages or epochs
     assert [stage.stage for stage in account["stages"]] == list(range(1, num_stages + 1))
     assert sum(stage.steps for stage in account["stages"]) == epochs * 5
     forward = backward = step = 0
     for epoch in range(epochs):
-        for batch in run.batches.epoch(epoch):
+        for batch in run.loader.batches.epoch(epoch):
             stage = run.schedule.at_step(step, run.num_steps)
             for piece in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-                shape = (len(piece), int(run.data.lengths[piece].max()))
+                shape = (len(piece), int(run.loader.data.lengths[piece].max()))
                 forward += accounting.forward_flops(TINY, PeftConfig(), *shape)
                 backward += accounting.backward_flops(TINY, stage, PeftConfig(), *shape)
             step += 1
@@ -211,7 +214,7 @@ def test_updated_parameters_of_a_run_are_those_of_the_plan_wherever_its_steps_di
         if stage != run.engine.stage:
             run.enter(stage)
         run.ledger.costs[-1].steps += 1
-    account, plan = run.account(), accounting.plan(config, run.schedule, epochs, peft, batch=1, length=1)
+    account, plan = run.ledger.account(), accounting.plan(config, run.schedule, epochs, peft, batch=1, length=1)
     of_run = [stage.updated_parameters for stage in account["stages"]]
     of_plan = [stage["updated_parameters"] for stage in plan["stages"]]
     if run.num_steps % stages == 0:
@@ -228,7 +231,7 @@ def test_the_flops_of_a_run_are_those_of_what_trains_also_where_its_method_would
     run = trainer(model=model, epochs=1)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run.fit()
-    [stage] = run.account()["stages"]
+    [stage] = run.ledger.account()["stages"]
     assert counter.get_total_flops() == stage.forward_flops + stage.backward_flops
     assert stage.active_blocks == [1, 4] and not stage.embeddings
 
@@ -236,16 +239,16 @@ def test_the_flops_of_a_run_are_those_of_what_trains_also_where_its_method_would
 def test_stages_name_their_active_blocks_from_1_and_null_where_the_head_trains_alone():
     run = trainer(schedule="without-low-blocks")
     run.fit()
-    assert [stage.active_blocks for stage in run.account()["stages"]] == [[2, 4], [3, 4], None]
+    assert [stage.active_blocks for stage in run.ledger.account()["stages"]] == [[2, 4], [3, 4], None]
 
 
 def test_training_learns_a_separable_task():
     data, held_out = rows(200), rows(100, seed=1)
     task = Task("halves", ("low", "high", "neither"), ("accuracy",))
     run = trainer(data, epochs=6, stages=3, lr=3e-3)
-    before = measure_splits(run.model, {"dev": held_out}, task, 8, CPU, "fp32")["accuracy"]
+    before = measure_splits(run.engine.model, {"dev": held_out}, task, 8, CPU, "fp32")["accuracy"]
     run.fit()
-    after = measure_splits(run.model, {"dev": held_out}, task, 8, CPU, "fp32")["accuracy"]
+    after = measure_splits(run.engine.model, {"dev": held_out}, task, 8, CPU, "fp32")["accuracy"]
     assert after > 0.9 > before
 
 
@@ -262,10 +265,12 @@ def test_regression_learns_with_mean_squared_error():
 
 def test_a_run_of_one_step_trains_although_a_warm_up_begins_at_0():
     run = trainer(rows(8), epochs=1)
-    before = weights(run.model)
+    before = weights(run.engine.model)
     run.fit()
     assert run.num_steps == 1
-    assert all(not torch.equal(before[name], now) for name, now in weights(run.model).items() if "weight" in name)
+    assert all(
+        not torch.equal(before[name], now) for name, now in weights(run.engine.model).items() if "weight" in name
+    )
 
 
 def test_predictions_come_in_the_order_of_the_rows_whatever_the_batch_size():
@@ -293,7 +298,7 @@ def test_bf16_trains_fp32_weights_under_autocast():
     logged = []
     run = trainer(log=logged.append, precision="bf16")
     run.fit()
-    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in run.model.parameters())
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in run.engine.model.parameters())
     assert all(math.isfinite(row["loss"]) for row in logged)
 
 
@@ -308,9 +313,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_step_stage_and_rows(at_once
     data = rows()
     data.ids = [f"row-{i}" for i in range(40)]
     run = trainer(data)
-    run.check_at_once = at_once  # as on a GPU where False: the loss is read every 10 steps
+    run.guard.at_once = at_once  # as on a GPU where False: the loss is read every 10 steps
     poison(run, 6)
-    expected = ", ".join(f"row-{i}" for i in run.batches.epoch(1)[1])
+    expected = ", ".join(f"row-{i}" for i in run.loader.batches.epoch(1)[1])
     with pytest.raises(RunError) as error:
         run.fit()
     line = f"step 7 (stage 2, rows {expected}): the loss is inf, the norm of the gradient nan"
@@ -321,12 +326,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_step_stage_and_rows(at_once
 @pytest.mark.parametrize("at_once", [True, False])
 def test_what_is_not_finite_is_never_given_out_as_the_state_of_the_run(at_once):
     run = trainer()
-    run.check_at_once = at_once
+    run.guard.at_once = at_once
     poison(run, 6)
     steps = []
 
     def save(stage_ends):
-        assert all(tensor.isfinite().all() for tensor in run.state_dict()["weights"].values())
+        assert all(tensor.isfinite().all() for tensor in state_dict(run)["weights"].values())
         steps.append(run.step)
 
     with pytest.raises(RunError, match=r"^step 7 \(stage 2"):
@@ -336,7 +341,7 @@ def test_what_is_not_finite_is_never_given_out_as_the_state_of_the_run(at_once):
 
 def test_what_is_not_finite_is_found_before_an_evaluation():
     run = trainer()
-    run.check_at_once = False
+    run.guard.at_once = False
     poison(run, 3)
     epochs = []
     with pytest.raises(RunError, match=r"^step 4 \(stage 1"):
@@ -346,7 +351,7 @@ def test_what_is_not_finite_is_found_before_an_evaluation():
 
 def test_a_gradient_that_is_not_finite_under_a_finite_loss_ends_the_run():
     run = trainer()
-    run.model.classifier.bias.register_hook(lambda gradient: gradient * math.nan)
+    run.engine.model.classifier.bias.register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(RunError, match=r"^step 1 .*: the loss is \d.*, the norm of the gradient nan"):
         run.fit()
 
@@ -356,32 +361,32 @@ def test_a_skipped_batch_moves_nothing_is_logged_and_counted(changes):
     logged, kept = [], []
     run = trainer(log=logged.append, skip_nonfinite=True, epochs=2, **changes)
     poison(run, 2, 3)
-    run.fit(after_step=lambda stage_ends: kept.append((run.step, weights(run.model), len(run.optimizer.state))))
+    run.fit(after_step=lambda stage_ends: kept.append((run.step, weights(run.engine.model), len(run.optimizer.state))))
     by_step = {step: tensors for step, tensors, _ in kept}
     for step in (3, 4):
         assert all(torch.equal(by_step[step][name], by_step[2][name]) for name in by_step[2])
     assert any(not torch.equal(by_step[5][name], by_step[4][name]) for name in by_step[4])
     assert [row["step"] for row in logged if "skipped_rows" in row] == [3, 4]
-    assert logged[0]["skipped_rows"] == [str(row) for row in run.batches.epoch(0)[2]]
+    assert logged[0]["skipped_rows"] == [str(row) for row in run.loader.batches.epoch(0)[2]]
     assert all(math.isfinite(row["loss"]) for row in logged if "loss" in row)
-    stages = run.account()["stages"]
+    stages = run.ledger.account()["stages"]
     assert stages[0].skipped_steps == 2
     assert sum(stage.steps + stage.skipped_steps for stage in stages) == run.num_steps
-    assert all(p.isfinite().all() for p in run.model.parameters())
+    assert all(p.isfinite().all() for p in run.engine.model.parameters())
 
 
 def test_a_skipped_batch_of_dps_mix_leaves_the_weights_without_the_mixture():
     run = trainer(skip_nonfinite=True, dps=DPSConfig("mix", update_ratio=0.2))
-    before = weights(run.model)
+    before = weights(run.engine.model)
     poison(run, 0)
 
     def check(stage_ends):
         if run.step == 1:
-            assert all(torch.equal(now, before[name]) for name, now in weights(run.model).items())
-            assert run.dps.step == 0 and not run.dps.score
+            assert all(torch.equal(now, before[name]) for name, now in weights(run.engine.model).items())
+            assert run.masks.step == 0 and not run.masks.score
 
     run.fit(after_step=check)
-    assert run.dps.step == run.num_steps - 1
+    assert run.masks.step == run.num_steps - 1
 
 
 def test_batch_after_batch_that_is_not_finite_ends_the_run_although_they_are_skipped():
@@ -427,29 +432,30 @@ class Watch:
     ],
 )
 def test_no_step_on_cuda_waits_for_the_device(changes):
-    run = Trainer(tiny_model(hidden_dropout_prob=0.1), rows(), replace(SETTINGS, **changes), torch.device("cuda"))
+    run = build_trainer(tiny_model(hidden_dropout_prob=0.1), rows(), replace(SETTINGS, **changes), torch.device("cuda"))
     with Watch() as watch:
         run.enter, run.schedule.at_step = watch.unwatched(run.enter), watch.unwatched(run.schedule.at_step)
-        run.report = watch.unwatched(run.report)  # reads the loss, every LOG_EVERY steps
+        run.progress.write = watch.unwatched(run.progress.write)  # reads the loss, every LOG_EVERY steps
+        run.guard.check = watch.unwatched(run.guard.check)
         run.fit()
 
 
 def test_a_run_with_prefetched_batches_is_the_run_without(monkeypatch):
     runs = [trainer(accumulation_steps=3), trainer(accumulation_steps=3)]
     runs[0].fit()
-    monkeypatch.setattr("progtuning.train.collate_inputs", lambda data, rows, pin: collate_inputs(data, rows))
+    monkeypatch.setattr("progtuning.step.loader.collate_inputs", lambda data, rows, pin: collate_inputs(data, rows))
     collated = []
 
-    def on_cuda(self, batches):
+    def on_cuda(self, epoch, start=0):
         device, self.device = self.device, torch.device("cuda")
-        collated.append(Trainer.collated(self, batches))
+        collated.append(Loader.epoch(self, epoch, start))
         self.device = device
         return collated[-1]
 
-    runs[1].collated = on_cuda.__get__(runs[1])
+    runs[1].loader.epoch = on_cuda.__get__(runs[1].loader)
     runs[1].fit()
     assert len(collated) == 3 and all(batches.__name__ == "prefetch" for batches in collated)
-    first, second = (weights(run.model) for run in runs)
+    first, second = (weights(run.engine.model) for run in runs)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

@@ -1,6 +1,6 @@
 """What each stage of a run did and cost: steps, FLOPs, seconds, bytes, updated parameters."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -8,12 +8,13 @@ from functools import lru_cache
 import torch
 
 from progtuning import accounting
-from progtuning.bert import Model
+from progtuning.cache import PrefixCache
 from progtuning.config import BertConfig, PeftConfig
 from progtuning.distributed import World
+from progtuning.engine import StageEngine
 from progtuning.measure import Clock, peak_bytes, reset_peak_bytes
 from progtuning.report.summary import StageSummary
-from progtuning.stages import Stage, make_schedule
+from progtuning.stages import Schedule, Stage, make_schedule
 
 # What each process counts for itself, and `summary.json` has for all of them together.
 _OF_ALL_PROCESSES = ("forward_flops", "backward_flops", "cache_bytes", "cache_hits", "cache_misses")
@@ -88,11 +89,12 @@ _COUNTS = tuple(one.name for one in fields(StageCost) if one.name not in ("stage
 class Ledger:
     """The account of a run, a StageCost for each stage so far in `costs`; the last is that of the stage that is on.
 
-    What trains is what `trainable_names` (of StageEngine) says of a stage: names of parameters of `model`.
+    What trains is what the engine says of a stage. `cache` is that of the engine, where it has one.
     """
 
-    model: Model
-    trainable_names: Callable[[Stage], set[str]]
+    engine: StageEngine
+    schedule: Schedule
+    cache: PrefixCache | None
     peft: PeftConfig
     epochs: int
     steps_per_epoch: int
@@ -105,31 +107,36 @@ class Ledger:
         """The account of the stage that is on."""
         return self.costs[-1]
 
+    @property
+    def clock(self) -> Clock:
+        return self.now.clock
+
     def enter(self, stage: Stage) -> None:
         """Begin the account of a stage, before the engine enters it: so the peak of the one before is not its own."""
         if self.costs:
             self.measure_peak()
         reset_peak_bytes(self.device)
-        names = frozenset(self.trainable_names(stage))
-        count = sum(p.numel() for name, p in self.model.named_parameters() if name in names)
-        self.costs.append(StageCost(stage, names, count, Clock(self.device)))
+        names = frozenset(self.engine.trainable_names(stage))
+        count = sum(self.engine.candidates[name].numel() for name in names)
+        cost = StageCost(stage, names, count, Clock(self.device), gradient_sum_bytes=self.schedule.state_bytes(names))
+        if self.cache and self.engine.cut_of(stage):
+            cost.cache_bytes = self.cache.nbytes
+        self.costs.append(cost)
 
     def measure_peak(self) -> None:
         """Note the most memory since the stage began, or since this was last asked for."""
         self.now.measure_peak(self.device)
 
-    def count(self, rows: Sequence[int], length: int, levels: Sequence[int] | None = None) -> None:
-        """Add the work of one forward and backward pass over `rows`, padded to `length` tokens, before it is done.
-
-        `levels` are, of each row, how many of its lowest blocks a cache has kept and spares; None: there is no cache.
-        """
-        cost, config, peft = self.now, self.model.config, self.peft
+    def count(self, rows: Sequence[int], length: int) -> None:
+        """Add the work of one forward and backward pass over `rows`, padded to `length` tokens, before it is done."""
+        cost, config, peft = self.now, self.engine.model.config, self.peft
         forward, backward = _flops(config, peft, cost.names, len(rows), length)
         cost.forward_flops += forward
         cost.backward_flops += backward
-        if levels is not None:
+        if self.cache and self.engine.cut:
+            levels = self.cache.levels[rows].tolist()  # of each row, how many of its lowest blocks are kept and spared
             cost.forward_flops -= sum(_prefix_flops(config, peft, level, 1, length) for level in levels)
-            hits = levels.count(_active(config, peft, cost.names).cut())
+            hits = levels.count(self.engine.cut)
             cost.cache_hits += hits
             cost.cache_misses += len(rows) - hits
 
@@ -143,7 +150,7 @@ class Ledger:
 
     def account(self) -> dict:
         """Return what `summary.json` says of the stages: all processes' work and cache together, this one's seconds."""
-        config, full = self.model.config, make_schedule("full", self.model.num_blocks, 1)
+        config, full = self.engine.model.config, make_schedule("full", self.engine.model.num_blocks, 1)
         updated = accounting.updated_by_stage(
             (cost.trainable_parameters, Fraction(cost.steps, self.steps_per_epoch)) for cost in self.costs
         )
@@ -154,6 +161,7 @@ class Ledger:
         return {
             "processes": self.world.size,
             "stages": stages,
+            **self.schedule.summary(),
             "updated_parameters": sum(updated),
             "updated_parameters_full": accounting.updated_parameters(config, full, self.epochs, self.peft),
         }
@@ -165,7 +173,7 @@ class Ledger:
 
     def load_state_dict(self, state: Sequence[Mapping]) -> None:
         """Take up what `state_dict` gave."""
-        names = (frozenset(self.trainable_names(Stage(**cost["stage"]))) for cost in state)
+        names = (frozenset(self.engine.trainable_names(Stage(**cost["stage"]))) for cost in state)
         self.costs = [StageCost.from_state_dict(cost, of_cost, self.device) for cost, of_cost in zip(state, names)]
 
 

@@ -1,0 +1,115 @@
+"""From a model, its training rows and the settings of a run to a `Trainer`: makes the parts that the loop is given."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+
+from progtuning.bert import Model
+from progtuning.cache import CachedEngine, PrefixCache
+from progtuning.config import TrainConfig
+from progtuning.data.batching import EncodedRows
+from progtuning.distributed import Replica, World
+from progtuning.dps import DPS
+from progtuning.engine import StageEngine
+from progtuning.errors import InputError
+from progtuning.methods.autofreeze import AdaptiveSchedule
+from progtuning.methods.schedules import build_schedule
+from progtuning.model import heads
+from progtuning.optim import build_optimizer, learning_rate_schedule
+from progtuning.speed.kernels import compile_blocks
+from progtuning.stages import Schedule
+from progtuning.step.guard import FiniteCheck, Guard
+from progtuning.step.ledger import Ledger
+from progtuning.step.loader import Loader, make_batches
+from progtuning.step.masks import NoMasks
+from progtuning.step.progress import Progress
+from progtuning.train import Trainer
+from progtuning.unpad import unpad
+
+
+def build_trainer(
+    model: Model,
+    data: EncodedRows,
+    settings: TrainConfig,
+    device: torch.device,
+    log: Callable[[Mapping], None] = lambda row: None,
+    world: World = World(),
+) -> Trainer:
+    """Return what trains `model`, whose trainable parameters are selected already (requires_grad), on the rows `data`.
+
+    `log` takes every row of `metrics.jsonl`. Nothing is drawn from the global generators. Raises InputError where the
+    settings do not fit the model, the rows, the device or the processes.
+    """
+    if settings.batch_tokens is None and settings.batch_size < world.size:
+        raise InputError(f"--batch-size must be at least the {world.size} processes, got {settings.batch_size}")
+    model.to(device)
+    schedule = build_schedule(settings, model.num_blocks)
+    loader = Loader(data, make_batches(data.lengths, settings), device, world, settings.accumulation_steps)
+    num_steps = settings.epochs * len(loader)
+    optimizer = build_optimizer(model, settings.lr, settings.weight_decay, settings.adam_epsilon)
+    # The first step of a warm-up has the learning rate 0: a run of one step would train nothing.
+    warmup_steps = math.ceil(settings.warmup * num_steps) if num_steps > 1 else 0
+    lr_schedule = learning_rate_schedule(optimizer, num_steps, warmup_steps, settings.lr_schedule)
+    masks = DPS(model, settings.dps, num_steps, settings.seed) if settings.dps.mode != "off" else NoMasks()
+    engine = build_engine(model, optimizer, settings, schedule, data, world)
+    schedule.watch(engine.candidates)
+    if settings.compile:
+        compile_blocks(model)
+    if settings.unpadded:
+        unpad(model, device)
+    progress = Progress(log, quiet=not world.is_main)
+    cache = engine.cache if isinstance(engine, CachedEngine) else None
+    ledger = Ledger(engine, schedule, cache, settings.peft, settings.epochs, len(loader), device, world)
+    # A GPU is asked for what was not finite when the loss is read; until then nothing is saved.
+    at_once = device.type == "cpu" or settings.skip_nonfinite
+    guard = Guard(FiniteCheck(device), settings.skip_nonfinite, at_once, loader, ledger, progress, world)
+    return Trainer(
+        schedule=schedule,
+        engine=engine,
+        loader=loader,
+        replica=Replica(engine, world),
+        loss=heads.CLASSES[model.config.head].loss,
+        optimizer=optimizer,
+        lr_schedule=lr_schedule,
+        masks=masks,
+        guard=guard,
+        ledger=ledger,
+        progress=progress,
+        epochs=settings.epochs,
+        precision=settings.precision,
+        max_grad_norm=settings.max_grad_norm,
+        seed=world.seed(settings.seed),
+    )
+
+
+def build_engine(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    settings: TrainConfig,
+    schedule: Schedule | AdaptiveSchedule,
+    data: EncodedRows,
+    world: World,
+) -> StageEngine:
+    """Return the engine, with a cache where the settings have one.
+
+    Raises InputError where the cache is too large, or no stage has anything to keep.
+    """
+    plain = StageEngine(model, optimizer, settings.drops_out_prefix)
+    if settings.cache == "off":
+        return plain
+    if not any(plain.cut_of(kept) for _, kept in schedule.planned):
+        raise InputError(
+            f"--cache {settings.cache} has nothing to keep: under --schedule {settings.schedule}, --embeddings "
+            f"{settings.embeddings} and {settings.num_stages} stages no block is ever frozen below all that trains"
+        )
+    cache = PrefixCache(
+        data.lengths,
+        model.config.hidden_size,
+        settings.cache,
+        settings.cache_dtype,
+        settings.cache_limit,
+        kept=world.owns(len(data)),
+        num_sharing=world.local_size,
+    )
+    return CachedEngine(model, optimizer, cache)
