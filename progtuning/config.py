@@ -21,7 +21,7 @@ from progtuning.errors import InputError
 from progtuning.files import read_json
 from progtuning.model.names import BLOCK_LINEARS, EMBEDDINGS, HEAD, prefix_of, unit_of
 from progtuning.settings.options import Options, option
-from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES
+from progtuning.stages import EMBEDDING_POLICIES
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu")
 # Other names of these functions: they differ in how they are computed, by rounding alone.
@@ -506,10 +506,29 @@ class SquadConfig(Options):
 
 
 @dataclass(frozen=True)
+class ScheduleKind:
+    """What the settings of a run must know of a schedule before it is built (`methods.schedules.build_schedule`)."""
+
+    stages_an_epoch: int = 1
+    fewest_stages: int = 1
+    only_freezes: bool = True  # no block trains again once it was frozen: so its output can be kept
+    prefix_drops_out: bool = True
+
+
+SCHEDULE_KINDS = {
+    "full": ScheduleKind(),
+    "shrinking": ScheduleKind(),
+    "growing": ScheduleKind(only_freezes=False),
+    "without-low-blocks": ScheduleKind(),
+    "adaptive": ScheduleKind(stages_an_epoch=5, fewest_stages=3, prefix_drops_out=False),
+}
+
+
+@dataclass(frozen=True)
 class TrainConfig(Options):
     """How a run trains. Raises InputError that names the command-line option where a value is out of range."""
 
-    schedule: str = option("shrinking", "{choices}", choices=(*SCHEDULES, "adaptive"))
+    schedule: str = option("shrinking", "{choices}", choices=tuple(SCHEDULE_KINDS))
     stages: int | None = option(  # T
         None, "stages (one an epoch); of adaptive, intervals (five an epoch)", at_least=1, at_most=100_000
     )
@@ -565,10 +584,10 @@ class TrainConfig(Options):
         if self.accumulation_steps > self.batch_size and self.batch_tokens is None:
             got = f"{self.accumulation_steps} and {self.batch_size}"
             raise InputError(f"--accumulation-steps must be at most --batch-size, got {got}")
-        if self.schedule == "adaptive" and self.num_stages < 3:
+        if self.num_stages < self.kind.fewest_stages:
             raise InputError(
-                "--schedule adaptive freezes after two intervals that it compares: --stages must be at least 3, "
-                f"got {self.num_stages}"
+                f"--schedule {self.schedule} freezes after two intervals that it compares: "
+                f"--stages must be at least {self.kind.fewest_stages}, got {self.num_stages}"
             )
         if self.dps.mode != "off" and self.peft.method != "none":
             raise InputError(f"--dps masks weights that --peft {self.peft.method} freezes: give --peft none with it")
@@ -579,23 +598,26 @@ class TrainConfig(Options):
                 f"--cache {self.cache} needs the same output of the frozen blocks in every epoch: "
                 "leave out --prefix-dropout"
             )
-        if self.schedule == "growing" and self.cache != "off":
-            raise InputError(
-                f"--cache {self.cache} keeps the output of blocks that stay frozen, and --schedule growing unfreezes"
-            )
+        if not self.kind.only_freezes and self.cache != "off":
+            kept = "keeps the output of blocks that stay frozen"
+            raise InputError(f"--cache {self.cache} {kept}, and --schedule {self.schedule} unfreezes")
+
+    @property
+    def kind(self) -> ScheduleKind:
+        return SCHEDULE_KINDS[self.schedule]
 
     @property
     def drops_out_prefix(self) -> bool:
         """Whether the blocks below the cut drop out too."""
         if self.prefix_dropout is not None:
             return self.prefix_dropout
-        return self.cache == "off" and self.schedule != "adaptive"
+        return self.cache == "off" and self.kind.prefix_drops_out
 
     @property
     def num_stages(self) -> int:
         if self.stages is not None:
             return self.stages
-        return 5 * self.epochs if self.schedule == "adaptive" else self.epochs
+        return self.kind.stages_an_epoch * self.epochs
 
 
 def parse_size(option: str, text: str) -> int:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from progtuning import stages
+from progtuning.config import SCHEDULE_KINDS
 from progtuning.partition import parts
 from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES, embeddings_train, make_schedule
 
@@ -110,3 +111,15 @@ def test_unknown_schedules_and_policies_are_refused_with_the_allowed_ones():
         make_schedule("shrink", 12, 3)
     with pytest.raises(ValueError, match="embeddings must be one of with-block-1, always, never, got 'no'"):
         embeddings_train("no", 0)
+
+
+@given(st.integers(1, 12), st.integers(1, 12))
+def test_what_the_settings_know_of_a_schedule_is_so_for_every_division(num_blocks, num_stages):
+    assert tuple(SCHEDULE_KINDS) == (*SCHEDULES, "adaptive")
+    unfreezes = set()
+    for name in SCHEDULES:
+        lowest = [stage.boundary for stage in make_schedule(name, num_blocks, num_stages).stages]
+        if lowest != sorted(lowest):
+            unfreezes.add(name)
+    assert unfreezes <= {name for name, kind in SCHEDULE_KINDS.items() if not kind.only_freezes} == {"growing"}
+    assert num_blocks == 1 or num_stages == 1 or unfreezes == {"growing"}
