@@ -33,13 +33,13 @@ import torch
 from harness import append_row, check_positive, read_rows, run_script, spread
 from progtuning import metrics
 from progtuning.config import TASK_DEFAULTS, DPSConfig, PeftConfig, TrainConfig
-from progtuning.data.squad import SquadTask
-from progtuning.data.text import Splits, limit_train
+from progtuning.data.registry import load_splits
+from progtuning.data.task import Splits, limit_train
 from progtuning.errors import InputError
-from progtuning.evaluate import answer, predict
+from progtuning.evaluate import predict
 from progtuning.report import tables
 from progtuning.report.summary import Summary
-from progtuning.run import Checkpoint, choose_device, encode, fine_tune, load_checkpoint, load_splits
+from progtuning.run import Checkpoint, choose_device, fine_tune, load_checkpoint
 from progtuning.sources import model_folder
 
 RESULTS = Path(__file__).parent / "results"
@@ -238,14 +238,8 @@ def predict_held_out(saved: Checkpoint, splits: Splits, settings: TrainConfig, d
     """Return what a model predicts for the held-out rows: classes, numbers, or the texts of answers."""
     task, batch = splits.task, (settings.batch_size, device, settings.precision)
     (examples,) = splits.dev.values()
-    rows = encode(examples, task, saved.tokenizer, saved.max_length, saved.squad)
-    if isinstance(task, SquadTask):
-        answers = answer(saved.model, rows, task.null_answers, *batch, saved.squad)
-        return [prediction.spans[0].text for prediction in answers]
-    outputs = predict(saved.model, rows, *batch)
-    if task.is_regression:
-        return [round(float(score), 4) for score in outputs[:, 0]]
-    return outputs.argmax(axis=1).tolist()
+    rows = task.encode(examples, saved.tokenizer, saved)
+    return task.plain(task.decide(predict(saved.model, rows, *batch), rows, saved))
 
 
 def row_of(summary: Summary) -> dict:

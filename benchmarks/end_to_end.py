@@ -38,11 +38,13 @@ import harness
 from harness import RESULTS, append_row, number, read_rows, spread
 from progtuning import accounting, metrics
 from progtuning.config import BertConfig, PeftConfig, TrainConfig
-from progtuning.data.text import Example, Splits, limit_train
+from progtuning.data.registry import load_splits
+from progtuning.data.task import Splits, limit_train
+from progtuning.data.text import Example
 from progtuning.files import write_text
 from progtuning.model.names import BLOCK_LINEARS
 from progtuning.report import tables
-from progtuning.run import choose_device, fine_tune, load_splits
+from progtuning.run import choose_device, fine_tune
 from progtuning.sources import model_folder
 from progtuning.stages import make_schedule
 
@@ -146,7 +148,7 @@ def train_by_trainer(folder: Path, splits: Splits, run: Run, settings: TrainConf
         values = {}
         for name, rows in dev_rows.items():
             outputs = trainer.predict(rows).predictions
-            predictions = outputs[:, 0] if splits.task.is_regression else outputs.argmax(axis=1)
+            predictions = splits.task.decide(outputs, rows, settings)
             measured = metrics.compute(splits.task.metrics, predictions, np.array(rows.labels))
             prefix = f"{name}/" if len(dev_rows) > 1 else ""
             values |= {f"{prefix}{metric}": value for metric, value in measured.items()}
@@ -176,7 +178,7 @@ def cost_of_full(folder: Path, splits: Splits, settings: TrainConfig, shapes: Ma
     """Return what training every block in every epoch cost, from the closed forms and the shapes of the batches."""
     task = splits.task
     config = BertConfig.from_json(folder / "config.json")
-    config = config.with_head("regression" if task.is_regression else "classification", task.labels)
+    config = config.with_head(task.head, task.labels)
     schedule = make_schedule("full", config.num_hidden_layers, 1)
     flops = 0
     for (batch, length), count in shapes.items():

@@ -25,12 +25,13 @@ import torch
 
 from harness import append_row, read_rows, this_run
 from progtuning.config import TASK_DEFAULTS, BertConfig, TrainConfig
+from progtuning.data.registry import load_splits
 from progtuning.data.squad import encode_questions, read_squad
-from progtuning.data.text import limit_train
+from progtuning.data.task import limit_train
 from progtuning.data.tokenization import load_tokenizer
 from progtuning.measure import environment
 from progtuning.report import tables
-from progtuning.run import choose_device, fine_tune, load_splits
+from progtuning.run import choose_device, fine_tune
 from progtuning.sources import model_folder
 
 RESULTS = Path(__file__).parent / "results" / "squad.jsonl"

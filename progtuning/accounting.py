@@ -38,7 +38,7 @@ from fractions import Fraction
 from math import prod
 
 from progtuning.base.checks import check_choice, check_number
-from progtuning.config import ARCHITECTURES, BertConfig, PeftConfig
+from progtuning.config import ARCHITECTURES, HEADS, BertConfig, PeftConfig, sequence_head
 from progtuning.model.names import BLOCK_LINEARS, EMBEDDINGS, HEAD, prefix_of
 from progtuning.stages import Schedule, Stage, make_schedule
 
@@ -173,8 +173,8 @@ def _head_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
     d, c = config.hidden_size, config.num_outputs
     if config.head is None:
         layers = {}
-    elif config.head == "question-answering":
-        layers = {"qa_outputs": (c, d)}
+    elif HEADS[config.head].per_token:
+        layers = {HEADS[config.head].layer: (c, d)}
     elif config.has_pooler:
         layers = {"pooler.dense": (d, d), "classifier": (c, d)}
     else:
@@ -307,9 +307,9 @@ class _Trace:
         config = self.config
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         first = _Symbol(self.batch * config.hidden_size, x.grad, base=x)  # of each sequence its first token
-        if config.head == "question-answering":
-            self.linear(unit, "qa_outputs", x)
-        elif config.head is not None and config.has_pooler:
+        if config.head is not None and HEADS[config.head].per_token:
+            self.linear(unit, HEADS[config.head].layer, x)
+        elif config.has_pooler:
             pooled = self.elementwise("tanh", self.linear(unit, "pooler.dense", first))
             self.linear(unit, "classifier", self.dropout(pooled, dropout))
         elif config.head is not None:
@@ -472,7 +472,7 @@ def plan(
     A config that names no head is given a classification head. Raises InputError where an argument is out of range.
     """
     if config.head is None:
-        config = config.with_head("classification" if len(config.labels) > 1 else "regression", config.labels)
+        config = config.with_head(sequence_head(len(config.labels)), config.labels)
     model = units(config, peft)
     full = make_schedule("full", config.num_hidden_layers, 1)
     full_updated = sum(_updated_by_stage(model, full, num_epochs))
@@ -575,8 +575,7 @@ def _table_3() -> list[dict]:
 
 
 def _classifier(name: str, classes: int = 2) -> BertConfig:
-    head = "classification" if classes > 1 else "regression"
-    return ARCHITECTURES[name].with_head(head, tuple(f"LABEL_{i}" for i in range(classes)))
+    return ARCHITECTURES[name].with_head(sequence_head(classes), tuple(f"LABEL_{i}" for i in range(classes)))
 
 
 def _pair(

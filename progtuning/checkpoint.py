@@ -28,7 +28,7 @@ from torch import Tensor
 
 from progtuning.accounting import units
 from progtuning.bert import Model
-from progtuning.config import BertConfig, PeftConfig, passed_over, read_head
+from progtuning.config import HEADS, BertConfig, PeftConfig, passed_over, read_head, sequence_head
 from progtuning.errors import InputError, RunError
 from progtuning.files import read_json, replacing, write_json
 from progtuning.model.names import BLOCK_LINEARS
@@ -40,7 +40,8 @@ LORA_WEIGHTS, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"  
 LORA_PICKLE = "adapter_model.bin"
 TRAINED_WEIGHTS, TRAINED_CONFIG = "trained.safetensors", "trained.json"
 _BACKBONE = ("embeddings.", "encoder.", "pooler.")  # under the prefix in a file; the rest is the head's last layers
-_LAST_LAYER = re.compile(r"(qa_outputs|classifier|classifier\.out_proj)\.(weight|bias)")  # a row for each output
+_LAYERS = "|".join(sorted({head.layer for head in HEADS.values()}))
+_LAST_LAYER = re.compile(rf"({_LAYERS})(\.out_proj)?\.(weight|bias)")  # a row for each output
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Names that no parameter of ours has, and that data parallelism, torch.compile, FSDP, recomputation and Lightning put
 # before or between those of a model that they wrap.
@@ -136,9 +137,11 @@ def reorder_classes(model: Model, labels: tuple[str, ...]) -> None:
 def _rows_by_name(own: Mapping, config: BertConfig, count: int) -> tuple[dict[int, int], str | None]:
     """Return {row of our head's last layer: row of a file's, which has `count`}, and in words what of ours is not there
     and why. `own` is the file's config.json, which says what its rows are."""
-    layer = "the head's last layer"
-    if config.head == "question-answering":  # the rows are start and end, by the layer's name
-        return ({0: 0, 1: 1}, None) if count == 2 else ({}, f"{layer} (that of the model has {count} outputs, not 2)")
+    layer, wanted = "the head's last layer", HEADS[config.head]
+    if not (wanted.has_labels or wanted.problem_type):  # the layer's name alone says what the rows are
+        outputs = wanted.num_outputs
+        lacks = f"{layer} (that of the model has {count} outputs, not {outputs})"
+        return ({row: row for row in range(outputs)}, None) if count == outputs else ({}, lacks)
     try:
         head, labels = read_head(own)
     except InputError as error:
@@ -148,7 +151,7 @@ def _rows_by_name(own: Mapping, config: BertConfig, count: int) -> tuple[dict[in
         return {}, f"{layer} (that of the model is for {kind}, not for {config.head})"
     if count != len(labels):
         return {}, f"{layer} (that of the model has {count} rows, for {len(labels)} names in {CONFIG})"
-    if head == "regression":
+    if not wanted.has_labels:
         return {0: 0}, None
     rows = {i: labels.index(label) for i, label in enumerate(config.labels) if label in labels}
     lacking = [label for label in config.labels if label not in labels]
@@ -225,15 +228,13 @@ def _key(name: str, config: BertConfig) -> str:
 _DIGEST = "base_sha256"
 _LORA_PREFIX = "base_model.model."
 _POOLER = "pooler.dense.weight"  # the one part of a head that may be frozen, and that a base may lack
-_HEAD_MODULES = {"classification": "classifier", "regression": "classifier", "question-answering": "qa_outputs"}
-_TASK_TYPES = {"classifier": "SEQ_CLS", "qa_outputs": "QUESTION_ANS", None: "FEATURE_EXTRACTION"}
+_NO_HEAD = "FEATURE_EXTRACTION"
 # How adapter_config.json says which head a model has: by task, or where there is none by the class that was adapted.
+# That of one class or many is told apart by its outputs.
 _HEADS_OF_PEFT = {
-    "SEQ_CLS": "classification",
-    "QUESTION_ANS": "question-answering",
-    "FEATURE_EXTRACTION": None,
-    "ForSequenceClassification": "classification",
-    "ForQuestionAnswering": "question-answering",
+    **{row.peft_task: name for name, row in HEADS.items() if name != "regression"},
+    _NO_HEAD: None,
+    **{row.architecture: name for name, row in HEADS.items() if name != "regression"},
     "Model": None,
 }
 _MAX_OUTPUTS = 100_000
@@ -340,7 +341,7 @@ def tuned_config(folder: str | Path, base: str | Path) -> BertConfig:
             return config if head == config.head else config.with_head(head)
         count = _saved_outputs(file, config) or len(config.labels)
     labels = config.labels if count == len(config.labels) else tuple(f"LABEL_{index}" for index in range(count))
-    return config.with_head("regression" if count == 1 else "classification", labels)
+    return config.with_head(sequence_head(count), labels)
 
 
 def load_tuned(folder: str | Path, base: str | Path, config: BertConfig) -> Model:
@@ -395,7 +396,7 @@ def base_digest(model: Model, held: Iterable[str]) -> str:
 
 def _lora_config(config: BertConfig, peft: PeftConfig, with_pooler: bool) -> dict:
     """Return the adapter_config.json with which peft rebuilds the model, but for the base model's name."""
-    head = _HEAD_MODULES.get(config.head)
+    head = HEADS[config.head] if config.head else None
     targets = []
     for target in sorted(peft.lora_targets):
         name = BLOCK_LINEARS[target]  # peft adapts every layer whose name ends with one of these
@@ -405,12 +406,12 @@ def _lora_config(config: BertConfig, peft: PeftConfig, with_pooler: bool) -> dic
             targets.append(name.removeprefix("attention.self."))
     return {
         "peft_type": "LORA",
-        "task_type": _TASK_TYPES[head],
+        "task_type": head.peft_task if head else _NO_HEAD,
         "r": peft.lora_r,
         "lora_alpha": peft.lora_alpha,
         "lora_dropout": peft.lora_dropout,
         "target_modules": targets,
-        "modules_to_save": [head, *(["pooler"] if with_pooler else [])] if head else None,
+        "modules_to_save": [head.layer, *(["pooler"] if with_pooler else [])] if head else None,
         "bias": "none",
         "inference_mode": True,
     }

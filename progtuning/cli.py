@@ -16,6 +16,7 @@ from progtuning import __version__
 from progtuning.accounting import paper_rows, plan
 from progtuning.config import (
     ARCHITECTURES,
+    HEADS,
     TASK_DEFAULTS,
     BertConfig,
     CheckpointConfig,
@@ -27,6 +28,7 @@ from progtuning.config import (
     parse_label_map,
     parse_size,
     recipe,
+    sequence_head,
 )
 from progtuning.errors import InputError, Interrupted, RunError
 from progtuning.files import (
@@ -222,7 +224,8 @@ def build_parser() -> Parser:
     plan_command.add_argument("--model", required=True, help=f"{', '.join(ARCHITECTURES)}, a config.json or its folder")
     plan_command.add_argument("--length", type=int, help="tokens a sequence (128, or what the model takes)")
     plan_command.add_argument("--labels", type=int, default=2, help="classes; 1 is regression (%(default)s)")
-    plan_command.add_argument("--head", default="classification", choices=("classification", "question-answering"))
+    heads = [name for name in HEADS if name != "regression"]
+    plan_command.add_argument("--head", default="classification", choices=heads)
     planned = ("schedule", "stages", "embeddings", "epochs", "batch_size", "cache_dtype")
     add_options(plan_command, TrainConfig, only=planned)
     add_options(plan_command, PeftConfig)
@@ -301,7 +304,8 @@ def train_config(args: argparse.Namespace, num_blocks: int, task: str | None = N
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    from progtuning.data.text import limit_train, movie_reviews
+    from progtuning.data.own import movie_reviews
+    from progtuning.data.task import limit_train
     from progtuning.run import choose_device, fine_tune
     from progtuning.sources import data_folder, model_folder
 
@@ -333,10 +337,11 @@ def run_demo(args: argparse.Namespace) -> None:
 
 
 def run_train(args: argparse.Namespace) -> None:
-    from progtuning.data.text import limit_train
+    from progtuning.data.registry import load_splits
+    from progtuning.data.task import limit_train
     from progtuning.distributed import join
     from progtuning.resume import check_output_folder
-    from progtuning.run import choose_device, fine_tune, load_splits
+    from progtuning.run import choose_device, fine_tune
     from progtuning.sources import model_folder
     from progtuning.speed.kernels import check_compiler
 
@@ -439,7 +444,7 @@ def run_plan(args: argparse.Namespace) -> None:
     config = architecture(args.model)
     if not 1 <= args.labels <= 100_000:
         raise InputError(f"--labels must be in 1..100000, got {args.labels}")
-    head = "regression" if args.head == "classification" and args.labels == 1 else args.head
+    head = sequence_head(args.labels) if args.head == "classification" else args.head
     config = config.with_head(head, tuple(f"LABEL_{i}" for i in range(args.labels)))
     settings = train_config(args, config.num_hidden_layers)
     schedule = build_schedule(settings, config.num_hidden_layers)
@@ -481,9 +486,10 @@ def run_paper(args: argparse.Namespace) -> None:
 
 
 def run_probe(args: argparse.Namespace) -> None:
-    from progtuning.data.text import limit_train
+    from progtuning.data.registry import load_splits
+    from progtuning.data.task import limit_train
     from progtuning.measure import environment
-    from progtuning.run import choose_device, load_splits, probe
+    from progtuning.run import choose_device, probe
     from progtuning.sources import model_folder
     from progtuning.speed.kernels import check_compiler
 

@@ -29,13 +29,38 @@ _SAME_ACTIVATION = {
     "gelu_python": "gelu",
     **dict.fromkeys(("gelu_accurate", "gelu_fast", "gelu_python_tanh", "gelu_pytorch_tanh"), "gelu_new"),
 }
-HEADS = ("classification", "regression", "question-answering")
 PEFT_METHODS = ("none", "adapter", "bitfit", "lora", "spafit")
 MERGEABLE = ("lora", "bitfit", "spafit")  # what they do to a model fits in its own layers
 DPS_MODES = ("off", "dense", "mix")
 PRECISIONS = ("fp32", "bf16")
 CACHES = ("off", "memory", "disk")
 LR_SCHEDULES = ("linear", "constant")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a head is, beside its layers and loss in `model.heads`; what transformers and peft call it."""
+
+    architecture: str  # the end of the class's name, for config.json
+    peft_task: str  # the task_type of adapter_config.json
+    layer: str = "classifier"  # the module with the last linear layer
+    num_outputs: int | None = None  # None: one for each class
+    per_token: bool = False  # outputs for each token (B, S, C), else for each sequence (B, C)
+    problem_type: str | None = None  # of config.json, for what shares an architecture
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the outputs are classes, which have names."""
+        return self.num_outputs is None
+
+
+_SEQUENCE = ("ForSequenceClassification", "SEQ_CLS")
+HEADS = {
+    "classification": Head(*_SEQUENCE, problem_type="single_label_classification"),
+    "regression": Head(*_SEQUENCE, num_outputs=1, problem_type="regression"),
+    # The two outputs of a token are the logits of an answer's start and end.
+    "question-answering": Head("ForQuestionAnswering", "QUESTION_ANS", "qa_outputs", num_outputs=2, per_token=True),
+}
 
 # Keys of a config.json with which the encoder computes the same whatever their value.
 _WITHOUT_EFFECT = frozenset(
@@ -139,7 +164,7 @@ class BertConfig:
             raise InputError(
                 f"max_position_embeddings must exceed pad_token_id + 1 for roberta, got {self.max_position_embeddings}"
             )
-        if len(set(self.labels)) != len(self.labels) or (self.head == "classification" and len(self.labels) < 2):
+        if len(set(self.labels)) != len(self.labels) or (self.has_labels and len(self.labels) < 2):
             raise InputError(f"labels must be two or more distinct names, got {list(self.labels)}")
 
     @property
@@ -150,16 +175,22 @@ class BertConfig:
     @property
     def num_outputs(self) -> int:
         """Columns of the head's last layer: classes, 1 for regression, 2 (start, end) for question answering."""
-        return {"regression": 1, "question-answering": 2}.get(self.head, len(self.labels))
+        return len(self.labels) if self.head is None or self.has_labels else HEADS[self.head].num_outputs
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the head's outputs are classes, whose names are `labels`."""
+        return self.head is not None and HEADS[self.head].has_labels
 
     @property
     def has_pooler(self) -> bool:
         """Whether the head begins with BERT's pooler (RoBERTa's classification head brings its own dense layer)."""
-        return self.model_type == "bert" and self.head in ("classification", "regression")
+        return self.model_type == "bert" and self.head is not None and not HEADS[self.head].per_token
 
-    def with_head(self, head: str, labels: tuple[str, ...] = ()) -> "BertConfig":
+    def with_head(self, head: str | None, labels: tuple[str, ...] = ()) -> "BertConfig":
         """Return this architecture under another head. `labels` are the class names, for classification."""
-        return replace(self, head=head, labels=labels if head == "classification" else ("LABEL_0",))
+        has_labels = head in HEADS and HEADS[head].has_labels
+        return replace(self, head=head, labels=labels if has_labels else ("LABEL_0",))
 
     def renamed(self, names: Mapping[str, str]) -> "BertConfig":
         """Return this architecture with other names for its classes: `names`, by their present ones.
@@ -167,7 +198,7 @@ class BertConfig:
         Raises InputError where it has no such class, or two would have one name.
         """
         classes = ", ".join(self.labels)
-        if self.head != "classification":
+        if not self.has_labels:
             raise InputError(f"--label-map is for classes, got it with a {self.head} head")
         if unknown := sorted(set(names) - set(self.labels)):
             raise InputError(f"--label-map gives a name to {unknown[0]!r}, expected classes of the model: {classes}")
@@ -216,11 +247,12 @@ class BertConfig:
         values = {
             field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("head", "labels")
         }
-        suffixes = {None: "Model", "question-answering": "ForQuestionAnswering"}
-        suffix = suffixes.get(self.head, "ForSequenceClassification")
+        head = None if self.head is None else HEADS[self.head]
+        suffix = "Model" if head is None else head.architecture
         values["architectures"] = [("Bert" if self.model_type == "bert" else "Roberta") + suffix]
-        if self.head in ("classification", "regression"):
-            values["problem_type"] = "regression" if self.head == "regression" else "single_label_classification"
+        if head and head.problem_type:
+            values["problem_type"] = head.problem_type
+        if head and (head.problem_type or head.has_labels):
             values["id2label"] = {str(i): label for i, label in enumerate(self.labels)}
             values["label2id"] = {label: i for i, label in enumerate(self.labels)}
         return values
@@ -271,10 +303,11 @@ def read_head(values: Mapping) -> tuple[str | None, tuple[str, ...]]:
     Raises InputError that names the key.
     """
     architecture = _architecture(values)
-    if architecture.endswith("ForQuestionAnswering"):
-        return "question-answering", BertConfig.labels
-    if not architecture.endswith("ForSequenceClassification"):
-        return None, BertConfig.labels
+    found = next((name for name, head in HEADS.items() if architecture.endswith(head.architecture)), None)
+    if found is None or not (HEADS[found].problem_type or HEADS[found].has_labels):
+        return found, BertConfig.labels
+    if HEADS[found].problem_type is None:
+        return found, _labels(values)
     labels, problem = _labels(values), values.get("problem_type")
     if problem not in (None, "regression", "single_label_classification"):
         expected = "regression, single_label_classification or none"
@@ -282,7 +315,12 @@ def read_head(values: Mapping) -> tuple[str | None, tuple[str, ...]]:
     if problem is not None and (problem == "regression") != (len(labels) == 1):
         expected = "one output" if problem == "regression" else "two or more classes"
         raise InputError(f"problem_type {problem!r} is supported with {expected}, got {len(labels)}")
-    return "regression" if len(labels) == 1 else "classification", labels
+    return sequence_head(len(labels)), labels
+
+
+def sequence_head(num_outputs: int) -> str:
+    """Return the head with so many outputs for a sequence: for transformers a single one is regression."""
+    return "regression" if num_outputs == 1 else "classification"
 
 
 def _labels(values: Mapping) -> tuple[str, ...]:

@@ -1,18 +1,15 @@
 """Outputs of a model for rows, and the metrics of a task's held-out rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from progtuning import metrics
 from progtuning.bert import Model
-from progtuning.config import SquadConfig
-from progtuning.data.answers import Prediction, decode
+from progtuning.config import HEADS, TrainConfig
 from progtuning.data.batching import EncodedRows, evaluation_batches
-from progtuning.data.squad import SquadRows, SquadTask
-from progtuning.data.text import Task
+from progtuning.data.task import Limits, Task
 from progtuning.distributed import World
 from progtuning.errors import RunError
 from progtuning.step.device import autocast
@@ -35,7 +32,7 @@ def predict(
     process. Raises RunError where one is not finite: the weights are not.
     """
     model.to(device).eval()
-    per_token = (int(data.lengths.max()),) if model.config.head == "question-answering" else ()
+    per_token = (int(data.lengths.max()),) if HEADS[model.config.head].per_token else ()
     outputs = np.zeros((len(data), *per_token, model.config.num_outputs), dtype=np.float32)
     batches = evaluation_batches(data.lengths, batch_size)[world.rank :: world.size]
     for rows in tqdm(batches, unit="batch", leave=False, disable=None if world.is_main else True):
@@ -50,33 +47,6 @@ def predict(
     return outputs
 
 
-def answer(
-    model: Model,
-    data: SquadRows,
-    null_answers: bool,
-    batch_size: int,
-    device: torch.device,
-    precision: str = "fp32",
-    squad: SquadConfig = SquadConfig(),
-    world: World = World(),
-) -> list[Prediction]:
-    """Return what a question-answering model answers to each question of `data`. Raises RunError as `predict` does."""
-    outputs = predict(model, data, batch_size, device, precision, world)
-    return decode(data, outputs, null_answers, squad.n_best, squad.max_answer_length)
-
-
-def score_answers(
-    predictions: Sequence[Prediction], data: SquadRows, task: SquadTask, squad: SquadConfig = SquadConfig()
-) -> dict[str, float]:
-    """Return the metrics of SQuAD v1.1 or v2.0, by the task, of predictions for the questions of `data`."""
-    golds = [[gold.text for gold in question.answers] for question in data.questions]
-    best = [prediction.spans[0].text for prediction in predictions]
-    if not task.null_answers:
-        return metrics.squad(best, golds)
-    null_odds = [prediction.null_odds for prediction in predictions]
-    return metrics.squad_v2(best, null_odds, golds, squad.null_threshold or 0.0)
-
-
 def measure_splits(
     model: Model,
     splits: Mapping[str, EncodedRows],
@@ -84,18 +54,13 @@ def measure_splits(
     batch_size: int,
     device: torch.device,
     precision: str,
-    squad: SquadConfig = SquadConfig(),
+    limits: Limits = TrainConfig(),
     world: World = World(),
 ) -> dict[str, float]:
     """Return the task's metrics on every held-out split, under "metric", or "split/metric" where splits are several."""
     values = {}
     for name, data in splits.items():
-        if isinstance(task, SquadTask):
-            predictions = answer(model, data, task.null_answers, batch_size, device, precision, squad, world)
-            measured = score_answers(predictions, data, task, squad)
-        else:
-            outputs = predict(model, data, batch_size, device, precision, world)
-            predictions = outputs[:, 0] if task.is_regression else outputs.argmax(axis=1)
-            measured = metrics.compute(task.metrics, predictions, data.labels.numpy())
+        outputs = predict(model, data, batch_size, device, precision, world)
+        measured = task.score(task.decide(outputs, data, limits), data, limits)
         values |= measured if len(splits) == 1 else {f"{name}/{metric}": value for metric, value in measured.items()}
     return values

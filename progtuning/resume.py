@@ -35,7 +35,7 @@ from progtuning.bert import Model
 from progtuning.checkpoint import base_digest, save_tensors
 from progtuning.config import CheckpointConfig, TrainConfig
 from progtuning.data.batching import EncodedRows
-from progtuning.data.text import Task
+from progtuning.data.task import Task
 from progtuning.data.tokenization import Tokenizer
 from progtuning.distributed import World
 from progtuning.errors import InputError, Interrupted, RunError

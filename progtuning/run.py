@@ -26,17 +26,17 @@ from progtuning.checkpoint import (
     tuned_config,
 )
 from progtuning.config import HEADS, MERGEABLE, BertConfig, CheckpointConfig, SquadConfig, TrainConfig, format_label_map
-from progtuning.data import glue, squad
-from progtuning.data.answers import to_jsonl, write_predictions
-from progtuning.data.batching import EncodedRows, encode_examples
-from progtuning.data.hub import load_hub, load_hub_test
-from progtuning.data.squad import SquadRows, SquadTask, encode_questions, load_squad, read_questions
+from progtuning.data import glue
+from progtuning.data.batching import EncodedRows
+from progtuning.data.hub import load_hub_test
+from progtuning.data.own import load_dev
+from progtuning.data.registry import HUB, KINDS, OWN, load_splits
 from progtuning.data.submission import write_submission
-from progtuning.data.text import Example, Splits, Task, has_pairs, load_dev, load_folder, movie_reviews, read_table
+from progtuning.data.task import Splits, Task
 from progtuning.data.tokenization import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from progtuning.distributed import World
 from progtuning.errors import InputError, Interrupted, RunError
-from progtuning.evaluate import answer, measure_splits, predict, score_answers
+from progtuning.evaluate import measure_splits, predict
 from progtuning.files import made_folder, new_folder
 from progtuning.measure import attention_backends, environment
 from progtuning.peft import apply_peft
@@ -48,9 +48,6 @@ from progtuning.speed.kernels import reporting_compiler
 from progtuning.train import Trainer
 
 _log = logging.getLogger(__name__)
-
-OWN_DATA = ("classification", "regression")  # tasks whose files are the user's
-HUB = "hub"  # in place of a folder: the task's data set on the Hugging Face Hub
 
 
 def choose_device(name: str | None, world: World = World()) -> torch.device:
@@ -75,46 +72,20 @@ def choose_device(name: str | None, world: World = World()) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
-def load_splits(task: str, data: str | None) -> Splits:
-    """Read a task's training and held-out rows. `data` is "hub", or names a folder or what `sources.data_folder` takes.
-
-    `task` is a GLUE task, "squad", "squad_v2", "movie-reviews", or one of OWN_DATA for a folder of one's own. Raises
-    InputError.
-    """
-    if task == "movie-reviews":
-        return movie_reviews(data_folder(data or "movie-reviews"))
-    if task.lower() in glue.TEST_TASKS:
-        raise InputError(
-            f"--task {task} is for predict --glue-submission alone, expected a task to train or measure on"
-        )
-    if task not in (*squad.TASKS, *OWN_DATA) and not glue.is_task(task):
-        names = ", ".join((*glue.TASKS, *squad.TASKS, "movie-reviews", *OWN_DATA))
-        raise InputError(f"--task must be one of {names}, got {task!r}")
-    if data is None:
-        raise InputError(f"--task {task} needs --data, the folder with its files")
-    if data == HUB and task not in OWN_DATA:
-        return load_hub(task)
-    if task in OWN_DATA:
-        return load_folder(data_folder(data), regression=task == "regression")
-    return load_squad(task, data_folder(data)) if task in squad.TASKS else glue.load_glue(task, data_folder(data))
-
-
 def load_held_out(task: str, data: str | None, checkpoint: "Checkpoint") -> Splits:
     """Read the rows on which a fine-tuned model is measured, for which see `load_splits`.
 
     Of a folder of one's own `dev` alone is read, with no training rows: the checkpoint has the classes. Raises
     InputError.
     """
-    if task not in OWN_DATA or data is None:
+    if task not in OWN or data is None:
         return load_splits(task, data)
     check_head(checkpoint, task, task)  # a task of one's own has the name of its head
-    folder = data_folder(data)
-    if task == "regression":
-        return load_dev(folder, ())
+    folder, classes = data_folder(data), checkpoint.task.labels
     try:
-        return load_dev(folder, checkpoint.model.config.labels)
+        return OWN[task].load_dev(folder, classes)
     except InputError as error:
-        raise InputError(f"{error}{_label_map_hint(checkpoint.model.config.labels, _dev_labels(folder))}") from None
+        raise InputError(f"{error}{_label_map_hint(classes, _dev_labels(folder))}") from None
 
 
 def _dev_labels(folder: Path) -> tuple[str, ...]:
@@ -142,18 +113,6 @@ def _plain(name: str) -> str:
     return "".join(filter(str.isalnum, name.casefold()))
 
 
-def default_max_length(config: BertConfig) -> int:
-    """Return the longest sequence where the user names none: 128 tokens (questions: 384), or what the model takes."""
-    return min(squad.MAX_LENGTH if config.head == "question-answering" else 128, config.max_length)
-
-
-def encode(rows: Sequence, task: Task, tokenizer: Tokenizer, max_length: int, settings: SquadConfig) -> EncodedRows:
-    """Return the encoded rows of a task; those of SQuAD are windows, `SquadRows`."""
-    if isinstance(task, SquadTask):
-        return encode_questions(rows, tokenizer, max_length, settings.doc_stride, settings.max_query_length)
-    return encode_examples(rows, tokenizer, max_length)
-
-
 def prepare(
     folder: Path, splits: Splits, settings: TrainConfig
 ) -> tuple[BertConfig, TrainConfig, Tokenizer, EncodedRows, dict[str, EncodedRows]]:
@@ -167,14 +126,12 @@ def prepare(
     dropouts = {name: getattr(settings, name) for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
     config = replace(config, **{name: value for name, value in dropouts.items() if value is not None})
     if settings.max_length is None:
-        settings = replace(settings, max_length=default_max_length(config))
+        settings = replace(settings, max_length=min(task.max_length, config.max_length))
     settings = replace(settings, prefix_dropout=settings.drops_out_prefix)
-    _check_threshold(task, settings.squad)
+    task.check(settings)
     tokenizer = load_tokenizer(folder, config)
-    train_rows = encode(splits.train, task, tokenizer, settings.max_length, settings.squad)
-    dev_rows = {
-        name: encode(rows, task, tokenizer, settings.max_length, settings.squad) for name, rows in splits.dev.items()
-    }
+    train_rows = task.encode(splits.train, tokenizer, settings)
+    dev_rows = {name: task.encode(rows, tokenizer, settings) for name, rows in splits.dev.items()}
     return config, settings, tokenizer, train_rows, dev_rows
 
 
@@ -234,12 +191,12 @@ def fine_tune(
                 # To evaluate again changes nothing; but several processes stop between two steps, where they agree to.
                 with signals.held(world.size > 1):
                     values = measure_splits(
-                        model, dev_rows, task, settings.batch_size, device, settings.precision, settings.squad, world
+                        model, dev_rows, task, settings.batch_size, device, settings.precision, settings, world
                     )
                 run.log({"epoch": epoch + 1, "metrics": values})
 
-        of_squad = isinstance(train_rows, SquadRows)
-        shape = {"train_windows": len(train_rows)} if of_squad else {"pairs": has_pairs(splits.train)}
+        pairs = task.pairs(splits.train)
+        shape = {"train_windows": len(train_rows)} if pairs is None else {"pairs": pairs}
         with signals.held(), reporting_compiler():
             fit_and_save(trainer, measure, run, signals)
             summary = Summary(
@@ -322,7 +279,7 @@ def probe(
         with reporting_compiler():
             build_trainer(model, train_rows, settings, device).fit()
             values = measure_splits(
-                model, dev_rows, splits.task, settings.batch_size, device, settings.precision, settings.squad
+                model, dev_rows, splits.task, settings.batch_size, device, settings.precision, settings
             )
         rows.append({"block": index + 1, "metrics": values})
     return rows
@@ -343,6 +300,11 @@ class Checkpoint:
     @property
     def head(self) -> str:
         return self.model.config.head
+
+    @property
+    def task(self) -> Task:
+        """The task that the model alone tells of: by its head."""
+        return KINDS[self.head].of_model(self.model.config.labels, self.null_answers)
 
 
 def base_folder(folder: Path, base_model: str | None = None) -> Path | None:
@@ -391,7 +353,8 @@ def load_checkpoint(
     try:
         settings = {} if training is None else training.settings
         squad_settings = SquadConfig(**(settings.get("squad") or {}))
-        length = default_max_length(config) if training is None else max_length or settings["max_length"]
+        longest = min(KINDS[config.head].max_length, config.max_length)
+        length = longest if training is None else max_length or settings["max_length"]
         if type(length) is not int:
             raise TypeError
     except (KeyError, TypeError):
@@ -422,11 +385,11 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return [file for file in folder.glob("*") if MODEL.takes(file.name) or file.name in others]
 
 
-def check_pairs(checkpoint: Checkpoint, examples: Sequence[Example], where: str) -> None:
+def check_pairs(checkpoint: Checkpoint, examples: Sequence, where: str) -> None:
     """Raise InputError where the model was trained on pairs of texts and `examples` are single ones, or inversely."""
     kinds = ("single texts", "pairs of texts")
-    got = has_pairs(examples)
-    if checkpoint.pairs is not None and checkpoint.pairs != got:
+    got = checkpoint.task.pairs(examples)
+    if None not in (checkpoint.pairs, got) and checkpoint.pairs != got:
         expected = kinds[checkpoint.pairs]
         raise InputError(f"{where}: got {kinds[got]}, --checkpoint {checkpoint.folder} was trained on {expected}")
 
@@ -451,12 +414,7 @@ def fit_task(checkpoint: Checkpoint, task: Task) -> None:
         raise InputError(f"{where} has the classes {got}, expected those of the task {task.name}: {expected}{hint}")
     if task.labels:
         reorder_classes(checkpoint.model, task.labels)
-    _check_threshold(task, checkpoint.squad)
-
-
-def _check_threshold(task: Task, settings: SquadConfig) -> None:
-    if settings.null_threshold is not None and not (isinstance(task, SquadTask) and task.null_answers):
-        raise InputError(f"--null-threshold is for --task squad_v2, got it with the task {task.name}")
+    task.check(checkpoint)
 
 
 def evaluate_checkpoint(
@@ -472,22 +430,18 @@ def evaluate_checkpoint(
     With `output_dir`, a new or empty folder, SQuAD's prediction files are written there. Raises InputError where the
     model is not one for the task.
     """
-    task, settings = splits.task, checkpoint.squad
+    task = splits.task
     fit_task(checkpoint, task)
-    if not isinstance(task, SquadTask):
-        if output_dir is not None:
-            raise InputError(f"--output-dir is for the prediction files of SQuAD, got it with the task {task.name}")
-        check_pairs(checkpoint, next(iter(splits.dev.values())), f"the task {task.name}")
-    rows = {
-        name: encode(examples, task, checkpoint.tokenizer, checkpoint.max_length, settings)
-        for name, examples in splits.dev.items()
-    }
+    if output_dir is not None and not task.writes_files:
+        raise InputError(f"--output-dir is for the prediction files of SQuAD, got it with the task {task.name}")
+    check_pairs(checkpoint, next(iter(splits.dev.values())), f"the task {task.name}")
+    rows = {name: task.encode(examples, checkpoint.tokenizer, checkpoint) for name, examples in splits.dev.items()}
     if output_dir is None:
-        return measure_splits(checkpoint.model, rows, task, batch_size, device, precision, settings)
+        return measure_splits(checkpoint.model, rows, task, batch_size, device, precision, checkpoint)
     folder, (data,) = new_folder(output_dir), rows.values()
-    predictions = answer(checkpoint.model, data, task.null_answers, batch_size, device, precision, settings)
-    write_predictions(predictions, folder, settings.null_threshold or 0.0)
-    return score_answers(predictions, data, task, settings)
+    decisions = task.decide(predict(checkpoint.model, data, batch_size, device, precision), data, checkpoint)
+    task.write(decisions, folder, checkpoint)
+    return task.score(decisions, data, checkpoint)
 
 
 def predict_file(
@@ -498,21 +452,11 @@ def predict_file(
     For a TSV or JSONL of texts they are a TSV of the predicted class `label` and its `probability`, or for regression
     `score`; for one of questions and contexts, or SQuAD's own JSON, the lines of `answers.to_jsonl`. Raises InputError.
     """
-    model, tokenizer, settings = checkpoint.model, checkpoint.tokenizer, checkpoint.squad
-    if checkpoint.head == "question-answering":
-        limits = (checkpoint.max_length, settings.doc_stride, settings.max_query_length)
-        rows = encode_questions(read_questions(file), tokenizer, *limits)
-        predictions = answer(model, rows, checkpoint.null_answers, batch_size, device, precision, settings)
-        return to_jsonl(predictions, settings.null_threshold or 0.0)
-    _, examples = read_table(file, require_label=False)
+    task = checkpoint.task
+    examples = task.read(file)
     check_pairs(checkpoint, examples, file)
-    outputs = predict(model, encode_examples(examples, tokenizer, checkpoint.max_length), batch_size, device, precision)
-    if checkpoint.head == "regression":
-        return "score\n" + "".join(f"{score:.6g}\n" for score in outputs[:, 0])
-    exponentials = np.exp(outputs - outputs.max(axis=1, keepdims=True))
-    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
-    rows = (f"{model.config.labels[row.argmax()]}\t{row.max():.6f}\n" for row in probabilities)
-    return "label\tprobability\n" + "".join(rows)
+    rows = task.encode(examples, checkpoint.tokenizer, checkpoint)
+    return task.lines(predict(checkpoint.model, rows, batch_size, device, precision), rows, checkpoint)
 
 
 def write_glue_submission(
@@ -537,9 +481,9 @@ def write_glue_submission(
     folder, paths = made_folder(folder, "--glue-submission"), []
     for split, examples in tests.items():
         if task.constant is None:
-            rows = encode_examples(examples, checkpoint.tokenizer, checkpoint.max_length)
+            rows = task.task.encode(examples, checkpoint.tokenizer, checkpoint)
             outputs = predict(checkpoint.model, rows, batch_size, device, precision)
-            predictions = outputs[:, 0] if task.task.is_regression else outputs.argmax(axis=1)
+            predictions = task.task.decide(outputs, rows, checkpoint)
         else:
             name = task.task.labels[task.constant]
             _log.warning("%s: every row has the majority class, %s; the model is not asked", task.task.name, name)

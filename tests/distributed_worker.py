@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from progtuning.build import build_trainer
 from progtuning.config import CheckpointConfig, DPSConfig, PeftConfig, TrainConfig
 from progtuning.data.batching import EncodedRows
+from progtuning.data.registry import load_splits
 from progtuning.data.tokenization import Encoding
 from progtuning.distributed import World, join
 from progtuning.engine import StageEngine
@@ -29,7 +30,7 @@ from progtuning.errors import InputError, RunError
 from progtuning.evaluate import predict
 from progtuning.files import write_json
 from progtuning.peft import apply_peft
-from progtuning.run import fine_tune, load_splits
+from progtuning.run import fine_tune
 from progtuning.train import Trainer
 from tests.models import TINY, tiny_model
 

@@ -81,7 +81,7 @@ def configs(draw) -> BertConfig:
         attention_probs_dropout_prob=draw(probability),
         classifier_dropout=draw(st.none() | probability),
     )
-    return config.with_head(draw(st.sampled_from(HEADS)), ("a", "b", "c")[: draw(st.integers(2, 3))])
+    return config.with_head(draw(st.sampled_from(list(HEADS))), ("a", "b", "c")[: draw(st.integers(2, 3))])
 
 
 @st.composite

@@ -12,7 +12,7 @@ import pytest
 
 from progtuning.data import hub
 from progtuning.data.glue import TASKS, load_glue, load_glue_test
-from progtuning.data.squad import load_squad
+from progtuning.data.questions import load_squad
 from progtuning.data.text import Example
 from progtuning.errors import InputError, RunError
 from tests.hub_server import HubServer

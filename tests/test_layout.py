@@ -15,7 +15,7 @@ PACKAGE = Path(progtuning.__file__).parent
 # Each may import from those before it alone.
 ORDER = (
     "errors base files report partition stages model.names settings config model accounting bert unpad peft checkpoint "
-    "sources data metrics measure optim distributed engine cache speed step dps methods train build state resume "
+    "sources metrics data measure optim distributed engine cache speed step dps methods train build state resume "
     "evaluate run cli __main__"
 ).split()
 RUNTIME = {"torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "tqdm"}

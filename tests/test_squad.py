@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from progtuning.config import BertConfig
-from progtuning.data import squad
+from progtuning.data import questions
+from progtuning.data.questions import load_squad
 from progtuning.data.squad import (
     Answer,
     Question,
     cut_windows,
     encode_questions,
-    load_squad,
     read_questions,
     read_squad,
 )
@@ -84,7 +84,7 @@ def test_a_task_reads_the_files_of_its_version_before_those_without(tmp_path, ta
         write(tmp_path / f"{split}-{version}.json", document(entry(id=split)))
     splits = load_squad(task, tmp_path)
     assert splits.train[0].id == "train" and [q.id for q in splits.dev["dev"]] == ["dev"]
-    assert splits.task is squad.TASKS[task] and not splits.task.is_regression
+    assert splits.task is questions.TASKS[task] and splits.task.head == "question-answering"
     assert splits.task.null_answers == (task == "squad_v2")
     with pytest.raises(InputError, match=rf"/nowhere/train-{version}.json: cannot be read: No such file"):
         load_squad(task, tmp_path / "nowhere")

@@ -8,17 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from progtuning.data.text import (
-    MAX_LINE_BYTES,
-    Example,
-    Splits,
-    Task,
-    limit_train,
-    load_dev,
-    load_folder,
-    movie_reviews,
-    read_table,
-)
+from progtuning.data.own import load_dev, load_folder, movie_reviews
+from progtuning.data.task import Classes, Splits, limit_train
+from progtuning.data.text import MAX_LINE_BYTES, Example, read_table
 from progtuning.errors import InputError, RunError
 
 seeded = settings(
@@ -363,8 +355,8 @@ def folder(tmp_path):
 
 def test_a_folder_gives_both_splits_with_the_labels_of_train(folder):
     splits = load_folder(folder)
-    assert splits.task == Task(folder.name, ("neg", "pos"), ("accuracy", "matthews"))
-    assert not splits.task.is_regression and splits.task.main_metric == "accuracy"
+    assert splits.task == Classes(folder.name, ("neg", "pos"), ("accuracy", "matthews"))
+    assert splits.task.head == "classification" and splits.task.main_metric == "accuracy"
     assert [e.label for e in splits.train] == [0, 1] and splits.dev == {"dev": [Example("fine", None, 1, "0")]}
 
 
@@ -372,7 +364,7 @@ def test_a_folder_of_numbers_is_regression_and_its_dev_labels_may_be_whole(folde
     write(folder / "train.tsv", "text\tlabel\nbad\t1\ngood\t4.5\n")
     write(folder / "dev.jsonl", '{"text": "fine", "label": 4}\n')
     splits = load_folder(folder)
-    assert splits.task.is_regression and splits.task.metrics == ("pearson", "spearman")
+    assert splits.task.head == "regression" and splits.task.metrics == ("pearson", "spearman")
     assert splits.dev["dev"][0].label == 4.0
     assert "line 1: got label '4', expected one of '1', '4.5'" in error_of(load_folder, folder, regression=False)
 
@@ -402,7 +394,7 @@ def test_an_unknown_label_among_many_lists_only_some(tmp_path):
 
 def test_limit_train_draws_a_seeded_sample_in_the_order_of_the_file():
     train = [Example(str(i), None, i % 2, str(i)) for i in range(100)]
-    splits = Splits(Task("t", ("a", "b"), ("accuracy",)), train, {"dev": train[:3]})
+    splits = Splits(Classes("t", ("a", "b"), ("accuracy",)), train, {"dev": train[:3]})
     rows = [int(e.id) for e in limit_train(splits, 30, seed=1).train]
     assert len(rows) == 30 and rows == sorted(set(rows)) and rows != list(range(30))
     assert rows == [int(e.id) for e in limit_train(splits, 30, seed=1).train]
@@ -420,7 +412,7 @@ def test_movie_reviews_drops_neutral_rows_and_splits_by_id(tmp_path):
     # No line end after the last row, as in the published file.
     write(tmp_path / MOVIE_REVIEWS, "\r\n".join(f"{i}\t{rating}\t“text” {i}" for i, rating in ratings.items()))
     splits = movie_reviews(tmp_path)
-    assert splits.task == Task("movie-reviews", ("negative", "positive"), ("accuracy",))
+    assert splits.task == Classes("movie-reviews", ("negative", "positive"), ("accuracy",))
     assert [(e.id, e.label) for e in splits.train] == [("1", 1), ("2", 0), ("4", 0), ("5", 1), ("25", 1)]
     assert splits.dev == {"dev": [Example("“text” 8", None, 0, "8"), Example("“text” 16", None, 1, "16")]}
     assert movie_reviews(tmp_path / MOVIE_REVIEWS) == splits

@@ -17,7 +17,7 @@ from progtuning.bert import build_model
 from progtuning.build import build_trainer
 from progtuning.config import PEFT_METHODS, DPSConfig, PeftConfig, TrainConfig
 from progtuning.data.batching import EncodedRows
-from progtuning.data.text import Task
+from progtuning.data.task import Classes, Numbers
 from progtuning.data.tokenization import Encoding
 from progtuning.errors import InputError, RunError
 from progtuning.evaluate import measure_splits, predict
@@ -244,7 +244,7 @@ def test_stages_name_their_active_blocks_from_1_and_null_where_the_head_trains_a
 
 def test_training_learns_a_separable_task():
     data, held_out = rows(200), rows(100, seed=1)
-    task = Task("halves", ("low", "high", "neither"), ("accuracy",))
+    task = Classes("halves", ("low", "high", "neither"), ("accuracy",))
     run = trainer(data, epochs=6, stages=3, lr=3e-3)
     before = measure_splits(run.engine.model, {"dev": held_out}, task, 8, CPU, "fp32")["accuracy"]
     run.fit()
@@ -257,7 +257,7 @@ def test_regression_learns_with_mean_squared_error():
     data = rows(200, regression=True)
     run = trainer(data, model=model, epochs=6, stages=2, lr=3e-3)
     run.fit()
-    task = Task("halves", (), ("pearson", "spearman"))
+    task = Numbers("halves", (), ("pearson", "spearman"))
     assert measure_splits(model, {"dev": data}, task, 16, CPU, "fp32")["pearson"] > 0.8
     scores, labels = torch.tensor([[0.5], [1.0]]), torch.tensor([0.0, 3.0])
     assert CLASSES["regression"].loss(scores, labels).item() == pytest.approx((0.25 + 4.0) / 2)
@@ -289,7 +289,7 @@ def test_an_output_that_is_not_finite_is_an_error_and_never_a_prediction():
 
 
 def test_metrics_of_several_splits_carry_the_splits_name():
-    task = Task("t", ("a", "b", "c"), ("accuracy",))
+    task = Classes("t", ("a", "b", "c"), ("accuracy",))
     values = measure_splits(tiny_model(), {"dev_matched": rows(9), "dev_mismatched": rows(9, 1)}, task, 8, CPU, "fp32")
     assert set(values) == {"dev_matched/accuracy", "dev_mismatched/accuracy"}
 

@@ -13,10 +13,12 @@ The official QQP training file has a few rows broken by a line feed within a que
 nyu-mll/glue, which leaves 363,846. In every other file a wrong number of columns is an error.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from progtuning.data.text import Example, Splits, Task, check_file, class_index, parse_number, read_lines, tsv_rows
+from progtuning.data.task import Classes, Numbers, Splits
+from progtuning.data.text import Example, check_file, read_lines, tsv_rows
 from progtuning.errors import InputError
 
 _MAX_BROKEN_ROWS = 32
@@ -26,11 +28,12 @@ _MAX_BROKEN_ROWS = 32
 class GlueTask:
     """A task and the layout of its files. Regression has no `file_labels`."""
 
-    task: Task
+    task: Classes | Numbers
     text: str  # name of the column
     text_pair: str | None = None
     label: str = "label"
     file_labels: tuple[str, ...] = ()
+    bounds: tuple[float, float] = (-math.inf, math.inf)  # of the numbers of a submission
     index: str = "index"  # the column of official row numbers, where the file has it
     columns: tuple[str, ...] | None = None  # of train and dev files without a header
     dev: tuple[str, ...] = ("dev",)
@@ -46,24 +49,28 @@ _NLI = ("entailment", "neutral", "contradiction")
 
 TASKS = {
     "cola": GlueTask(
-        Task("cola", ("unacceptable", "acceptable"), ("matthews",)),
+        Classes("cola", ("unacceptable", "acceptable"), ("matthews",)),
         text="sentence",
         file_labels=_BINARY,
         columns=("source", "label", "mark", "sentence"),
     ),
-    "sst-2": GlueTask(Task("sst-2", ("negative", "positive"), ("accuracy",)), text="sentence", file_labels=_BINARY),
+    "sst-2": GlueTask(Classes("sst-2", ("negative", "positive"), ("accuracy",)), text="sentence", file_labels=_BINARY),
     "mrpc": GlueTask(
-        Task("mrpc", ("not_equivalent", "equivalent"), ("f1", "accuracy")),
+        Classes("mrpc", ("not_equivalent", "equivalent"), ("f1", "accuracy")),
         text="#1 String",
         text_pair="#2 String",
         label="Quality",
         file_labels=_BINARY,
     ),
     "sts-b": GlueTask(
-        Task("sts-b", (), ("pearson", "spearman")), text="sentence1", text_pair="sentence2", label="score"
+        Numbers("sts-b", (), ("pearson", "spearman")),
+        text="sentence1",
+        text_pair="sentence2",
+        label="score",
+        bounds=(0, 5),
     ),
     "qqp": GlueTask(
-        Task("qqp", ("not_duplicate", "duplicate"), ("f1", "accuracy")),
+        Classes("qqp", ("not_duplicate", "duplicate"), ("f1", "accuracy")),
         text="question1",
         text_pair="question2",
         label="is_duplicate",
@@ -72,7 +79,7 @@ TASKS = {
         max_broken_rows=_MAX_BROKEN_ROWS,
     ),
     "mnli": GlueTask(
-        Task("mnli", _NLI, ("accuracy",)),
+        Classes("mnli", _NLI, ("accuracy",)),
         text="sentence1",
         text_pair="sentence2",
         label="gold_label",
@@ -81,10 +88,10 @@ TASKS = {
         test=("test_matched", "test_mismatched"),
     ),
     "qnli": GlueTask(
-        Task("qnli", _ENTAILMENT, ("accuracy",)), text="question", text_pair="sentence", file_labels=_ENTAILMENT
+        Classes("qnli", _ENTAILMENT, ("accuracy",)), text="question", text_pair="sentence", file_labels=_ENTAILMENT
     ),
     "rte": GlueTask(
-        Task("rte", _ENTAILMENT, ("accuracy",)), text="sentence1", text_pair="sentence2", file_labels=_ENTAILMENT
+        Classes("rte", _ENTAILMENT, ("accuracy",)), text="sentence1", text_pair="sentence2", file_labels=_ENTAILMENT
     ),
 }
 # What a submission has beside those.
@@ -97,7 +104,7 @@ TEST_TASKS = {
         test_names=("AX", "diagnostic"),  # as it is published, and as GLUE's script for downloads saves it
     ),
     "wnli": GlueTask(
-        Task("wnli", ("not_entailment", "entailment"), ("accuracy",)),
+        Classes("wnli", ("not_entailment", "entailment"), ("accuracy",)),
         text="sentence1",
         text_pair="sentence2",
         file_labels=_BINARY,
@@ -168,7 +175,7 @@ def read_glue_file(name: str, path: str | Path, *, labelled: bool = True, max_br
         label = None
         if labelled:
             where, cell = f"{path}: line {number}", row[glue.label]
-            label = parse_number(where, cell) if glue.task.is_regression else class_index(where, cell, label_index)
+            label = glue.task.parse_label(where, cell, label_index)
         pair = row[glue.text_pair] if glue.text_pair else None
         examples.append(Example(row[glue.text], pair, label, row.get(glue.index, str(len(examples)))))
     if not examples:

@@ -5,12 +5,13 @@ Parquet needs pyarrow, which the extra `hub` installs.
 """
 
 import itertools
-import math
 from collections.abc import Iterator
 
 from progtuning.data import squad
 from progtuning.data.glue import glue_task
-from progtuning.data.text import Example, Splits, Task, shorten
+from progtuning.data.questions import TASKS
+from progtuning.data.task import Splits
+from progtuning.data.text import Example, shorten
 from progtuning.errors import InputError, RunError
 from progtuning.sources import data_folder
 
@@ -40,7 +41,7 @@ def load_hub(task: str) -> Splits:
     _pyarrow()
     if task in _SQUAD:
         train, dev = (_squad_split(task, split) for split in ("train", "validation"))
-        return Splits(squad.TASKS[task], train, {"dev": dev})
+        return Splits(TASKS[task], train, {"dev": dev})
     glue, train = glue_task(task), _glue_split(task, "train")
     dev = {split: _glue_split(task, split.replace("dev", "validation")) for split in glue.dev}
     return Splits(glue.task, train, dev)
@@ -61,19 +62,12 @@ def _glue_split(task: str, split: str, labelled: bool = True) -> list[Example]:
         texts, label = [row[column] for column in columns], row["label"]
         if not all(isinstance(text, str) for text in texts):
             raise InputError(f"{where}: got {shorten(texts)}, expected text in {' and '.join(columns)}")
-        if labelled and not _is_label(label, task):
-            expected = "a finite number" if task.is_regression else f"a class in 0..{len(task.labels) - 1}"
-            raise InputError(f"{where}: got label {shorten(label)}, expected {expected}")
+        if labelled:
+            task.check_label(where, label)
         examples.append(Example(*texts, label=label if labelled else None, id=str(row["idx"])))
     if not examples:
         raise InputError(f"{GLUE} {folder} {split}: got no rows, expected at least one")
     return examples
-
-
-def _is_label(label, task: Task) -> bool:
-    if task.is_regression:
-        return isinstance(label, float) and math.isfinite(label)
-    return isinstance(label, int) and 0 <= label < len(task.labels)
 
 
 def _squad_split(task: str, split: str) -> list[squad.Question]:
@@ -83,7 +77,7 @@ def _squad_split(task: str, split: str) -> list[squad.Question]:
         context = squad.parse_text(where, row, "context")
         context = contexts.setdefault(context, context)  # one string for all questions of a paragraph
         entry = {**row, "answers": _answers(where, row["answers"])}
-        null_answers = squad.TASKS[task].null_answers
+        null_answers = TASKS[task].null_answers
         questions.append(squad.parse_question(where, len(questions), entry, context, True, null_answers))
     return squad.check_questions(f"{repository} {split}", questions)
 

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from progtuning.data.batching import EncodedRows
-from progtuning.data.text import Splits, Task, keyed_rows, shorten
+from progtuning.data.text import keyed_rows, shorten
 from progtuning.data.tokenization import Encoding, Tokenizer
 from progtuning.errors import InputError
 from progtuning.files import read_json
@@ -54,43 +54,6 @@ class Question:
     text: str
     context: str
     answers: tuple[Answer, ...] | None = None
-
-
-@dataclass(frozen=True)
-class SquadTask(Task):
-    """Extractive question answering. With `null_answers` a question may be one that its context does not answer."""
-
-    null_answers: bool = False
-
-    @property
-    def is_regression(self) -> bool:
-        return False
-
-    @property
-    def head(self) -> str:
-        return "question-answering"
-
-
-_METRICS = ("f1", "exact")
-TASKS = {
-    "squad": SquadTask("squad", (), _METRICS),
-    "squad_v2": SquadTask("squad_v2", (), _METRICS, null_answers=True),
-}
-_VERSIONS = {"squad": "v1.1", "squad_v2": "v2.0"}
-
-
-def load_squad(name: str, folder: str | Path) -> Splits:
-    """Read the training and the held-out questions of "squad" (v1.1) or "squad_v2" (v2.0) from a folder.
-
-    The files are train-v1.1.json and dev-v1.1.json (or -v2.0), or train.json and dev.json. Raises InputError that names
-    the file and the place in it.
-    """
-    task, splits = TASKS[name], {}
-    for split in ("train", "dev"):
-        official, own = (Path(folder) / f"{split}{suffix}.json" for suffix in (f"-{_VERSIONS[name]}", ""))
-        file = own if own.exists() and not official.exists() else official
-        splits[split] = read_squad(file, null_answers=task.null_answers)
-    return Splits(task, splits["train"], {"dev": splits["dev"]})
 
 
 def read_squad(path: str | Path, *, labelled: bool = True, null_answers: bool = True) -> list[Question]:

@@ -45,14 +45,7 @@ def write_submission(
     values = np.asarray(predictions)
     if values.shape != (len(examples),):
         raise ValueError(f"predictions must be one for each of {len(examples)} rows, got {values.shape}")
-    if glue.task.is_regression:
-        if not np.isfinite(values).all():
-            raise ValueError("predictions must be finite numbers")
-        cells = [f"{value:.6f}" for value in np.clip(values, 0, 5)]
-    else:
-        if values.dtype.kind not in "iu" or not ((values >= 0) & (values < len(glue.file_labels))).all():
-            raise ValueError(f"predictions must be class indices 0..{len(glue.file_labels) - 1}, got {values[:3]}...")
-        cells = [glue.file_labels[value] for value in values]
+    cells = glue.task.cells(values, glue.file_labels, glue.bounds)
     rows = (f"{example.id}\t{cell}\n" for example, cell in zip(examples, cells))
     path = Path(folder) / FILES[glue.task.name, split]
     write_text(path, "index\tprediction\n" + "".join(rows))

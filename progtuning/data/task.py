@@ -1,0 +1,181 @@
+"""Tasks: what is predicted from a row, and by which metrics.
+
+A task reads and encodes its rows for a model, decides from the outputs of its head, scores what was decided, and writes
+it. There is a subclass for each head: `Classes` and `Numbers` of texts and pairs of texts here, `Questions` in
+`questions`.
+"""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from progtuning import metrics
+from progtuning.config import HEADS, SquadConfig
+from progtuning.data.batching import EncodedRows, encode_examples
+from progtuning.data.text import Example, class_index, has_pairs, parse_number, read_table, shorten
+from progtuning.data.tokenization import Tokenizer
+from progtuning.errors import InputError
+
+
+class Limits(Protocol):
+    """What a user may set of a task, as TrainConfig and a fine-tuned model have it."""
+
+    max_length: int  # tokens of a sequence
+    squad: SquadConfig
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is predicted, and by which metrics; what follows here is of texts and pairs of texts, `Example`s.
+
+    Outputs are those of the head, (N, C) float32 for N rows (for questions (N, S, 2)), and decisions what a subclass
+    makes of them, one for each row.
+    """
+
+    name: str
+    labels: tuple[str, ...]  # class names in the order of their indices; () where what is predicted is no class
+    metrics: tuple[str, ...]  # names in `progtuning.metrics`
+
+    head: ClassVar[str]  # that a model needs for the task, a row of `config.HEADS`
+    max_length: ClassVar[int] = 128  # tokens, where the user names none
+    writes_files: ClassVar[bool] = False  # whether it has `write(decisions, folder, limits)`, for official scripts
+
+    @classmethod
+    def of_model(cls, labels: tuple[str, ...], null_answers: bool) -> "Task":
+        """Return the task of a model that has `labels`, and of questions whether some have no answer."""
+        return cls(cls.head, labels if HEADS[cls.head].has_labels else (), ())
+
+    @property
+    def main_metric(self) -> str:
+        """The metric by which one run is compared with another."""
+        return self.metrics[0]
+
+    def check(self, limits: Limits) -> None:
+        """Raise InputError where an option is given that the task does not have."""
+        if limits.squad.null_threshold is not None:
+            raise InputError(f"--null-threshold is for --task squad_v2, got it with the task {self.name}")
+
+    def read(self, path: str | Path) -> Sequence:
+        """Read rows to be predicted, without labels, from a file (`-`: standard input). Raises InputError."""
+        return read_table(path, require_label=False)[1]
+
+    def pairs(self, rows: Sequence) -> bool | None:
+        """Say whether `rows` are pairs of texts (True) or single ones (False); None: neither."""
+        return has_pairs(rows)
+
+    def encode(self, rows: Sequence, tokenizer: Tokenizer, limits: Limits) -> EncodedRows:
+        """Return the rows as a model reads them, with their labels where all have one. Raises InputError."""
+        return encode_examples(rows, tokenizer, limits.max_length)
+
+    def decide(self, outputs: np.ndarray, rows: EncodedRows, limits: Limits) -> Sequence:
+        """Return what is decided for each of `rows`."""
+        raise NotImplementedError
+
+    def score(self, decisions: Sequence, rows: EncodedRows, limits: Limits) -> dict[str, float]:
+        """Return the task's metrics of decisions for `rows`, which have labels."""
+        return metrics.compute(self.metrics, decisions, rows.labels.numpy())
+
+    def plain(self, decisions: Sequence) -> list:
+        """Return the decisions as JSON has them, a string or number each."""
+        raise NotImplementedError
+
+    def lines(self, outputs: np.ndarray, rows: EncodedRows, limits: Limits) -> str:
+        """Return what `predict` writes, a line for each row."""
+        raise NotImplementedError
+
+
+class Classes(Task):
+    """A class for each row: a decision is its index, and a label too."""
+
+    head = "classification"
+
+    def parse_label(self, where: str, cell: str, index: Mapping[str, int]) -> int:
+        """Return the label that a cell of a file is; `index` has the classes as the file writes them.
+
+        Raises InputError, beginning with `where`.
+        """
+        return class_index(where, cell, index)
+
+    def check_label(self, where: str, label) -> None:
+        """Raise InputError, beginning with `where`, unless a value is a label of the task."""
+        if not (isinstance(label, int) and 0 <= label < len(self.labels)):
+            raise InputError(f"{where}: got label {shorten(label)}, expected a class in 0..{len(self.labels) - 1}")
+
+    def decide(self, outputs: np.ndarray, rows: EncodedRows, limits: Limits) -> np.ndarray:
+        """Return (N,) int64, for outputs (N, C) the class of the highest."""
+        return outputs.argmax(axis=1)
+
+    def plain(self, decisions: np.ndarray) -> list[int]:
+        return decisions.tolist()
+
+    def lines(self, outputs: np.ndarray, rows: EncodedRows, limits: Limits) -> str:
+        """Return a TSV of the class `label` and its `probability`."""
+        exponentials = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+        probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+        rows = (f"{self.labels[row.argmax()]}\t{row.max():.6f}\n" for row in probabilities)
+        return "label\tprobability\n" + "".join(rows)
+
+    def cells(self, decisions: np.ndarray, names: Sequence[str], bounds: tuple[float, float]) -> list[str]:
+        """Return the decisions as a submission writes them: by the classes' `names`. Raises ValueError."""
+        if decisions.dtype.kind not in "iu" or not ((decisions >= 0) & (decisions < len(names))).all():
+            raise ValueError(f"predictions must be class indices 0..{len(names) - 1}, got {decisions[:3]}...")
+        return [names[value] for value in decisions]
+
+
+class Numbers(Task):
+    """A number for each row, by regression."""
+
+    head = "regression"
+
+    def parse_label(self, where: str, cell: str, index: Mapping[str, int]) -> float:
+        """As of Classes."""
+        return parse_number(where, cell)
+
+    def check_label(self, where: str, label) -> None:
+        """As of Classes."""
+        if not (isinstance(label, float) and math.isfinite(label)):
+            raise InputError(f"{where}: got label {shorten(label)}, expected a finite number")
+
+    def decide(self, outputs: np.ndarray, rows: EncodedRows, limits: Limits) -> np.ndarray:
+        """Return (N,) float32, for outputs (N, 1)."""
+        return outputs[:, 0]
+
+    def plain(self, decisions: np.ndarray) -> list[float]:
+        return [round(float(score), 4) for score in decisions]
+
+    def lines(self, outputs: np.ndarray, rows: EncodedRows, limits: Limits) -> str:
+        """Return a TSV of `score`."""
+        return "score\n" + "".join(f"{score:.6g}\n" for score in self.decide(outputs, rows, limits))
+
+    def cells(self, decisions: np.ndarray, names: Sequence[str], bounds: tuple[float, float]) -> list[str]:
+        """As of Classes: clipped to the `bounds` of the labels."""
+        if not np.isfinite(decisions).all():
+            raise ValueError("predictions must be finite numbers")
+        return [f"{value:.6f}" for value in np.clip(decisions, *bounds)]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows of a task: `dev` maps the name of a held-out split to its rows (MNLI has two)."""
+
+    task: Task
+    train: list[Example]
+    dev: dict[str, list[Example]]
+
+
+def limit_train(splits: Splits, max_train: int, seed: int = 0) -> Splits:
+    """Return `splits` with at most `max_train` training rows: a sample without replacement, in the order of the file.
+
+    Raises InputError where max_train is less than 1.
+    """
+    if max_train < 1:
+        raise InputError(f"--max-train-rows must be at least 1, got {max_train}")
+    if max_train >= len(splits.train):
+        return splits
+    chosen = sorted(random.Random(seed).sample(range(len(splits.train)), max_train))
+    return replace(splits, train=[splits.train[i] for i in chosen])
