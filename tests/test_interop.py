@@ -554,6 +554,7 @@ def their_folder(folders, vocabulary):
         base, tuned = folders
         save_pretrained(model, base)
         (base / "vocab.txt").write_text(vocabulary)
+        (base / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
         rewrite(base / "model.safetensors", lambda t: [t.pop(k) for k in list(t) if any(part in k for part in without)])
         options = {"num_labels": labels} if labels else {}
         torch.manual_seed(0)
