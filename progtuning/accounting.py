@@ -44,7 +44,7 @@ from progtuning.stages import Schedule, Stage, make_schedule
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}  # bytes an element of a cache, by --cache-dtype
 _FP32 = ITEMSIZE["fp32"]
-_PLAIN = PeftConfig()
+PLAIN = PeftConfig()
 
 
 # Parameters
@@ -125,7 +125,7 @@ def _frozen(unit: Unit) -> Unit:
     return replace(unit, trainable=frozenset())
 
 
-def units(config: BertConfig, peft: PeftConfig = _PLAIN) -> Units:
+def units(config: BertConfig, peft: PeftConfig = PLAIN) -> Units:
     """Return every unit of the model under a fine-tuning method, with the parameters that the method trains or adds.
 
     The names are those of bert.py, and so of Hugging Face checkpoints; a wrapped layer keeps its name and gains
@@ -183,17 +183,17 @@ def _head_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
     return weights | {f"{name}.bias": shape[:1] for name, shape in layers.items()}
 
 
-def trainable_parameters(config: BertConfig, stage: Stage, peft: PeftConfig = _PLAIN) -> int:
+def trainable_parameters(config: BertConfig, stage: Stage, peft: PeftConfig = PLAIN) -> int:
     """Return the number of parameters that train in `stage`."""
     return units(config, peft).during(stage).num_trainable
 
 
-def updated_parameters(config: BertConfig, schedule: Schedule, num_epochs: int, peft: PeftConfig = _PLAIN) -> int:
+def updated_parameters(config: BertConfig, schedule: Schedule, num_epochs: int, peft: PeftConfig = PLAIN) -> int:
     """Return the updated parameters (Section 4.1) of a run: each of the T stages counts for num_epochs / T epochs.
 
     Rounded to the nearest integer where T does not divide num_epochs.
     """
-    return sum(_updated_by_stage(units(config, peft), schedule, num_epochs))
+    return sum(planned_updates(units(config, peft), schedule, num_epochs))
 
 
 def updated_by_stage(stages: Iterable[tuple[int, Fraction]]) -> list[int]:
@@ -213,7 +213,7 @@ def updated_by_stage(stages: Iterable[tuple[int, Fraction]]) -> list[int]:
     return counts
 
 
-def _updated_by_stage(model: Units, schedule: Schedule, num_epochs: int) -> list[int]:
+def planned_updates(model: Units, schedule: Schedule, num_epochs: int) -> list[int]:
     check_number("--epochs", num_epochs, int, low=1)
     epochs = Fraction(num_epochs, len(schedule.stages))
     return updated_by_stage((model.during(stage).num_trainable, epochs) for stage in schedule.stages)
@@ -356,7 +356,7 @@ class _Trace:
             self.kept[x] = x.size * itemsize
 
 
-def _trace(
+def run_trace(
     config: BertConfig, model: Units, peft: PeftConfig, batch: int, length: int, mask_itemsize: int = _FP32
 ) -> _Trace:
     check_number("--batch-size", batch, int, low=1)
@@ -369,7 +369,7 @@ def matmuls(config: BertConfig, stage: Stage, peft: PeftConfig, batch: int, leng
 
     Raises InputError where batch or length is not in range.
     """
-    return tuple(_trace(config, units(config, peft).during(stage), peft, batch, length).matmuls)
+    return tuple(run_trace(config, units(config, peft).during(stage), peft, batch, length).matmuls)
 
 
 def forward_flops(config: BertConfig, peft: PeftConfig, batch: int, length: int) -> int:
@@ -384,7 +384,7 @@ def backward_flops(config: BertConfig, stage: Stage, peft: PeftConfig, batch: in
 
 def step_flops(config: BertConfig, active: Units, peft: PeftConfig, batch: int, length: int) -> tuple[int, int]:
     """Return the FLOPs of the forward and of the backward pass of a step in which `active` train."""
-    return _trace(config, active, peft, batch, length).flops
+    return run_trace(config, active, peft, batch, length).flops
 
 
 def prefix_flops(config: BertConfig, peft: PeftConfig, num_blocks: int, batch: int, length: int) -> int:
@@ -417,10 +417,10 @@ def stage_bytes(
     `mask_itemsize` is the size of an element of a dropout mask: 4 on a CPU, where it is a float, 1 on CUDA, a bool.
     """
     active = units(config, peft).during(stage)
-    return _bytes(active, _trace(config, active, peft, batch, length, mask_itemsize))
+    return bytes_of(active, run_trace(config, active, peft, batch, length, mask_itemsize))
 
 
-def _bytes(active: Units, trace: _Trace) -> dict[str, int]:
+def bytes_of(active: Units, trace: _Trace) -> dict[str, int]:
     return {
         "parameter_bytes": active.num_parameters * _FP32,
         "gradient_bytes": active.num_trainable * _FP32,
@@ -430,7 +430,7 @@ def _bytes(active: Units, trace: _Trace) -> dict[str, int]:
 
 
 def cache_bytes(
-    config: BertConfig, stage: Stage, tokens: int, cache_dtype: str = "fp32", peft: PeftConfig = _PLAIN
+    config: BertConfig, stage: Stage, tokens: int, cache_dtype: str = "fp32", peft: PeftConfig = PLAIN
 ) -> int:
     """Return the bytes of a prefix cache at the cut of `stage`: D elements for each of `tokens` tokens (no padding).
 
@@ -440,12 +440,12 @@ def cache_bytes(
     return tokens * config.hidden_size * ITEMSIZE[cache_dtype] if units(config, peft).during(stage).cut() else 0
 
 
-def gradient_sum_bytes(config: BertConfig, stage: Stage, peft: PeftConfig = _PLAIN) -> int:
+def gradient_sum_bytes(config: BertConfig, stage: Stage, peft: PeftConfig = PLAIN) -> int:
     """Return the bytes of the sums by which the schedule "adaptive" decides: one for each that trains in a block."""
-    return _gradient_sum_bytes(units(config, peft).during(stage))
+    return bytes_of_sums(units(config, peft).during(stage))
 
 
-def _gradient_sum_bytes(active: Units) -> int:
+def bytes_of_sums(active: Units) -> int:
     return sum(block.num_trainable for block in active.blocks) * _FP32
 
 
@@ -456,7 +456,7 @@ def plan(
     config: BertConfig,
     schedule: Schedule,
     num_epochs: int,
-    peft: PeftConfig = _PLAIN,
+    peft: PeftConfig = PLAIN,
     batch: int = 32,
     length: int = 128,
     model_name: str = "",
@@ -475,15 +475,15 @@ def plan(
         config = config.with_head(sequence_head(len(config.labels)), config.labels)
     model = units(config, peft)
     full = make_schedule("full", config.num_hidden_layers, 1)
-    full_updated = sum(_updated_by_stage(model, full, num_epochs))
+    full_updated = sum(planned_updates(model, full, num_epochs))
     full_backward = backward_flops(config, full.stages[0], peft, batch, length)
-    updated = _updated_by_stage(model, schedule, num_epochs)
+    updated = planned_updates(model, schedule, num_epochs)
     epochs = Fraction(num_epochs, len(schedule.stages))
     stages = []
     num_tokens = batch * length if tokens is None else tokens
     for (stage, kept), stage_updated in zip(schedule.planned, updated):
         active = model.during(stage)
-        trace = _trace(config, active, peft, batch, length)
+        trace = run_trace(config, active, peft, batch, length)
         forward, backward = trace.flops
         stages.append(
             {
@@ -496,8 +496,8 @@ def plan(
                 "forward_flops": forward,
                 "backward_flops": backward,
                 "share_of_full": backward / full_backward,
-                **_bytes(active, trace),
-                "gradient_sum_bytes": _gradient_sum_bytes(active) if schedule.sums_gradients else 0,
+                **bytes_of(active, trace),
+                "gradient_sum_bytes": bytes_of_sums(active) if schedule.sums_gradients else 0,
                 "cache_bytes": cache_bytes(config, kept, num_tokens, cache_dtype, peft),
             }
         )
@@ -586,7 +586,7 @@ def _pair(
     epochs: int,
     config: BertConfig,
     paper: Iterable[float | None],
-    peft: PeftConfig = _PLAIN,
+    peft: PeftConfig = PLAIN,
     embeddings: str = "always",
 ) -> list[dict]:
     """A row without and one with Progtuning, T stages for T epochs. The paper's tables count E in every epoch."""

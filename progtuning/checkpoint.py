@@ -87,7 +87,7 @@ def load_model(
     folder = Path(folder)
     path = folder / CONFIG
     if config is None or path.is_file():
-        own, found = _read_object(path), BertConfig.from_json(path, keep_head=config is None)
+        own, found = read_object(path), BertConfig.from_json(path, keep_head=config is None)
     else:
         own, found = config.to_dict(), config
     config = config or found
@@ -97,14 +97,14 @@ def load_model(
     state, fresh, used, note = {}, [], set(), None
     with ExitStack() as stack:
         files = _open_tensors(folder, stack)
-        keys = _internal_names(files, config, folder)
+        keys = internal_names(files, config, folder)
         _check_family(keys, model, folder)
         for name, parameter in model.named_parameters():
             key = keys.get(name)
             if key is None and (not fresh_head or name.startswith(("embeddings.", "encoder."))):
                 raise InputError(f"{folder}: tensor {name!r} is missing ({_what_is_there(name, files)})")
             if key is not None and not _LAST_LAYER.fullmatch(name):
-                state[name] = _read(files[key], key, parameter.shape)
+                state[name] = read_tensor(files[key], key, parameter.shape)
                 used.add(key)
                 continue
             rows, lacks = ({}, None) if key is None else _rows_by_name(own, config, _num_rows(files[key], key))
@@ -116,7 +116,7 @@ def load_model(
                 fresh.append(name)
             if rows:
                 shape = (_num_rows(files[key], key), *parameter.shape[1:])
-                state[name][list(rows)] = _read(files[key], key, shape)[list(rows.values())]
+                state[name][list(rows)] = read_tensor(files[key], key, shape)[list(rows.values())]
                 used.add(key)
     model.load_state_dict(state, assign=True)
     _check_encoder(keys, model, folder)
@@ -199,14 +199,14 @@ def save_pretrained(model: Model, folder: str | Path) -> None:
 
     Raises RunError where the disk refuses; a file is written whole or not at all.
     """
-    _save(model, model.state_dict(), Path(folder) / WEIGHTS)
+    save_parameters(model, model.state_dict(), Path(folder) / WEIGHTS)
     write_json(Path(folder) / CONFIG, model.config.to_dict())
 
 
-def _save(model: Model, names: Iterable[str], path: Path, prefix: str = "", **metadata: str) -> None:
+def save_parameters(model: Model, names: Iterable[str], path: Path, prefix: str = "", **metadata: str) -> None:
     """Write the tensors `names` of a model, in fp32, under the keys of Hugging Face with `prefix` before them."""
     state = model.state_dict()
-    tensors = {prefix + _key(name, model.config): state[name].float().cpu().contiguous() for name in sorted(names)}
+    tensors = {prefix + key_of(name, model.config): state[name].float().cpu().contiguous() for name in sorted(names)}
     save_tensors(tensors, path, {"format": "pt", **metadata})
 
 
@@ -220,7 +220,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
             raise RunError(f"{path}: cannot be written: {reason[1] if reason else error}") from None
 
 
-def _key(name: str, config: BertConfig) -> str:
+def key_of(name: str, config: BertConfig) -> str:
     """Map our parameter's name to the key that it has in a file; `_internal_name` is the way back."""
     return f"{config.model_type}.{name}" if config.head and name.startswith(_BACKBONE) else name
 
@@ -271,12 +271,12 @@ def save_peft(
     folder, held = Path(folder), _held_shapes(model.config, peft, fresh)
     digest = base_digest(model, held)
     if peft.method == "lora":
-        _save(model, held, folder / LORA_WEIGHTS, prefix=_LORA_PREFIX, **{_DIGEST: digest})
+        save_parameters(model, held, folder / LORA_WEIGHTS, prefix=_LORA_PREFIX, **{_DIGEST: digest})
         values = {"base_model_name_or_path": base_model, "revision": revision}
         write_json(folder / LORA_CONFIG, values | _lora_config(model.config, peft, with_pooler=_POOLER in held))
     else:
-        _save(model, held, folder / TRAINED_WEIGHTS)
-        names = sorted(_key(name, model.config) for name in held)
+        save_parameters(model, held, folder / TRAINED_WEIGHTS)
+        names = sorted(key_of(name, model.config) for name in held)
         values = {"base_model": base_model, "revision": revision, _DIGEST: digest}
         values |= {"peft": asdict(peft), "tensors": names}
         write_json(folder / TRAINED_CONFIG, values)
@@ -306,7 +306,7 @@ def base_model_name(folder: str | Path) -> BaseName | None:
     path = peft_file(folder)
     if path is None:
         return None
-    values, key = _read_object(path), "base_model"
+    values, key = read_object(path), "base_model"
     if path.name == LORA_CONFIG:
         _check_lora_settings(values, path)
         key = "base_model_name_or_path"
@@ -328,7 +328,7 @@ def tuned_config(folder: str | Path, base: str | Path) -> BertConfig:
     folder, path = Path(folder), Path(folder) / CONFIG
     if peft_file(folder).name != LORA_CONFIG:
         return BertConfig.from_json(path)
-    values = _read_object(folder / LORA_CONFIG)
+    values = read_object(folder / LORA_CONFIG)
     _check_lora_settings(values, folder / LORA_CONFIG)
     with ExitStack() as stack:
         file = _open_lora(folder / LORA_WEIGHTS, stack)
@@ -366,10 +366,10 @@ def load_peft(model: Model, folder: str | Path, absent: Iterable[str] = ()) -> P
     if (folder / LORA_CONFIG).is_file():
         return _load_lora(model, folder / LORA_CONFIG, folder / LORA_WEIGHTS, absent)
     path = folder / TRAINED_CONFIG
-    values = _read_object(path)
+    values = read_object(path)
     with ExitStack() as stack:
-        file = _open(folder / TRAINED_WEIGHTS, stack)
-        keys = _internal_names(file.tensors.keys(), model.config, file.path)
+        file = open_file(folder / TRAINED_WEIGHTS, stack)
+        keys = internal_names(file.tensors.keys(), model.config, file.path)
         peft, held = _method(values.get("peft"), model.config, keys, path)
         _check_whole(absent, held, file.path)
         _check_base(model, held, values.get(_DIGEST), folder)
@@ -418,11 +418,11 @@ def _lora_config(config: BertConfig, peft: PeftConfig, with_pooler: bool) -> dic
 
 
 def _load_lora(model: Model, config_path: Path, path: Path, absent: Iterable[str]) -> PeftConfig:
-    values = _read_object(config_path)
+    values = read_object(config_path)
     _check_lora_settings(values, config_path)
     with ExitStack() as stack:
         file = _open_lora(path, stack)
-        keys = _internal_names(file.tensors.keys(), model.config, path, prefix=_LORA_PREFIX)
+        keys = internal_names(file.tensors.keys(), model.config, path, prefix=_LORA_PREFIX)
         settings = {key: values.get(key) for key in ("lora_alpha", "lora_dropout")}
         settings |= {"method": "lora", "lora_r": values.get("r"), "lora_targets": _lora_targets(keys, path)}
         settings["lora_pooler"] = _POOLER in keys  # peft trains what it saves
@@ -439,11 +439,11 @@ def _load_lora(model: Model, config_path: Path, path: Path, absent: Iterable[str
     return peft
 
 
-def _open_lora(path: Path, stack: ExitStack) -> "_TensorFile":
+def _open_lora(path: Path, stack: ExitStack) -> "TensorFile":
     if not path.exists() and path.with_name(LORA_PICKLE).exists():
         hint = f"{LORA_PICKLE} is a pickle, which is never read: convert it to safetensors"
         raise InputError(f"{path.parent}: no {path.name} ({hint})")
-    return _open(path, stack)
+    return open_file(path, stack)
 
 
 def _head_of_peft(values: Mapping, path: Path, otherwise: str | None) -> str | None:
@@ -459,9 +459,9 @@ def _head_of_peft(values: Mapping, path: Path, otherwise: str | None) -> str | N
     raise InputError(f"{path}: key {key!r} must be one of {', '.join(_HEADS_OF_PEFT)}, got {said!r}")
 
 
-def _saved_outputs(file: "_TensorFile", config: BertConfig) -> int | None:
+def _saved_outputs(file: "TensorFile", config: BertConfig) -> int | None:
     """Return how many outputs the classifier has that a file of peft holds; None where it holds none."""
-    keys = _internal_names(file.tensors.keys(), config, file.path, prefix=_LORA_PREFIX)
+    keys = internal_names(file.tensors.keys(), config, file.path, prefix=_LORA_PREFIX)
     key = keys.get("classifier.weight" if config.model_type == "bert" else "classifier.out_proj.weight")
     if key is None:
         return None
@@ -537,12 +537,12 @@ def _check_base(model: Model, held: Iterable[str], expected: object, folder: Pat
         )
 
 
-def _read_held(file: "_TensorFile", keys: Mapping[str, str], held: Mapping) -> dict[str, Tensor]:
+def _read_held(file: "TensorFile", keys: Mapping[str, str], held: Mapping) -> dict[str, Tensor]:
     """Read exactly the tensors `held`. Raises InputError where the file has fewer or more, or of other shapes."""
     for name in sorted(held.keys() ^ keys.keys()):
         kind = "missing" if name in held else "unexpected: the method trains no such parameter"
         raise InputError(f"{file.path}: tensor {keys.get(name, name)!r} is {kind}")
-    return {name: _read(file, keys[name], held[name]) for name in sorted(held)}
+    return {name: read_tensor(file, keys[name], held[name]) for name in sorted(held)}
 
 
 def _apply(model: Model, peft: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -563,7 +563,7 @@ def _method(
         raise InputError(f"{path}: {error}") from None
 
 
-def _read_object(path: Path) -> dict:
+def read_object(path: Path) -> dict:
     values = read_json(path)
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(values).__name__}")
@@ -579,7 +579,7 @@ def _internal_name(key: str, config: BertConfig) -> str:
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def _internal_names(keys: Iterable[str], config: BertConfig, path: Path, prefix: str = "") -> dict[str, str]:
+def internal_names(keys: Iterable[str], config: BertConfig, path: Path, prefix: str = "") -> dict[str, str]:
     """Return {our parameter's name: key} for the keys of a file. Raises InputError where two are the same parameter."""
     names = {}
     for key in keys:
@@ -590,15 +590,15 @@ def _internal_names(keys: Iterable[str], config: BertConfig, path: Path, prefix:
     return names
 
 
-class _TensorFile(NamedTuple):
+class TensorFile(NamedTuple):
     path: Path
     tensors: safe_open
 
 
-def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, _TensorFile]:
+def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, TensorFile]:
     """Open the safetensors of a model folder and return, for every tensor, the file it stands in."""
     if (folder / WEIGHTS).is_file():
-        file = _open(folder / WEIGHTS, stack)
+        file = open_file(folder / WEIGHTS, stack)
         return dict.fromkeys(file.tensors.keys(), file)
     index = folder / INDEX
     if not index.is_file():
@@ -613,7 +613,7 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, _TensorFile]:
     for place in sorted(set(places.values())):
         if not place or not place.isprintable() or Path(place).name != place or place == "..":
             raise InputError(f"{index}: shard {place!r} must be the name of a file in the same folder")
-        file = _open(folder / place, stack)
+        file = open_file(folder / place, stack)
         expected = {key for key, where in places.items() if where == place}
         if absent := sorted(expected - set(file.tensors.keys())):
             raise InputError(f"{file.path}: tensor {absent[0]!r}, which {INDEX} places here, is missing")
@@ -621,24 +621,24 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, _TensorFile]:
     return files
 
 
-def _open(path: Path, stack: ExitStack) -> _TensorFile:
+def open_file(path: Path, stack: ExitStack) -> TensorFile:
     if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
         raise InputError(f"{path}: not a file, expected safetensors")
     try:
         open(path, "rb").close()  # safe_open says of every failure that there is no such file
-        return _TensorFile(path, stack.enter_context(safe_open(path, framework="pt")))
+        return TensorFile(path, stack.enter_context(safe_open(path, framework="pt")))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
         raise InputError(f"{path}: not a readable safetensors file: {error}") from None
 
 
-def _num_rows(file: _TensorFile, key: str) -> int:
+def _num_rows(file: TensorFile, key: str) -> int:
     shape = file.tensors.get_slice(key).get_shape()
     return shape[0] if shape else 0
 
 
-def _read(file: _TensorFile, key: str, shape: torch.Size) -> Tensor:
+def read_tensor(file: TensorFile, key: str, shape: torch.Size) -> Tensor:
     """Read a floating-point tensor as fp32. Raises InputError where it has another shape or type, or is not finite."""
     tensor = file.tensors.get_slice(key)
     if tuple(tensor.get_shape()) != tuple(shape):

@@ -45,7 +45,7 @@ from progtuning.state import load_state_dict, state_dict
 
 RUN, LOG, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
 _TENSORS, _VALUES, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
-_FORMAT = 1
+FORMAT = 1
 
 
 def identify(
@@ -116,14 +116,14 @@ class RunFolder:
             if not self.is_resumed and not _is_blank(self.path):  # another run has been in it since the check
                 check_new_folder(self.path)
             run = {
-                "format": _FORMAT,
+                "format": FORMAT,
                 "identity": identity(),
                 "versions": {"progtuning": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()},
             }
             run = json.loads(json.dumps(run))  # tuples become lists, as they are in the file
             if self.is_resumed:
                 begun = read_json(self.path / RUN)
-                _check_same(begun, run, self.path)
+                check_same(begun, run, self.path)
                 run = begun  # its checkpoints name it as it was begun, before an option that is newer
                 self._clear()
             else:
@@ -273,15 +273,15 @@ def _is_blank(path: Path) -> bool:
     return is_empty and all(name == LOG or temporary_of(name) == RUN for name in names)
 
 
-def _check_same(found: object, ours: Mapping, folder: Path) -> None:
+def check_same(found: object, ours: Mapping, folder: Path) -> None:
     """Raise InputError that names what differs between the identity in a `run.json` and ours.
 
     A setting that it lacks, of a run begun before there was the option, counts as the option's default.
     """
-    if not isinstance(found, dict) or found.get("format") != _FORMAT or not isinstance(found.get("identity"), dict):
-        raise InputError(f"{folder / RUN}: expected a file of format {_FORMAT} with the key 'identity'")
-    defaults = _flatten(json.loads(json.dumps({"settings": asdict(TrainConfig())})))
-    theirs, mine = dict(_flatten(found["identity"])), dict(_flatten(ours["identity"]))
+    if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("identity"), dict):
+        raise InputError(f"{folder / RUN}: expected a file of format {FORMAT} with the key 'identity'")
+    defaults = flatten(json.loads(json.dumps({"settings": asdict(TrainConfig())})))
+    theirs, mine = dict(flatten(found["identity"])), dict(flatten(ours["identity"]))
     theirs = {key: value for key, value in defaults if key in mine} | theirs
     differing = [key for key in {**mine, **theirs} if theirs.get(key) != mine.get(key)]
     if differing:
@@ -305,7 +305,7 @@ def _difference(key: str, theirs: object, mine: object) -> str:
 
 def write_checkpoint(path: Path, state: Mapping) -> None:
     """Write a nested dict of tensors and JSON values as the folder `path`, whole or not at all. Raises RunError."""
-    leaves = dict(_flatten(state))
+    leaves = dict(flatten(state))
     tensors = {key: value.cpu().contiguous() for key, value in leaves.items() if isinstance(value, Tensor)}
     values = {key: value for key, value in leaves.items() if key not in tensors}
     temporary = path.with_name(f".{path.name}.tmp")
@@ -315,7 +315,7 @@ def write_checkpoint(path: Path, state: Mapping) -> None:
         save_tensors(tensors, temporary / _TENSORS)
         (temporary / _VALUES).write_text(json.dumps(values, allow_nan=False), encoding="utf-8")
         files = {name: _describe(temporary / name) for name in (_TENSORS, _VALUES)}
-        manifest = json.dumps({"format": _FORMAT, **files}, indent=2)
+        manifest = json.dumps({"format": FORMAT, **files}, indent=2)
         (temporary / _MANIFEST).write_text(manifest, encoding="utf-8")
         for place in (*temporary.iterdir(), temporary):
             _sync(place)
@@ -332,8 +332,8 @@ def write_checkpoint(path: Path, state: Mapping) -> None:
 def read_checkpoint(path: Path) -> dict:
     """Read what `write_checkpoint` wrote; the tensors are on the CPU. Raises InputError where it is damaged."""
     manifest = read_json(path / _MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise InputError(f"{path / _MANIFEST}: expected a manifest of format {_FORMAT}")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise InputError(f"{path / _MANIFEST}: expected a manifest of format {FORMAT}")
     for name in (_TENSORS, _VALUES):
         try:
             found = _describe(path / name)
@@ -342,7 +342,7 @@ def read_checkpoint(path: Path) -> dict:
         if manifest.get(name) != found:
             raise InputError(f"{path / name}: got {found}, expected {manifest.get(name)}: the file is damaged")
     values = read_json(path / _VALUES, max_bytes=manifest[_VALUES]["bytes"])  # grows with the processes
-    return _unflatten({**values, **load_file(path / _TENSORS)})
+    return unflatten({**values, **load_file(path / _TENSORS)})
 
 
 def _describe(path: Path) -> dict:
@@ -353,16 +353,16 @@ def _describe(path: Path) -> dict:
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
-def _flatten(state: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
+def flatten(state: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Give the leaves of a nested dict under the keys on the way to them, joined by "/". An empty dict is a leaf."""
     for key, value in state.items():
         if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}/")
+            yield from flatten(value, f"{prefix}{key}/")
         else:
             yield f"{prefix}{key}", value
 
 
-def _unflatten(leaves: Mapping) -> dict:
+def unflatten(leaves: Mapping) -> dict:
     state = {}
     for path, value in leaves.items():
         *parents, key = path.split("/")

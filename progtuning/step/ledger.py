@@ -4,17 +4,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 
 from progtuning import accounting
-from progtuning.cache import PrefixCache
 from progtuning.config import BertConfig, PeftConfig
 from progtuning.distributed import World
-from progtuning.engine import StageEngine
 from progtuning.measure import Clock, peak_bytes, reset_peak_bytes
 from progtuning.report.summary import StageSummary
 from progtuning.stages import Schedule, Stage, make_schedule
+
+if TYPE_CHECKING:  # what it is given, it does not import
+    from progtuning.cache import PrefixCache
+    from progtuning.engine import StageEngine
 
 # What each process counts for itself, and `summary.json` has for all of them together.
 _OF_ALL_PROCESSES = ("forward_flops", "backward_flops", "cache_bytes", "cache_hits", "cache_misses")
@@ -92,9 +95,9 @@ class Ledger:
     What trains is what the engine says of a stage. `cache` is that of the engine, where it has one.
     """
 
-    engine: StageEngine
+    engine: "StageEngine"
     schedule: Schedule
-    cache: PrefixCache | None
+    cache: "PrefixCache | None"
     peft: PeftConfig
     epochs: int
     steps_per_epoch: int
