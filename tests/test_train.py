@@ -214,14 +214,14 @@ def test_updated_parameters_of_a_run_are_those_of_the_plan_wherever_its_steps_di
         if stage != run.engine.stage:
             run.enter(stage)
         run.ledger.costs[-1].steps += 1
-    account, plan = run.ledger.account(), accounting.plan(config, run.schedule, epochs, peft, batch=1, length=1)
+    account, planned = run.ledger.account(), accounting.plan(config, run.schedule, epochs, peft, batch=1, length=1)
     of_run = [stage.updated_parameters for stage in account["stages"]]
-    of_plan = [stage["updated_parameters"] for stage in plan["stages"]]
+    of_plan = [stage["updated_parameters"] for stage in planned["stages"]]
     if run.num_steps % stages == 0:
         assert of_run == of_plan
     exact = sum(Fraction(cost.trainable_parameters * cost.steps, steps_per_epoch) for cost in run.ledger.costs)
     assert sum(of_run) == account["updated_parameters"] == round(exact)
-    assert account["updated_parameters_full"] == plan["updated_parameters_full"]
+    assert account["updated_parameters_full"] == planned["updated_parameters_full"]
 
 
 def test_the_flops_of_a_run_are_those_of_what_trains_also_where_its_method_would_train_more():
