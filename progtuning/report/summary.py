@@ -158,8 +158,9 @@ def _not_written(path: Path, name: str) -> InputError:
 
 
 def _written(document: Summary | StageSummary) -> dict:
-    values = {one.name: getattr(document, one.name) for one in fields(document)}
-    return {one.name: values[one.name] for one in fields(document) if values[one.name] is not one.default}
+    """Return the keys and values of a document, without those that it leaves out."""
+    values = ((one, getattr(document, one.name)) for one in fields(document))
+    return {one.name: value for one, value in values if value is not one.default}
 
 
 def _known(kind: type, values: dict) -> dict:
