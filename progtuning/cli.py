@@ -248,7 +248,7 @@ def build_parser() -> Parser:
     report_command = add_command(commands, "report", run_report, "compare runs: a table, and with matplotlib pictures")
     report_command.add_argument("folders", nargs="+", metavar="DIR", help="output folders of train")
     report_command.add_argument(
-        "-o", "--output", required=True, metavar="SUMMARY", help="Markdown; pictures are put beside it"
+        "-o", "--output", required=True, metavar="FILE", help="Markdown; pictures are put beside it"
     )
     return parser
 
