@@ -195,8 +195,6 @@ def fine_tune(
                     )
                 run.log({"epoch": epoch + 1, "metrics": values})
 
-        pairs = task.pairs(splits.train)
-        shape = {"train_windows": len(train_rows)} if pairs is None else {"pairs": pairs}
         with signals.held(), reporting_compiler():
             fit_and_save(trainer, measure, run, signals)
             summary = Summary(
@@ -205,7 +203,7 @@ def fine_tune(
                 num_blocks=model.num_blocks,
                 train_rows=len(splits.train),
                 dev_rows={name: len(rows) for name, rows in splits.dev.items()},
-                **shape,
+                **task.shape(splits.train, train_rows),
                 metrics=run.log.rows[-1]["metrics"],
                 **trainer.ledger.account(),
                 fresh_parameters=loaded.fresh,

@@ -40,6 +40,9 @@ class Questions(Task):
     def pairs(self, rows: Sequence[Question]) -> None:
         return None
 
+    def shape(self, rows: Sequence[Question], encoded: SquadRows) -> dict:
+        return {"train_windows": len(encoded)}
+
     def encode(self, rows: Sequence[Question], tokenizer: Tokenizer, limits: Limits) -> SquadRows:
         options = limits.squad
         return encode_questions(rows, tokenizer, limits.max_length, options.doc_stride, options.max_query_length)

@@ -68,6 +68,10 @@ class Task:
         """Say whether `rows` are pairs of texts (True) or single ones (False); None: neither."""
         return has_pairs(rows)
 
+    def shape(self, rows: Sequence, encoded: EncodedRows) -> dict:
+        """Return what `summary.json` says of the training rows, beside their number."""
+        return {"pairs": self.pairs(rows)}
+
     def encode(self, rows: Sequence, tokenizer: Tokenizer, limits: Limits) -> EncodedRows:
         """Return the rows as a model reads them, with their labels where all have one. Raises InputError."""
         return encode_examples(rows, tokenizer, limits.max_length)
