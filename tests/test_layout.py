@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import progtuning
+from progtuning.config import HEADS
+from progtuning.data.registry import KINDS, OWN
+from progtuning.model.heads import CLASSES
 
 PACKAGE = Path(progtuning.__file__).parent
 # Each may import from those before it alone.
@@ -79,6 +82,14 @@ def test_no_module_reads_or_writes_a_pickle():
 def test_the_model_and_the_methods_name_no_stage_and_no_loop():
     bert = (PACKAGE / "bert.py").read_text(encoding="utf-8")
     assert not re.search(r"\b(lora|adapter|bitfit|spafit|boundary|Stage)\b", bert, re.IGNORECASE)
+
+
+def test_each_head_has_a_row_a_class_and_a_task_and_nobody_asks_which_kind_a_task_is():
+    assert list(HEADS) == list(CLASSES) == list(KINDS) and set(OWN) <= set(HEADS)
+    for path in (*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "benchmarks").glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        asked = r"isinstance\([^)]*\b(Task|Classes|Numbers|Questions|SquadRows)\b|(?<!args)\.head [=!]= [\"']|is_regression"
+        assert not re.search(asked, text), path.name
 
 
 def test_importing_every_module_touches_no_network_and_plans_without_torch():
