@@ -272,7 +272,7 @@ def test_what_is_summed_is_the_batchs_whole_gradient_before_clipping_and_masks_w
     changes = {"schedule": "adaptive", "group_by_length": False}
     runs = [
         trainer(**changes),
-        trainer(accumulation_steps=3, **changes),
+        trainer(accumulation_steps=3, max_grad_norm=1e-3, **changes),
         trainer(max_grad_norm=0.0, **changes),
         trainer(dps=DPSConfig("dense", update_ratio=0.1), **changes),
     ]
