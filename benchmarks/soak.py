@@ -163,10 +163,11 @@ def _become(request: dict) -> None:
 
 
 def steps_done(folder: Path) -> int:
-    """Return how many steps the log of a run has."""
+    """Return the last step that the log of a run has; it has a row of the loss every LOG_EVERY steps."""
     log = folder / LOG
     lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
-    return sum(b'"loss"' in line for line in lines if line.endswith(b"\n"))
+    rows = [json.loads(line) for line in lines if b'"loss"' in line and line.endswith(b"\n")]
+    return max((row["step"] for row in rows), default=0)
 
 
 def steps_saved(folder: Path) -> int:
@@ -213,7 +214,7 @@ def soak(processes: Processes, folder: Path, kills: int, seed: int, kills_a_run:
             status = processes.wait(pid)
             if status != -signal.SIGKILL:
                 break
-            lost.append(steps_done(output) - steps_saved(output))
+            lost.append(max(0, steps_done(output) - steps_saved(output)))  # of those in the log
             saving += bool(unfinished_checkpoints_of(output))
         _check(status, folder / "log")
         found = outcome(output)

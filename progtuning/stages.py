@@ -16,7 +16,6 @@ Fixed schedules, for parts P_1 .. P_T of `partition.parts`:
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from progtuning.partition import boundaries
 
@@ -61,7 +60,7 @@ class Schedule:
     name: str
     embeddings: str
     stages: tuple[Stage, ...]
-    sums_gradients: ClassVar[bool] = False  # whether it keeps a sum of each block's gradients, to decide by
+    sums_gradients = False  # whether it keeps a sum of each block's gradients, to decide by
 
     def at_step(self, step: int, num_steps: int) -> Stage:
         """Return the stage of 0-based optimizer step `step` out of `num_steps`: stage floor(step * T / num_steps).

@@ -53,7 +53,7 @@ def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(processes, tm
     row = soak.soak(processes, tmp_path, kills=24, seed=1, kills_a_run=6)
     print(row)
     assert row["kills"] == 24 and row["runs"] == row["runs_equal"] >= 4
-    assert 0 <= row["steps_lost"]["min"] and row["steps_lost"]["max"] <= soak.SAVE_EVERY
+    assert row["steps_lost"]["max"] <= soak.SAVE_EVERY
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -64,13 +64,13 @@ def test_a_signal_saves_the_run_and_says_how_to_go_on(number, status, processes,
     environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     run = subprocess.Popen([sys.executable, "-m", "progtuning", *arguments], env=environment, **pipes)
-    wait_for_steps(tmp_path / "run", 1)  # of its log, which here has a row for ten steps
+    wait_for_steps(tmp_path / "run", 1)  # of its log, which has a row every ten steps
     run.send_signal(number)
     run.send_signal(number)  # as a supervisor may: to the process, and to its group
     err = run.communicate(timeout=soak.DEADLINE)[1]
     assert run.returncode == status
     stopped = rf"progtuning: error: stopped by {signal.Signals(number).name} at step (\d+) of 144; to go on: "
-    found = re.fullmatch(stopped + r"the same command with --resume \(saved in .*\)\n", err)
+    found = re.fullmatch(stopped + r"the same command with --resume \(saved in .*\)", err.splitlines()[-1])
     assert found, err
     assert soak.steps_saved(tmp_path / "run") == int(found[1])
     assert processes.run(command(inputs, tmp_path / "run"), tmp_path / "log") == 0
@@ -100,7 +100,8 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(processes,
     limit = max(sizes) - 1  # growing: the last stage has the most moments
     status = processes.run(command(inputs, run), tmp_path / "log", file_size=limit)
     lines = (tmp_path / "log").read_text().splitlines()
-    assert status == 1 and re.fullmatch(r"progtuning: error: .*/step-\d{8}: cannot be written: .*", lines[-1]), lines
+    failed = r"progtuning: error: .*/\.step-\d{8}\.tmp/state\.safetensors: cannot be written: .*File too large.*"
+    assert status == 1 and re.fullmatch(failed, lines[-1]), lines
     assert not any("Traceback" in line for line in lines)
     assert not list(run.glob(f"{CHECKPOINTS}/.*"))
     last = sorted(run.glob(f"{CHECKPOINTS}/step-*"))[-1]
