@@ -29,18 +29,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from harness import append_row, check_positive, read_rows, run_script, spread
-from progtuning import metrics
-from progtuning.config import TASK_DEFAULTS, DPSConfig, PeftConfig, TrainConfig
+
+from progtuning.base.errors import InputError
+from progtuning.base.sources import model_folder
+from progtuning.data import metrics
 from progtuning.data.registry import load_splits
 from progtuning.data.task import Splits, limit_train
-from progtuning.errors import InputError
-from progtuning.evaluate import predict
 from progtuning.report import tables
 from progtuning.report.summary import Summary
-from progtuning.run import Checkpoint, choose_device, fine_tune, load_checkpoint
-from progtuning.sources import model_folder
+from progtuning.run.evaluate import predict
+from progtuning.run.finetune import fine_tune
+from progtuning.run.saved import Checkpoint, load_checkpoint
+from progtuning.settings.peft import PeftConfig
+from progtuning.settings.recipes import TASK_DEFAULTS
+from progtuning.settings.train import DPSConfig, TrainConfig
+from progtuning.step.device import choose_device
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -23,23 +23,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import harness
 import torch
+from harness import Timing, Variant, number
 from torch import Tensor
 from torch.nn import functional as F
 
-import harness
-from harness import Timing, Variant, number
-from progtuning import accounting
-from progtuning.bert import Model, build_model
-from progtuning.config import ARCHITECTURES, BertConfig, PeftConfig
+from progtuning.base.files import write_json, write_text
+from progtuning.cost import closed_form
 from progtuning.engine import StageEngine
-from progtuning.files import write_json, write_text
-from progtuning.optim import build_optimizer
-from progtuning.peft import apply_peft
+from progtuning.methods.apply import apply_peft
+from progtuning.model.bert import Model, build_model
+from progtuning.model.config import ARCHITECTURES, BertConfig
 from progtuning.report import pictures, tables
-from progtuning.run import choose_device
+from progtuning.settings.peft import PeftConfig
 from progtuning.stages import EMBEDDING_POLICIES, Stage, make_schedule
-from progtuning.step.device import autocast
+from progtuning.step.device import autocast, choose_device
+from progtuning.step.optim import build_optimizer
 
 METHODS = {
     "full": PeftConfig(),
@@ -71,7 +71,7 @@ def forms(config: BertConfig, peft: PeftConfig, stages_of: Sequence[int]) -> dic
 
     `stages_of` has the T of the schedules. The first form is full fine-tuning by the method.
     """
-    in_embeddings = bool(accounting.units(config, peft).embeddings.trainable)
+    in_embeddings = bool(closed_form.units(config, peft).embeddings.trainable)
     found: dict[Form, list[dict]] = {}
     for num_stages in stages_of:
         for policy in EMBEDDING_POLICIES:
@@ -125,10 +125,10 @@ class Group:
 
     def closed_form(self, form: Form) -> tuple[int, int]:
         """Return the FLOPs of a forward and of a backward pass; a cached prefix has none."""
-        active = accounting.units(self.config, self.peft).during(self.stage(form))
-        forward, backward = accounting.step_flops(self.config, active, self.peft, self.batch, self.length)
+        active = closed_form.units(self.config, self.peft).during(self.stage(form))
+        forward, backward = closed_form.step_flops(self.config, active, self.peft, self.batch, self.length)
         cached = form.frozen_blocks if form.cached else 0
-        return forward - accounting.prefix_flops(self.config, self.peft, cached, self.batch, self.length), backward
+        return forward - closed_form.prefix_flops(self.config, self.peft, cached, self.batch, self.length), backward
 
     def describe(self, form: Form) -> dict:
         """Return what needs no clock: FLOPs counted and in closed form, bytes; None where the memory fell short."""

@@ -29,24 +29,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import harness
 import numpy as np
 import peft
 import torch
 import transformers
-
-import harness
 from harness import RESULTS, append_row, number, read_rows, spread
-from progtuning import accounting, metrics
-from progtuning.config import BertConfig, PeftConfig, TrainConfig
+
+from progtuning.base.files import write_text
+from progtuning.base.sources import model_folder
+from progtuning.cost import closed_form
+from progtuning.data import metrics
 from progtuning.data.registry import load_splits
+from progtuning.data.tables import Example
 from progtuning.data.task import Splits, limit_train
-from progtuning.data.text import Example
-from progtuning.files import write_text
+from progtuning.model.config import BertConfig
 from progtuning.model.names import BLOCK_LINEARS
 from progtuning.report import tables
-from progtuning.run import choose_device, fine_tune
-from progtuning.sources import model_folder
+from progtuning.run.finetune import fine_tune
+from progtuning.settings.peft import PeftConfig
+from progtuning.settings.train import TrainConfig
 from progtuning.stages import make_schedule
+from progtuning.step.device import choose_device
 
 LORA = PeftConfig("lora")  # r = 8 on query and value
 MAX_LENGTH = 128
@@ -182,9 +186,11 @@ def cost_of_full(folder: Path, splits: Splits, settings: TrainConfig, shapes: Ma
     schedule = make_schedule("full", config.num_hidden_layers, 1)
     flops = 0
     for (batch, length), count in shapes.items():
-        forward = accounting.forward_flops(config, settings.peft, batch, length)
-        flops += count * (forward + accounting.backward_flops(config, schedule.stages[0], settings.peft, batch, length))
-    updated = accounting.updated_parameters(config, schedule, settings.epochs, settings.peft)
+        forward = closed_form.forward_flops(config, settings.peft, batch, length)
+        flops += count * (
+            forward + closed_form.backward_flops(config, schedule.stages[0], settings.peft, batch, length)
+        )
+    updated = closed_form.updated_parameters(config, schedule, settings.epochs, settings.peft)
     return {"updated_parameters": updated, "flops": flops, "steps": sum(shapes.values())}
 
 

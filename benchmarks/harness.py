@@ -24,14 +24,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
-from progtuning import measure
-from progtuning.config import PRECISIONS
-from progtuning.errors import InputError, RunError
-from progtuning.files import read_json
-from progtuning.measure import Clock, peak_bytes, reset_peak_bytes
+from progtuning.base.errors import InputError, RunError
+from progtuning.base.files import read_json
 from progtuning.report.tables import PHASES
-from progtuning.run import choose_device
-from progtuning.step.device import autocast
+from progtuning.settings.train import PRECISIONS
+from progtuning.step import measure
+from progtuning.step.device import autocast, choose_device
+from progtuning.step.measure import Clock, peak_bytes, reset_peak_bytes
 
 RESULTS = Path(__file__).parent / "results"
 MAX_GRAD_NORM = 1.0

@@ -20,25 +20,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import harness
 import peft
 import torch
 import transformers
+from harness import Timing, Variant, number
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import harness
-from harness import Timing, Variant, number
-from progtuning.bert import build_model
-from progtuning.config import ARCHITECTURES, BertConfig, PeftConfig
+from progtuning.base.files import write_json, write_text
 from progtuning.engine import StageEngine
-from progtuning.files import write_json, write_text
+from progtuning.methods.apply import apply_peft
+from progtuning.model.bert import build_model
+from progtuning.model.config import ARCHITECTURES, BertConfig
 from progtuning.model.names import BLOCK_LINEARS, EMBEDDINGS, HEAD, unit_of
-from progtuning.optim import build_optimizer
-from progtuning.peft import apply_peft
 from progtuning.report import tables
-from progtuning.run import choose_device
+from progtuning.settings.peft import PeftConfig
 from progtuning.stages import Stage, make_schedule
-from progtuning.step.device import autocast
+from progtuning.step.device import autocast, choose_device
+from progtuning.step.optim import build_optimizer
 
 SETTINGS = ("model", "batch_size", "length", "padding", "precision", "stages_of", "steps")  # options
 SEED, LR = 0, 1e-5

@@ -37,13 +37,15 @@ import harness
 import torch
 from safetensors import safe_open
 
-from progtuning import cli, train
-from progtuning.bert import build_model
-from progtuning.checkpoint import save_pretrained
-from progtuning.config import BertConfig
-from progtuning.errors import RunError
+from progtuning import train
+from progtuning.base.errors import RunError
+from progtuning.cli import command
+from progtuning.model.bert import build_model
+from progtuning.model.config import BertConfig
+from progtuning.model.weights import save_pretrained
 from progtuning.report.summary import SUMMARY, read_summary
-from progtuning.resume import LOG, checkpoints_of, step_of, unfinished_checkpoints_of
+from progtuning.run.folder import checkpoints_of, step_of, unfinished_checkpoints_of
+from progtuning.run.log import LOG
 
 WORDS = "good fine great nice bad poor awful sad film story cast plot the a was is and very not".split()
 SAVE_EVERY, EPOCHS, ROWS, BATCH_SIZE = 4, 4, 96, 8  # 12 steps an epoch
@@ -155,7 +157,7 @@ def _become(request: dict) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["size"], request["size"]))
     status = 70
     try:
-        status = cli.main(request["arguments"])
+        status = command.main(request["arguments"])
     finally:
         with contextlib.suppress(OSError):
             sys.stderr.flush()

@@ -22,17 +22,20 @@ import time
 from pathlib import Path
 
 import torch
-
 from harness import append_row, read_rows, this_run
-from progtuning.config import TASK_DEFAULTS, BertConfig, TrainConfig
+
+from progtuning.base.sources import model_folder
 from progtuning.data.registry import load_splits
 from progtuning.data.squad import encode_questions, read_squad
 from progtuning.data.task import limit_train
 from progtuning.data.tokenization import load_tokenizer
-from progtuning.measure import environment
+from progtuning.model.config import BertConfig
 from progtuning.report import tables
-from progtuning.run import choose_device, fine_tune
-from progtuning.sources import model_folder
+from progtuning.run.finetune import fine_tune
+from progtuning.settings.recipes import TASK_DEFAULTS
+from progtuning.settings.train import TrainConfig
+from progtuning.step.device import choose_device
+from progtuning.step.measure import environment
 
 RESULTS = Path(__file__).parent / "results" / "squad.jsonl"
 MODEL = "minilm-l6"

@@ -2,7 +2,7 @@
 
 import sys
 
-from progtuning.cli import main
+from progtuning.cli.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

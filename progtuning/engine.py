@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from progtuning.bert import Model
+from progtuning.model.bert import Model
 from progtuning.model.names import EMBEDDINGS, HEAD, unit_of
 from progtuning.stages import Stage
 

@@ -28,10 +28,10 @@ from progtuning.step.device import autocast
 from progtuning.step.loader import Loader, Piece, to_device
 
 if TYPE_CHECKING:  # what the loop is given, it does not import
-    from progtuning.distributed import Replica
     from progtuning.step.guard import Guard
     from progtuning.step.ledger import Ledger
     from progtuning.step.masks import NoMasks
+    from progtuning.step.processes import Replica
     from progtuning.step.progress import Progress
 
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # outputs, labels, mask of real tokens -> mean of a piece, ()

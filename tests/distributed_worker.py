@@ -19,18 +19,19 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from progtuning.build import build_trainer
-from progtuning.config import CheckpointConfig, DPSConfig, PeftConfig, TrainConfig
+from progtuning.base.errors import InputError, RunError
+from progtuning.base.files import write_json
 from progtuning.data.batching import EncodedRows
 from progtuning.data.registry import load_splits
 from progtuning.data.tokenization import Encoding
-from progtuning.distributed import World, join
 from progtuning.engine import StageEngine
-from progtuning.errors import InputError, RunError
-from progtuning.evaluate import predict
-from progtuning.files import write_json
-from progtuning.peft import apply_peft
-from progtuning.run import fine_tune
+from progtuning.methods.apply import apply_peft
+from progtuning.run.build import build_trainer
+from progtuning.run.evaluate import predict
+from progtuning.run.finetune import fine_tune
+from progtuning.settings.peft import PeftConfig
+from progtuning.settings.train import CheckpointConfig, DPSConfig, TrainConfig
+from progtuning.step.processes import World, join
 from progtuning.train import Trainer
 from tests.models import TINY, tiny_model
 

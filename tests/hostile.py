@@ -28,9 +28,9 @@ from unittest import mock
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from progtuning import sources
-from progtuning.checkpoint import save_pretrained
-from progtuning.cli import main
+from progtuning.base import sources
+from progtuning.cli.command import main
+from progtuning.model.weights import save_pretrained
 from tests.hub_server import HubServer
 from tests.models import tiny_model
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from progtuning.bert import Model, build_model
-from progtuning.config import BertConfig
+from progtuning.model.bert import Model, build_model
+from progtuning.model.config import BertConfig
 
 TINY = BertConfig(
     vocab_size=60,

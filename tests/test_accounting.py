@@ -1,4 +1,4 @@
-"""accounting.py against the paper's figures, the design's integers, bert.py, transformers, peft and FlopCounterMode."""
+"""The closed forms against the paper's figures, the design's integers, transformers, peft and FlopCounterMode."""
 
 import json
 import subprocess
@@ -14,16 +14,19 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from progtuning import accounting
-from progtuning.accounting import backward_flops, forward_flops, paper_rows, plan, units, updated_parameters
-from progtuning.bert import ACTIVATIONS, Model
-from progtuning.config import ARCHITECTURES, HEADS, PEFT_METHODS, BertConfig, PeftConfig
+from progtuning.base.errors import InputError
+from progtuning.cost import closed_form
+from progtuning.cost.closed_form import backward_flops, forward_flops, units, updated_parameters
+from progtuning.cost.paper import paper_rows
+from progtuning.cost.plan import plan
 from progtuning.engine import StageEngine
-from progtuning.errors import InputError
+from progtuning.methods.apply import apply_peft
+from progtuning.model.bert import ACTIVATIONS, Model
+from progtuning.model.config import ARCHITECTURES, HEADS, BertConfig
 from progtuning.model.names import BLOCK_LINEARS
-from progtuning.optim import build_optimizer
-from progtuning.peft import apply_peft
+from progtuning.settings.peft import PEFT_METHODS, PeftConfig
 from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES, Stage, make_schedule
+from progtuning.step.optim import build_optimizer
 
 BERT_BASE = ARCHITECTURES["bert-base-uncased"].with_head("classification", ("no", "yes"))
 ALL = Stage(0, num_blocks=12, boundary=0, embeddings=True)  # BERT-base, everything trains
@@ -119,7 +122,7 @@ def test_flops_and_kept_bytes_equal_what_pytorch_counts_for_any_shape_stage_poli
     engine.enter(now)
     padding = torch.arange(length) < torch.arange(length, length - batch, -1)[:, None].clamp(min=1)  # (B, S)
 
-    kept = accounting.stage_bytes(config, now, peft, batch, length)["activation_bytes"]
+    kept = closed_form.stage_bytes(config, now, peft, batch, length)["activation_bytes"]
     assert measure(engine, batch, length, data.draw(st.sampled_from((None, padding)))) == (
         forward_flops(config, peft, batch, length),
         backward_flops(config, now, peft, batch, length),
@@ -142,7 +145,7 @@ def test_parameters_what_trains_of_them_and_the_cut_are_those_of_the_model_under
     engine.enter(now)
     assert ours.during(now).trainable == {name for name, p in engine.model.named_parameters() if p.requires_grad}
     assert ours.during(now).cut() == engine.cut
-    assert accounting.trainable_parameters(config, now, peft) == sum(
+    assert closed_form.trainable_parameters(config, now, peft) == sum(
         parameter.numel() for parameter in engine.model.parameters() if parameter.requires_grad
     )
 
@@ -333,7 +336,7 @@ def test_forward_and_backward_flops_are_the_integers_of_the_design():
 
 def test_saved_activations_are_the_measured_mebibytes_of_the_design():
     stages = (ALL, stage(4), stage(8), stage(4, embeddings=True), stage(8, embeddings=True))
-    sizes = [accounting.stage_bytes(BERT_BASE, now, NONE, batch=8, length=128)["activation_bytes"] for now in stages]
+    sizes = [closed_form.stage_bytes(BERT_BASE, now, NONE, batch=8, length=128)["activation_bytes"] for now in stages]
     assert [round(size / 2**20) for size in sizes] == [873, 579, 291, 789, 705]
 
 
@@ -446,7 +449,7 @@ def test_updated_parameters_count_each_step_by_the_stage_it_lies_in(data):
     num_epochs, steps_per_epoch = data.draw(st.integers(1, 12)), len(schedule.stages)  # stages change between steps
     num_steps = num_epochs * steps_per_epoch
     trained = [
-        accounting.trainable_parameters(config, schedule.at_step(step, num_steps), peft) for step in range(num_steps)
+        closed_form.trainable_parameters(config, schedule.at_step(step, num_steps), peft) for step in range(num_steps)
     ]
     exact = Fraction(sum(trained), steps_per_epoch)
     assert abs(updated_parameters(config, schedule, num_epochs, peft) - exact) <= Fraction(1, 2)
@@ -472,7 +475,7 @@ def test_parameter_gradient_and_optimizer_bytes_are_those_that_training_holds(pe
     engine(torch.zeros(2, 5, dtype=torch.long)).sum().backward()
     optimizer.step()
 
-    sizes = accounting.stage_bytes(config, now, peft, batch=2, length=5)
+    sizes = closed_form.stage_bytes(config, now, peft, batch=2, length=5)
     state = [value for values in optimizer.state.values() for value in values.values()]
     assert sizes["parameter_bytes"] == sum(p.nbytes for p in model.parameters())
     assert sizes["gradient_bytes"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
@@ -486,7 +489,7 @@ def test_dropout_masks_of_one_byte_save_three_quarters_of_theirs():
     )
 
     def kept(config, mask_itemsize):
-        return accounting.stage_bytes(config, ALL, NONE, 8, 128, mask_itemsize)["activation_bytes"]
+        return closed_form.stage_bytes(config, ALL, NONE, 8, 128, mask_itemsize)["activation_bytes"]
 
     tokens, probabilities = 8 * 128 * 768, 8 * 12 * 128 * 128
     masks = (1 + 2 * 12) * tokens + 12 * probabilities + 8 * 768  # elements: E, two and one a block, the pooled vector
@@ -496,7 +499,7 @@ def test_dropout_masks_of_one_byte_save_three_quarters_of_theirs():
 
 def test_the_cache_holds_one_vector_a_token_where_a_prefix_is_frozen():
     def size(now, cache_dtype="fp32", peft=NONE):
-        return accounting.cache_bytes(BERT_BASE, now, 1000, cache_dtype, peft)
+        return closed_form.cache_bytes(BERT_BASE, now, 1000, cache_dtype, peft)
 
     assert size(stage(4)) == 1000 * 768 * 4
     assert size(stage(4), "bf16") == 1000 * 768 * 2
@@ -551,7 +554,7 @@ def test_stages_of_a_plan_add_up_to_its_totals(data):
     assert document["updated_parameters"] <= document["updated_parameters_full"]
     assert sum(values["epochs"] for values in document["stages"]) == pytest.approx(num_epochs)
     for now, values in zip(schedule.stages, document["stages"], strict=True):
-        assert values["trainable_parameters"] == accounting.trainable_parameters(config, now, peft)
+        assert values["trainable_parameters"] == closed_form.trainable_parameters(config, now, peft)
         assert values["backward_flops"] == backward_flops(config, now, peft, batch=2, length=3)
         assert 0 <= values["share_of_full"] <= 1
 
@@ -578,7 +581,7 @@ def test_plan_gives_a_config_without_a_head_one_for_its_labels(labels):
 
 
 def test_accounting_imports_no_torch():
-    command = "import progtuning.accounting as a, sys; a.paper_rows(); sys.exit('torch' in sys.modules)"
+    command = "import progtuning.cost.paper as a, sys; a.paper_rows(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command]).returncode == 0
 
 

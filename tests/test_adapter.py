@@ -5,13 +5,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from progtuning.bert import Model
-from progtuning.config import ARCHITECTURES, PeftConfig
+from progtuning.base.errors import InputError
 from progtuning.engine import StageEngine
-from progtuning.errors import InputError
-from progtuning.optim import build_optimizer
-from progtuning.peft import apply_peft
+from progtuning.methods.apply import apply_peft
+from progtuning.model.bert import Model
+from progtuning.model.config import ARCHITECTURES
+from progtuning.settings.peft import PeftConfig
 from progtuning.stages import EMBEDDING_POLICIES, Stage, embeddings_train
+from progtuning.step.optim import build_optimizer
 from tests.models import gradients, tiny_batch, tiny_model
 
 ACTIVATIONS = {"gelu": nn.GELU(), "gelu_new": nn.GELU(approximate="tanh"), "relu": nn.ReLU()}

@@ -15,16 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from progtuning.accounting import gradient_sum_bytes
-from progtuning.build import build_trainer
-from progtuning.config import DPSConfig, PeftConfig, TrainConfig
-from progtuning.dps import DPS
-from progtuning.errors import InputError
+from progtuning.base.errors import InputError
+from progtuning.cost.closed_form import gradient_sum_bytes
+from progtuning.methods.apply import apply_peft
 from progtuning.methods.autofreeze import AdaptiveSchedule, GradientSums, percentile
+from progtuning.methods.dps import DPS
 from progtuning.model.names import unit_of
-from progtuning.peft import apply_peft
+from progtuning.run.build import build_trainer
+from progtuning.run.state import state_dict
+from progtuning.settings.peft import PeftConfig
+from progtuning.settings.train import DPSConfig, TrainConfig
 from progtuning.stages import Stage
-from progtuning.state import state_dict
 from progtuning.train import Trainer
 from tests.models import TINY, tiny_model
 from tests.test_cli import call

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from progtuning.config import BertConfig
+from progtuning.base.errors import RunError
 from progtuning.data.answers import Prediction, Span, best_token_spans, decode, to_jsonl, write_predictions
+from progtuning.data.metrics import exact_match
 from progtuning.data.squad import Question, encode_questions, read_squad
 from progtuning.data.tokenization import load_tokenizer
-from progtuning.errors import RunError
-from progtuning.metrics import exact_match
+from progtuning.model.config import BertConfig
 from tests.test_squad import made_questions
 from tests.test_tokenization import SPECIAL, config_for, vocab_and_merges, vocab_txt
 

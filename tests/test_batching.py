@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from progtuning.config import BertConfig
+from progtuning.base.errors import InputError
 from progtuning.data.batching import (
     EncodedRows,
     TokenBatches,
@@ -19,9 +19,9 @@ from progtuning.data.batching import (
     prefetch,
     split,
 )
-from progtuning.data.text import Example
+from progtuning.data.tables import Example
 from progtuning.data.tokenization import Encoding, load_tokenizer
-from progtuning.errors import InputError
+from progtuning.model.config import BertConfig
 
 seeded = settings(max_examples=200, deadline=None, derandomize=True)
 lengths_of = st.lists(st.integers(1, 64), min_size=1, max_size=200)

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from progtuning import accounting
-from progtuning.config import ARCHITECTURES, PeftConfig
-from progtuning.errors import InputError, RunError
+from progtuning.base.errors import InputError, RunError
+from progtuning.cost import closed_form
+from progtuning.model.config import ARCHITECTURES
+from progtuning.settings.peft import PeftConfig
 from progtuning.stages import Stage
 from tests.models import TINY
 from tests.squad_files import write_squad
@@ -145,7 +146,7 @@ def test_saved_bytes_are_those_of_the_closed_form_and_what_the_loss_and_the_indi
     group = backward_savings.Group(config, PeftConfig(), 3, 7, CPU, "fp32")
     form = backward_savings.Form(0 if name == "E trains" else 2, embeddings=name == "E trains")
     stage = Stage(0, 4, form.frozen_blocks, form.embeddings)
-    closed = accounting.stage_bytes(config, stage, PeftConfig(), 3, 7)["activation_bytes"]
+    closed = closed_form.stage_bytes(config, stage, PeftConfig(), 3, 7)["activation_bytes"]
     indices = 8 * (3 * 7 + 3 * 7 + 7 if form.embeddings else 0)  # tokens, types, positions
     of_loss = 3 * 2 * 4 + 3 * 8 + 4  # log-probabilities (B, C), labels (B,), the sum of the weights
     assert harness.saved_for_backward(group.variant(form), CPU, "fp32") == closed + indices + of_loss
@@ -243,7 +244,7 @@ def test_both_sides_train_the_same_parameters_at_the_same_flops(peers, tmp_path,
 
 
 def test_the_logits_of_both_sides_are_equal_for_equal_weights_and_a_padded_batch(peers):
-    from progtuning.bert import build_model
+    from progtuning.model.bert import build_model
 
     config = replace(ARCHITECTURES["tiny"], hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     config = config.with_head("classification", ("no", "yes"))
@@ -287,7 +288,7 @@ def small_task(tmp_path_factory) -> tuple[Path, Path]:
     """A model of 4 blocks that takes 128 tokens, and a task of 24 and 10 rows of 1 to 9 words."""
     import random
 
-    from progtuning.checkpoint import save_pretrained
+    from progtuning.model.weights import save_pretrained
     from tests.conftest import WORDS
     from tests.models import tiny_model
 
@@ -322,7 +323,7 @@ def test_whole_runs_give_their_rows_and_a_series_is_taken_up(end_to_end, small_t
     config = ARCHITECTURES["tiny"].with_head("classification", ("a", "b"))
     config = replace(config, vocab_size=5 + 21, max_position_embeddings=130)
     everything = Stage(0, 4, 0, True)
-    step = accounting.forward_flops(config, PeftConfig(), 8, 128) + accounting.backward_flops(
+    step = closed_form.forward_flops(config, PeftConfig(), 8, 128) + closed_form.backward_flops(
         config, everything, PeftConfig(), 8, 128
     )
     assert rows["Trainer, padded to 128"]["flops"] == 6 * step

@@ -4,14 +4,14 @@ import ast
 from dataclasses import replace
 from pathlib import Path
 
+import progtuning.model.bert
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import progtuning.bert
-from progtuning.bert import ACTIVATIONS, build_model
-from progtuning.config import BertConfig
+from progtuning.model.bert import ACTIVATIONS, build_model
+from progtuning.model.config import BertConfig
 from tests.models import TINY, tiny_batch, tiny_model
 
 HF_CLASSES = {
@@ -155,8 +155,8 @@ def test_initial_weights_have_berts_distribution():
 
 def test_the_model_imports_only_torch_and_its_config():
     for module, expected in (
-        (progtuning.bert, {"progtuning.config", "progtuning.model.heads"}),
-        (progtuning.model.heads, {"progtuning.config"}),
+        (progtuning.model.bert, {"progtuning.model.config", "progtuning.model.heads"}),
+        (progtuning.model.heads, {"progtuning.model.config"}),
     ):
         tree = ast.parse(Path(module.__file__).read_text())
         froms = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from progtuning.bert import Model
-from progtuning.config import ARCHITECTURES, PeftConfig
+from progtuning.base.errors import InputError
 from progtuning.engine import StageEngine
-from progtuning.errors import InputError
+from progtuning.methods.apply import apply_peft
+from progtuning.model.bert import Model
+from progtuning.model.config import ARCHITECTURES
 from progtuning.model.names import EMBEDDINGS, HEAD, unit_of
-from progtuning.peft import apply_peft
+from progtuning.settings.peft import PeftConfig
 from progtuning.stages import EMBEDDING_POLICIES, Stage, embeddings_train
 from tests.models import tiny_batch, tiny_model
 

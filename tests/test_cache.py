@@ -18,18 +18,19 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from progtuning import accounting
-from progtuning.build import build_trainer
-from progtuning.cache import CachedEngine, PrefixCache
-from progtuning.config import DPSConfig, PeftConfig, TrainConfig, parse_size
+from progtuning.base.errors import InputError, RunError
+from progtuning.cost import closed_form
 from progtuning.data.batching import EncodedRows
 from progtuning.data.tokenization import Encoding
 from progtuning.engine import StageEngine
-from progtuning.errors import InputError, RunError
-from progtuning.measure import free_disk, free_memory
-from progtuning.peft import apply_peft
+from progtuning.methods.apply import apply_peft
+from progtuning.run.build import build_trainer
+from progtuning.run.state import refill_cache
+from progtuning.settings.peft import PeftConfig
+from progtuning.settings.train import DPSConfig, TrainConfig, parse_size
+from progtuning.speed.cache import CachedEngine, PrefixCache
 from progtuning.stages import Stage
-from progtuning.state import refill_cache
+from progtuning.step.measure import free_disk, free_memory
 from progtuning.train import Trainer
 from tests.models import TINY, tiny_batch, tiny_model
 
@@ -158,10 +159,10 @@ def test_the_bytes_are_those_of_the_closed_form(place, dtype):
     run = trainer(cache=place, cache_dtype=dtype)
     tokens = int(run.loader.data.lengths.sum())
     stage = run.schedule.stages[-1]
-    expected = accounting.cache_bytes(TINY, stage, tokens, dtype)
+    expected = closed_form.cache_bytes(TINY, stage, tokens, dtype)
     assert expected == run.engine.cache.nbytes == run.engine.cache._states.untyped_storage().nbytes()
     run.fit()
-    sizes = [accounting.cache_bytes(TINY, stage, tokens, dtype) for stage in run.schedule.stages]
+    sizes = [closed_form.cache_bytes(TINY, stage, tokens, dtype) for stage in run.schedule.stages]
     assert [stage.cache_bytes for stage in run.ledger.account()["stages"]] == sizes
 
 
@@ -294,12 +295,12 @@ def test_a_cache_above_the_limit_is_refused_with_its_size_and_one_at_the_limit_i
     message = str(error.value)
     assert message.startswith("--cache memory needs ") and "(--cache-limit)" in message and "\n" not in message
     for name, place in (("free_memory", "memory"), ("free_disk", "disk")):
-        monkeypatch.setattr(f"progtuning.cache.{name}", lambda *_: 2 * size)
+        monkeypatch.setattr(f"progtuning.speed.cache.{name}", lambda *_: 2 * size)
         trainer(cache=place)
-        monkeypatch.setattr(f"progtuning.cache.{name}", lambda *_: 2 * size - 1)
+        monkeypatch.setattr(f"progtuning.speed.cache.{name}", lambda *_: 2 * size - 1)
         with pytest.raises(InputError, match=rf"--cache {place} needs .* \(half of the free {place}\)"):
             trainer(cache=place)
-    monkeypatch.setattr("progtuning.cache.free_memory", lambda: None)
+    monkeypatch.setattr("progtuning.speed.cache.free_memory", lambda: None)
     with pytest.raises(InputError, match="--cache-limit is needed with --cache memory"):
         trainer(cache="memory")
 
@@ -337,7 +338,7 @@ def test_memory_or_a_disk_that_cannot_hold_it_fails_the_run_in_one_line(tmp_path
 
 KILLED = """
 import os, signal
-from progtuning.cache import CachedEngine, PrefixCache
+from progtuning.speed.cache import CachedEngine, PrefixCache
 cache = PrefixCache([2**10], 16, "disk")
 cache._states.fill_(1.0)
 print("filled", flush=True)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from progtuning.bert import ACTIVATIONS, build_model
-from progtuning.checkpoint import load_model, save_pretrained
-from progtuning.config import BertConfig
-from progtuning.errors import InputError
+from progtuning.base.errors import InputError
+from progtuning.model.bert import ACTIVATIONS, build_model
+from progtuning.model.config import BertConfig
+from progtuning.model.weights import load_model, save_pretrained
 from tests.models import TINY, tiny_batch, tiny_model
 
 SAVED_CLASS = {
@@ -431,7 +431,7 @@ def test_a_failed_save_leaves_the_old_file(model, folder, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("progtuning.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("progtuning.model.weights.save_file", full_disk)
     with pytest.raises(RuntimeError, match="No space left on device"):
         save_pretrained(model, folder)
     assert (folder / "model.safetensors").read_bytes() == before

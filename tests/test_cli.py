@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from progtuning.cli import main
-from progtuning.files import new_folder
+from progtuning.base.files import new_folder
+from progtuning.cli.command import main
 from tests.conftest import WORDS
 
 FAST = ["--epochs", "3", "--batch-size", "8", "--lr", "5e-3", "--max-length", "16", "--device", "cpu"]
@@ -301,7 +301,7 @@ def test_a_recipe_sets_what_is_not_given_and_nothing_else(tiny_folder, tiny_task
 def test_the_recipe_of_dps_counts_the_steps_over_the_rows_that_train(
     rows, dropout, tiny_folder, tiny_task, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("progtuning.config._DPS_DENSE_DROPS_OUT_FROM", 8)
+    monkeypatch.setattr("progtuning.settings.recipes._DPS_DENSE_DROPS_OUT_FROM", 8)
     task = ["--model", tiny_folder, "--task", "classification", "--data", tiny_task, "--max-train-rows", rows, "--json"]
     options = [
         "--recipe",
@@ -501,10 +501,8 @@ def test_the_name_of_a_folder_of_ones_own_sets_nothing(tiny_folder, tiny_task, t
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     command, trained, tiny_folder, tiny_task, minilm, tmp_path, monkeypatch
 ):
-    import progtuning.run
-
-    work = {"predict": "predict_file", "probe": "probe", "demo": "fine_tune"}[command]
-    monkeypatch.setattr(progtuning.run, work, lambda *_: pytest.fail("the work has begun"))
+    work = {"predict": "saved.predict_file", "probe": "finetune.probe", "demo": "finetune.fine_tune"}[command]
+    monkeypatch.setattr(f"progtuning.run.{work}", lambda *_: pytest.fail("the work has begun"))
     (tmp_path / "file").write_text("")
     arguments = {
         "predict": ["--checkpoint", trained, "--input", "-", "--output", tmp_path / "file" / "out.tsv"],
@@ -586,7 +584,7 @@ def test_plan_takes_the_names_of_models_that_train_takes_and_a_folder_of_that_na
 
 def test_plan_answers_in_under_three_seconds_without_torch_and_without_network():
     code = (
-        "import sys, time\nbegin = time.time()\nfrom progtuning.cli import main\n"
+        "import sys, time\nbegin = time.time()\nfrom progtuning.cli.command import main\n"
         "assert main(['plan', '--model', 'bert-large-uncased']) == 0\n"
         "assert 'torch' not in sys.modules and time.time() - begin < 3"
     )

@@ -9,14 +9,14 @@ import torch
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
-from progtuning.build import build_trainer
-from progtuning.config import PeftConfig
+from progtuning.base.errors import InputError
 from progtuning.engine import StageEngine
-from progtuning.errors import InputError
-from progtuning.optim import build_optimizer
-from progtuning.peft import apply_peft
+from progtuning.methods.apply import apply_peft
+from progtuning.run.build import build_trainer
+from progtuning.settings.peft import PeftConfig
 from progtuning.speed.kernels import check_compiler, compile_blocks, reporting_compiler
 from progtuning.stages import Stage, make_schedule
+from progtuning.step.optim import build_optimizer
 from tests.models import gradients, tiny_batch, tiny_model
 from tests.test_cli import call, refused
 from tests.test_train import CPU, SETTINGS, rows
@@ -83,7 +83,7 @@ def test_after_every_stage_change_active_parameters_get_gradients_and_frozen_non
 
 
 def test_a_compiled_run_with_a_cache_has_the_losses_of_the_run_without_either(monkeypatch):
-    monkeypatch.setattr("progtuning.build.compile_blocks", partial(compile_blocks, backend="eager"))
+    monkeypatch.setattr("progtuning.run.build.compile_blocks", partial(compile_blocks, backend="eager"))
     logged = []
     for compiled in (False, True):
         settings = replace(SETTINGS, batch_size=10, stages=2, lr=1e-4, compile=compiled, prefix_dropout=False)
@@ -175,7 +175,7 @@ def test_a_compiler_that_fails_in_a_later_stage_ends_the_run_with_one_line(
         return graph.forward
 
     monkeypatch.setattr("progtuning.speed.kernels.check_compiler", lambda device: None)
-    monkeypatch.setattr("progtuning.build.compile_blocks", partial(compile_blocks, backend=backend))
+    monkeypatch.setattr("progtuning.run.build.compile_blocks", partial(compile_blocks, backend=backend))
     status, out, err = call(*arguments(tiny_folder, tiny_task, tmp_path / "run"))
     assert (status, out) == (1, "") and "Traceback" not in err
     assert err.splitlines()[-1] == "progtuning: error: --compile: torch.compile failed: x.cpp:9:1: error: no room"

@@ -21,12 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from progtuning.cache import PrefixCache
-from progtuning.cli import main
+from progtuning.base.errors import InputError, RunError
+from progtuning.cli.command import main
 from progtuning.data.batching import TrainBatches
-from progtuning.distributed import TIMEOUT, World, join, shares
-from progtuning.errors import InputError, RunError
-from progtuning.run import choose_device
+from progtuning.speed.cache import PrefixCache
+from progtuning.step.device import choose_device
+from progtuning.step.processes import TIMEOUT, World, join, shares
 from tests import distributed_worker
 from tests.distributed_worker import CASES, NUM_ROWS, make_trainer, rows
 
@@ -180,7 +180,7 @@ def test_the_share_of_rows_away_from_home_is_what_the_docstring_says(size, away)
     dealt = [(rank, row) for batch in batches for rank, share in enumerate(shares(batch, size)) for row in share]
     found = sum(row % size != rank for rank, row in dealt)
     assert found / 32_000 == pytest.approx(away, abs=0.01)
-    assert f"{100 * away:.0f} %" in " ".join(sys.modules["progtuning.distributed"].__doc__.split())
+    assert f"{100 * away:.0f} %" in " ".join(sys.modules["progtuning.step.processes"].__doc__.split())
 
 
 def test_a_cache_keeps_only_its_own_rows_and_gives_all_of_them():
@@ -349,7 +349,7 @@ def test_torchrun_of_another_command_says_once_that_train_alone_takes_it(tmp_pat
 
 
 def test_a_wait_for_processes_that_nobody_starts_can_be_interrupted():
-    code = "from progtuning import distributed\ndistributed.PATIENCE = 0.5\nwith distributed.join(print): pass"
+    code = "from progtuning.step import processes\nprocesses.PATIENCE = 0.5\nwith processes.join(print): pass"
     variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     environment = ENVIRONMENT | variables | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
@@ -372,8 +372,8 @@ def test_a_process_whose_fellows_nobody_starts_says_that_it_waits(monkeypatch):
         "MASTER_PORT": 0,
     }.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr("progtuning.distributed.PATIENCE", 0.1)
-    monkeypatch.setattr("progtuning.distributed.TIMEOUT", timedelta(seconds=2))
+    monkeypatch.setattr("progtuning.step.processes.PATIENCE", 0.1)
+    monkeypatch.setattr("progtuning.step.processes.TIMEOUT", timedelta(seconds=2))
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         with pytest.raises(RunError, match="rank 0 of 2: another process has ended or does not answer"):

@@ -12,14 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from progtuning.config import DPSConfig, PeftConfig, TrainConfig
-from progtuning.dps import DPS, num_kept, window_length
+from progtuning.base.errors import InputError
 from progtuning.engine import StageEngine
-from progtuning.errors import InputError
+from progtuning.methods.apply import apply_peft
+from progtuning.methods.dps import DPS, num_kept, window_length
 from progtuning.model.names import BLOCK_LINEARS
-from progtuning.optim import build_optimizer
-from progtuning.peft import apply_peft
+from progtuning.settings.peft import PeftConfig
+from progtuning.settings.train import DPSConfig, TrainConfig
 from progtuning.stages import Stage, make_schedule
+from progtuning.step.optim import build_optimizer
 from tests.models import tiny_batch, tiny_model
 
 LABELS = torch.tensor([0, 1, 2, 1, 0])

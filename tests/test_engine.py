@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from progtuning.engine import StageEngine
 from progtuning.model.names import EMBEDDINGS, HEAD, unit_of
-from progtuning.optim import build_optimizer
 from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES, Stage, make_schedule
+from progtuning.step.optim import build_optimizer
 from tests.models import TINY, gradients, reachable, tiny_batch, tiny_model
 
 LABELS = torch.tensor([0, 1, 2, 1, 0])

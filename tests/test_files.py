@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from progtuning.errors import InputError, RunError
-from progtuning.files import check_no_input, check_output_file, made_folder, own_descriptor, replacing, write_text
+from progtuning.base.errors import InputError, RunError
+from progtuning.base.files import check_no_input, check_output_file, made_folder, own_descriptor, replacing, write_text
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: makes a device, or becomes another user")

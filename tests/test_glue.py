@@ -5,10 +5,10 @@ from collections import Counter
 
 import pytest
 
+from progtuning.base.errors import InputError
 from progtuning.data.glue import TASKS, TEST_TASKS, glue_task, load_glue, load_glue_test, read_glue_file
-from progtuning.data.text import Example
-from progtuning.errors import InputError
-from progtuning.metrics import METRICS
+from progtuning.data.metrics import METRICS
+from progtuning.data.tables import Example
 
 FOLDERS = {
     "cola": "CoLA",

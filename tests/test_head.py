@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from progtuning.bert import build_model
-from progtuning.checkpoint import load_model, reorder_classes, save_pretrained
-from progtuning.cli import main
-from progtuning.config import BertConfig, format_label_map, parse_label_map
-from progtuning.errors import InputError
+from progtuning.base.errors import InputError
+from progtuning.cli.command import main
+from progtuning.model.bert import build_model
+from progtuning.model.config import BertConfig, format_label_map, parse_label_map
+from progtuning.model.weights import load_model, reorder_classes, save_pretrained
 from tests.conftest import WORDS
 from tests.models import TINY, tiny_batch, tiny_model
 

@@ -119,7 +119,7 @@ def test_memory_that_does_not_suffice_is_a_failed_run_of_one_line(ground, tmp_pa
     def exhausted(*arguments, **values):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr("progtuning.run.measure_splits", exhausted)
+    monkeypatch.setattr("progtuning.run.saved.measure_splits", exhausted)
     box = Sandbox(tmp_path / "box", ground)
     box.remember()
     with box.entered():

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from progtuning.base.errors import InputError, RunError
 from progtuning.data import hub
 from progtuning.data.glue import TASKS, load_glue, load_glue_test
 from progtuning.data.questions import load_squad
-from progtuning.data.text import Example
-from progtuning.errors import InputError, RunError
+from progtuning.data.tables import Example
 from tests.hub_server import HubServer
 from tests.squad_files import write_squad
 
@@ -39,7 +39,7 @@ import json, sys
 from dataclasses import asdict
 from progtuning.data.glue import TASKS
 from progtuning.data.hub import load_hub, load_hub_test
-from progtuning.errors import InputError, RunError
+from progtuning.base.errors import InputError, RunError
 try:
     found = {task: [load_hub(task), load_hub_test(task) if task in TASKS else {}] for task in sys.argv[1:]}
     print(json.dumps(["found", found], default=asdict))
@@ -205,7 +205,7 @@ def test_train_evaluate_and_submit_with_data_of_the_hub(server, tiny_folder, tmp
 
 def test_without_pyarrow_the_error_names_the_extra(tiny_folder, tmp_path):
     (tmp_path / "pyarrow.py").write_text("raise ImportError('none here')")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom progtuning.cli import main\n"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom progtuning.cli.command import main\n"
     arguments = ["train", "--model", str(tiny_folder), "--task", "rte", "--data", "hub", "--output-dir", "run"]
     code += f"sys.exit(main({arguments}))"
     done = run_python(tmp_path, "-c", code)

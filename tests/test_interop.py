@@ -10,24 +10,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from progtuning.accounting import units
-from progtuning.bert import Model
-from progtuning.checkpoint import (
-    base_digest,
-    base_model_name,
-    load_model,
-    load_peft,
-    load_tuned,
-    save_peft,
-    save_pretrained,
-    tuned_config,
-)
-from progtuning.config import BertConfig, PeftConfig, TrainConfig
-from progtuning.errors import InputError, RunError
+from progtuning.base.errors import InputError, RunError
+from progtuning.cost.closed_form import units
+from progtuning.methods.apply import apply_peft, trainable_names
+from progtuning.methods.lora import merge, unwrap
+from progtuning.methods.saved import base_digest, base_model_name, load_peft, load_tuned, save_peft, tuned_config
+from progtuning.model.bert import Model
+from progtuning.model.config import BertConfig
 from progtuning.model.names import BLOCK_LINEARS
-from progtuning.peft import apply_peft, trainable_names
-from progtuning.peft.lora import merge, unwrap
-from progtuning.run import load_checkpoint, write_model
+from progtuning.model.weights import load_model, save_pretrained
+from progtuning.run.finetune import write_model
+from progtuning.run.saved import load_checkpoint
+from progtuning.settings.peft import PeftConfig
+from progtuning.settings.train import TrainConfig
 from tests.conftest import WORDS
 from tests.models import TINY, tiny_batch, tiny_model
 

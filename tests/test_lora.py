@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from progtuning.checkpoint import save_pretrained
-from progtuning.config import PeftConfig
-from progtuning.errors import InputError
+from progtuning.base.errors import InputError
+from progtuning.methods.apply import apply_peft
+from progtuning.methods.lora import LoRALinear, lora_layers, merge, unmerge, unwrap
 from progtuning.model.names import BLOCK_LINEARS
-from progtuning.peft import apply_peft
-from progtuning.peft.lora import LoRALinear, lora_layers, merge, unmerge, unwrap
+from progtuning.model.weights import save_pretrained
+from progtuning.settings.peft import PeftConfig
 from tests.models import gradients, tiny_batch, tiny_model
 
 ALL_TARGETS = tuple(BLOCK_LINEARS)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from progtuning.measure import Clock, attention_backends, free_memory
+from progtuning.step.measure import Clock, attention_backends, free_memory
 from tests.models import TINY, tiny_batch, tiny_model
 
 CPU = torch.device("cpu")

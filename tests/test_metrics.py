@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from progtuning.metrics import (
+from progtuning.data.metrics import (
     METRICS,
     accuracy,
     compute,

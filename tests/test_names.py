@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from progtuning.config import HEADS, PEFT_METHODS, PeftConfig
 from progtuning.engine import StageEngine
+from progtuning.methods.apply import apply_peft
+from progtuning.model.config import HEADS
 from progtuning.model.names import EMBEDDINGS, HEAD, HEAD_MODULES, prefix_of, unit_of
-from progtuning.peft import apply_peft
+from progtuning.settings.peft import PEFT_METHODS, PeftConfig
 from progtuning.stages import Stage
 from tests.models import tiny_model
 

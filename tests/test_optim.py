@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from progtuning.config import LR_SCHEDULES
 from progtuning.engine import keep_only
-from progtuning.optim import build_optimizer, learning_rate_schedule, parameter_groups
+from progtuning.settings.train import LR_SCHEDULES
+from progtuning.step.optim import build_optimizer, learning_rate_schedule, parameter_groups
 from tests.models import tiny_model
 
 

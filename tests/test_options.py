@@ -6,10 +6,12 @@ from typing import get_args
 
 import pytest
 
-from progtuning.cli import build_parser, train_config
-from progtuning.config import CheckpointConfig, DPSConfig, PeftConfig, SquadConfig, TrainConfig
-from progtuning.errors import InputError
+from progtuning.base.errors import InputError
+from progtuning.cli.command import build_parser
+from progtuning.cli.options import train_config
 from progtuning.settings.options import Options, add_options, given, option, option_name, options
+from progtuning.settings.peft import PeftConfig
+from progtuning.settings.train import CheckpointConfig, DPSConfig, SquadConfig, TrainConfig
 
 CLASSES = (TrainConfig, PeftConfig, DPSConfig, SquadConfig, CheckpointConfig)
 TRAIN = ["train", "--model", "m", "--task", "t", "--output-dir", "o"]

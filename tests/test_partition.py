@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from progtuning import partition
-from progtuning.accounting import updated_parameters
-from progtuning.config import ARCHITECTURES, PeftConfig
+from progtuning.cost.closed_form import updated_parameters
+from progtuning.model.config import ARCHITECTURES
 from progtuning.partition import boundaries, parts
+from progtuning.settings.peft import PeftConfig
 from progtuning.stages import Schedule, Stage, make_schedule
 
 num_blocks = st.integers(1, 200)

@@ -9,15 +9,18 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from progtuning.accounting import units
-from progtuning.bert import Model
-from progtuning.config import ARCHITECTURES, HEADS, PEFT_METHODS, DPSConfig, PeftConfig, TrainConfig, recipe
+from progtuning.base.errors import InputError
+from progtuning.cost.closed_form import units
 from progtuning.engine import StageEngine
-from progtuning.errors import InputError
+from progtuning.methods.apply import apply_peft, trainable_names
+from progtuning.model.bert import Model
+from progtuning.model.config import ARCHITECTURES, HEADS
 from progtuning.model.names import BLOCK_LINEARS
-from progtuning.optim import build_optimizer
-from progtuning.peft import apply_peft, trainable_names
+from progtuning.settings.peft import PEFT_METHODS, PeftConfig
+from progtuning.settings.recipes import recipe
+from progtuning.settings.train import DPSConfig, TrainConfig
 from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES, Stage, make_schedule
+from progtuning.step.optim import build_optimizer
 from tests.models import gradients, reachable, tiny_batch, tiny_model
 
 LABELS = torch.tensor([0, 1, 2, 1, 0])

@@ -14,28 +14,21 @@ import pytest
 import torch
 
 import progtuning.step.progress
-from progtuning.build import build_trainer
-from progtuning.config import CheckpointConfig, DPSConfig, PeftConfig
+from progtuning.base.errors import InputError, Interrupted, RunError
+from progtuning.base.files import MAX_JSON_BYTES, replacing
 from progtuning.data.squad import Answer, Question, SquadRows, Window
 from progtuning.data.tokenization import Encoding
-from progtuning.errors import InputError, Interrupted, RunError
-from progtuning.evaluate import predict
-from progtuning.files import MAX_JSON_BYTES, replacing
-from progtuning.peft import apply_peft
+from progtuning.methods.apply import apply_peft
 from progtuning.report.summary import StageSummary, read_summary
-from progtuning.resume import (
-    CHECKPOINTS,
-    LOG,
-    RunFolder,
-    RunLog,
-    StopSignals,
-    checkpoints_of,
-    read_checkpoint,
-    step_of,
-    warn,
-    write_checkpoint,
-)
-from progtuning.state import random_states, set_random_states
+from progtuning.run.build import build_trainer
+from progtuning.run.checkpoint import read_checkpoint, write_checkpoint
+from progtuning.run.evaluate import predict
+from progtuning.run.folder import RunFolder, checkpoints_of, step_of
+from progtuning.run.log import CHECKPOINTS, LOG, RunLog, warn
+from progtuning.run.signals import StopSignals
+from progtuning.run.state import random_states, set_random_states
+from progtuning.settings.peft import PeftConfig
+from progtuning.settings.train import CheckpointConfig, DPSConfig
 from progtuning.train import Trainer
 from tests.models import tiny_model
 from tests.test_cli import call, refused
@@ -349,7 +342,7 @@ def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
 
 
 def test_a_folder_that_a_run_was_in_since_the_check_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("progtuning.resume.check_output_folder", lambda path, resume: None)
+    monkeypatch.setattr("progtuning.run.folder.check_output_folder", lambda path, resume: None)
     (tmp_path / LOG).write_text('{"step": 10}\n')
     with pytest.raises(InputError, match="--output-dir must be a new or empty folder"):
         RunFolder(tmp_path, EVERY, dict)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from progtuning.resume import CHECKPOINTS, LOG, read_checkpoint
+from progtuning.run.checkpoint import read_checkpoint
+from progtuning.run.log import CHECKPOINTS, LOG
 from tests.test_benchmarks import BENCHMARKS
 
 assert str(BENCHMARKS) in sys.path  # put there by test_benchmarks

@@ -25,12 +25,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from progtuning import sources
-from progtuning.checkpoint import save_pretrained
+from progtuning.base import sources
+from progtuning.base.errors import InputError, RunError
+from progtuning.base.sources import OLD_NAMES, cache_root, data_folder, model_folder, split_revision
 from progtuning.data.tokenization import TOKENIZER_FILES
-from progtuning.errors import InputError, RunError
-from progtuning.run import load_checkpoint
-from progtuning.sources import OLD_NAMES, cache_root, data_folder, model_folder, split_revision
+from progtuning.model.weights import save_pretrained
+from progtuning.run.saved import load_checkpoint
 from tests.hub_server import HubServer
 from tests.models import tiny_model
 
@@ -43,8 +43,8 @@ NO_RUST = {"RUSTUP_HOME": os.devnull}  # pip runs rustc to tell the index its ve
 FETCH = """
 import json, sys, time
 time.sleep = lambda seconds: None  # huggingface_hub waits between its attempts
-from progtuning import sources
-from progtuning.errors import InputError, RunError
+from progtuning.base import sources
+from progtuning.base.errors import InputError, RunError
 try:
     print(json.dumps(["path", str(getattr(sources, sys.argv[1])(sys.argv[2]))]))
 except (InputError, RunError) as error:
@@ -205,7 +205,7 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
 
 
 def test_importing_the_module_imports_no_network_library():
-    code = "import sys, progtuning.sources; sys.exit(bool({'huggingface_hub', 'http.client'} & set(sys.modules)))"
+    code = "import sys, progtuning.base.sources; sys.exit(bool({'huggingface_hub', 'http.client'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -8,13 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from progtuning.accounting import units
-from progtuning.config import ARCHITECTURES, PeftConfig, parse_bounds
+from progtuning.base.errors import InputError
+from progtuning.cost.closed_form import units
 from progtuning.engine import StageEngine
-from progtuning.errors import InputError
+from progtuning.methods.apply import apply_peft
+from progtuning.methods.lora import lora_layers
+from progtuning.model.config import ARCHITECTURES
 from progtuning.model.names import BLOCK_LINEARS
-from progtuning.peft import apply_peft
-from progtuning.peft.lora import lora_layers
+from progtuning.settings.peft import PeftConfig, parse_bounds
 from progtuning.stages import SCHEDULES, make_schedule
 from tests.models import TINY, tiny_batch, tiny_model
 

@@ -10,19 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from progtuning.config import BertConfig
+from progtuning.base.errors import InputError
 from progtuning.data import questions
 from progtuning.data.questions import load_squad
-from progtuning.data.squad import (
-    Answer,
-    Question,
-    cut_windows,
-    encode_questions,
-    read_questions,
-    read_squad,
-)
+from progtuning.data.squad import Answer, Question, cut_windows, encode_questions, read_questions, read_squad
 from progtuning.data.tokenization import load_tokenizer
-from progtuning.errors import InputError
+from progtuning.model.config import BertConfig
 from tests.test_tokenization import CORPUS, vocab_and_merges, vocab_txt
 
 seeded = settings(

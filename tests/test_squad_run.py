@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-from progtuning.checkpoint import load_model
+from progtuning.data.metrics import squad, squad_v2
 from progtuning.data.squad import read_squad
-from progtuning.metrics import squad, squad_v2
+from progtuning.model.weights import load_model
 from tests.squad_files import OPINIONS, write_squad
 from tests.test_cli import call, refused
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from progtuning import stages
-from progtuning.config import SCHEDULE_KINDS
 from progtuning.partition import parts
+from progtuning.settings.train import SCHEDULE_KINDS
 from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES, embeddings_train, make_schedule
 
 num_blocks = st.integers(1, 200)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from progtuning.checkpoint import load_model
-from progtuning.cli import main
-from progtuning.errors import InputError, RunError
-from progtuning.resume import RunLog
+from progtuning.base.errors import InputError, RunError
+from progtuning.cli.command import main
+from progtuning.model.weights import load_model
+from progtuning.run.log import RunLog
 from tests.test_cli import FAST, call, refused, trained  # noqa: F401 (a fixture)
 from tests.test_files import another_user, as_root, public, umask  # noqa: F401 (fixtures)
 
@@ -57,7 +57,7 @@ def test_without_standard_error_the_result_is_the_same_and_an_error_still_has_it
 def test_a_closed_stream_leaves_its_descriptor_to_no_other_file(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys\nfrom progtuning.cli import standard_streams\n"
+        "import sys\nfrom progtuning.cli.streams import standard_streams\n"
         f"with standard_streams(), open({str(tmp_path / 'log')!r}, 'w') as log:\n"
         "    print('lost', file=sys.stderr)\n    log.write(f'{log.fileno() > 2}')\n"
     )
@@ -88,10 +88,8 @@ def test_a_run_is_whole_where_only_streams_for_messages_are_missing(
 
 
 def test_a_result_asked_for_on_a_closed_output_is_refused_before_the_work(trained, tiny_task, monkeypatch, capfd):
-    import progtuning.run
-
-    for work in ("fine_tune", "predict_file", "evaluate_checkpoint"):
-        monkeypatch.setattr(progtuning.run, work, lambda *_: pytest.fail("the work has begun"))
+    for work in ("finetune.fine_tune", "saved.predict_file", "saved.evaluate_checkpoint"):
+        monkeypatch.setattr(f"progtuning.run.{work}", lambda *_: pytest.fail("the work has begun"))
     task = ["--task", "classification", "--data", str(tiny_task)]
     commands = [
         ["train", "--model", "x", *task, "--output-dir", "y", "--json"],

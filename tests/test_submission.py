@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from progtuning.base.errors import InputError, RunError
 from progtuning.data.glue import TASKS, TEST_TASKS
 from progtuning.data.submission import FILES, write_submission
-from progtuning.data.text import Example
-from progtuning.errors import InputError, RunError
+from progtuning.data.tables import Example
 
 EXAMPLES = [Example("a", id="0"), Example("b", id="7"), Example("c", id="2")]
 NLI = "entailment neutral contradiction"

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from progtuning.base.errors import InputError, RunError
 from progtuning.data.own import load_dev, load_folder, movie_reviews
+from progtuning.data.tables import MAX_LINE_BYTES, Example, read_table
 from progtuning.data.task import Classes, Splits, limit_train
-from progtuning.data.text import MAX_LINE_BYTES, Example, read_table
-from progtuning.errors import InputError, RunError
 
 seeded = settings(
     max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -419,7 +419,7 @@ def test_movie_reviews_drops_neutral_rows_and_splits_by_id(tmp_path):
 
 
 def test_the_published_movie_reviews_have_their_rows_and_no_text_in_both_splits():
-    from progtuning.sources import data_folder
+    from progtuning.base.sources import data_folder
 
     try:
         splits = movie_reviews(data_folder("movie-reviews"))

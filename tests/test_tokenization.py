@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from progtuning.config import BertConfig
+from progtuning.base.errors import InputError
 from progtuning.data import tokenization
 from progtuning.data.glue import load_glue
 from progtuning.data.tokenization import TOKENIZER_FILES, load_tokenizer
-from progtuning.errors import InputError
+from progtuning.model.config import BertConfig
 
 seeded = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

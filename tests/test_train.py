@@ -12,20 +12,21 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from progtuning import accounting
-from progtuning.bert import build_model
-from progtuning.build import build_trainer
-from progtuning.config import PEFT_METHODS, DPSConfig, PeftConfig, TrainConfig
+from progtuning.base.errors import InputError, RunError
+from progtuning.cost import closed_form, plan
 from progtuning.data.batching import EncodedRows
 from progtuning.data.task import Classes, Numbers
 from progtuning.data.tokenization import Encoding
-from progtuning.errors import InputError, RunError
-from progtuning.evaluate import measure_splits, predict
+from progtuning.methods.apply import apply_peft
+from progtuning.model.bert import build_model
 from progtuning.model.heads import CLASSES
 from progtuning.model.names import EMBEDDINGS, HEAD, unit_of
-from progtuning.peft import apply_peft
+from progtuning.run.build import build_trainer
+from progtuning.run.evaluate import measure_splits, predict
+from progtuning.run.state import state_dict
+from progtuning.settings.peft import PEFT_METHODS, PeftConfig
+from progtuning.settings.train import DPSConfig, TrainConfig
 from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES
-from progtuning.state import state_dict
 from progtuning.step.loader import Loader, collate_inputs
 from progtuning.train import Trainer
 from tests.models import TINY, tiny_model
@@ -84,7 +85,7 @@ def test_a_run_is_a_pure_function_of_its_seed():
 def test_accumulation_in_pieces_gives_the_update_of_the_whole_batch(pieces, monkeypatch):
     # SGD: where a gradient is zero, as a key's bias's is, AdamW divides rounding errors by their own size.
     monkeypatch.setattr(
-        "progtuning.build.build_optimizer", lambda model, lr, *_: torch.optim.SGD(model.parameters(), lr, 0.9)
+        "progtuning.run.build.build_optimizer", lambda model, lr, *_: torch.optim.SGD(model.parameters(), lr, 0.9)
     )
     whole, parts = trainer(lr=0.01), trainer(lr=0.01, accumulation_steps=pieces)
     whole.fit()
@@ -155,7 +156,7 @@ def test_under_a_token_budget_stages_change_with_epochs_and_the_schedule_ends_wi
     stages = run.ledger.account()["stages"]
     assert [stage.steps for stage in stages] == [len(run.loader.batches)] * 3
     assert sum(stage.steps for stage in stages) == run.num_steps == logged[-1]["step"] and logged[-1]["lr"] == 0
-    assert run.ledger.account()["updated_parameters"] == accounting.updated_parameters(TINY, run.schedule, 3)
+    assert run.ledger.account()["updated_parameters"] == closed_form.updated_parameters(TINY, run.schedule, 3)
     with pytest.raises(InputError, match="--batch-tokens must be at least 9, the longest row's tokens, got 8"):
         trainer(batch_tokens=8)
 
@@ -175,13 +176,13 @@ def test_the_account_of_a_run_is_the_closed_form_over_its_batches(policy, epochs
             stage = run.schedule.at_step(step, run.num_steps)
             for piece in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
                 shape = (len(piece), int(run.loader.data.lengths[piece].max()))
-                forward += accounting.forward_flops(TINY, PeftConfig(), *shape)
-                backward += accounting.backward_flops(TINY, stage, PeftConfig(), *shape)
+                forward += closed_form.forward_flops(TINY, PeftConfig(), *shape)
+                backward += closed_form.backward_flops(TINY, stage, PeftConfig(), *shape)
             step += 1
     assert sum(stage.forward_flops for stage in account["stages"]) == forward
     assert sum(stage.backward_flops for stage in account["stages"]) == backward
     if run.num_steps % num_stages == 0:
-        assert account["updated_parameters"] == accounting.updated_parameters(TINY, run.schedule, epochs)
+        assert account["updated_parameters"] == closed_form.updated_parameters(TINY, run.schedule, epochs)
     for stage in account["stages"]:
         assert set(stage.seconds) == {"forward", "backward", "optimizer"}
         assert all(seconds > 0 for seconds in stage.seconds.values())
@@ -214,7 +215,7 @@ def test_updated_parameters_of_a_run_are_those_of_the_plan_wherever_its_steps_di
         if stage != run.engine.stage:
             run.enter(stage)
         run.ledger.costs[-1].steps += 1
-    account, planned = run.ledger.account(), accounting.plan(config, run.schedule, epochs, peft, batch=1, length=1)
+    account, planned = run.ledger.account(), plan.plan(config, run.schedule, epochs, peft, batch=1, length=1)
     of_run = [stage.updated_parameters for stage in account["stages"]]
     of_plan = [stage["updated_parameters"] for stage in planned["stages"]]
     if run.num_steps % stages == 0:

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from progtuning import unpad as unpadded
+from progtuning.base.errors import InputError
 from progtuning.engine import StageEngine
-from progtuning.errors import InputError
+from progtuning.speed import unpad as unpadded
+from progtuning.speed.unpad import replace_attention, unpad
 from progtuning.stages import Stage
-from progtuning.unpad import replace_attention, unpad
 from tests.models import gradients, tiny_batch, tiny_model
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from progtuning.errors import InputError
+from progtuning.base.errors import InputError
 
 INFINITY = float("inf")
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from progtuning.base.errors import RunError
+from progtuning.base.files import write_json
 from progtuning.data.squad import SquadRows, Window
-from progtuning.errors import RunError
-from progtuning.files import write_json
 
 N_BEST, MAX_ANSWER_LENGTH = 20, 30  # spans, tokens; the values of run_squad.py
 

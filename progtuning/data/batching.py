@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from progtuning.data.text import Example
+from progtuning.base.errors import InputError
+from progtuning.data.tables import Example
 from progtuning.data.tokenization import Encoding, Tokenizer
-from progtuning.errors import InputError
 
 _SPAN_BATCHES = 50  # batches that are sorted together
 Item, Prepared = TypeVar("Item"), TypeVar("Prepared")

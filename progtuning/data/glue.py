@@ -17,9 +17,9 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from progtuning.base.errors import InputError
+from progtuning.data.tables import Example, check_file, read_lines, tsv_rows
 from progtuning.data.task import Classes, Numbers, Splits
-from progtuning.data.text import Example, check_file, read_lines, tsv_rows
-from progtuning.errors import InputError
 
 _MAX_BROKEN_ROWS = 32
 

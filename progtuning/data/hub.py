@@ -7,13 +7,13 @@ Parquet needs pyarrow, which the extra `hub` installs.
 import itertools
 from collections.abc import Iterator
 
+from progtuning.base.errors import InputError, RunError
+from progtuning.base.sources import data_folder
 from progtuning.data import squad
 from progtuning.data.glue import glue_task
 from progtuning.data.questions import TASKS
+from progtuning.data.tables import Example, shorten
 from progtuning.data.task import Splits
-from progtuning.data.text import Example, shorten
-from progtuning.errors import InputError, RunError
-from progtuning.sources import data_folder
 
 GLUE = "nyu-mll/glue"
 # The repository's folder for each task, and the columns of its texts.

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from progtuning.data.task import Classes, Numbers, Splits, Task
-from progtuning.data.text import (
+from progtuning.base.errors import InputError
+from progtuning.data.tables import (
     Example,
     check_file,
     has_pairs,
@@ -13,7 +13,7 @@ from progtuning.data.text import (
     shorten,
     tsv_rows,
 )
-from progtuning.errors import InputError
+from progtuning.data.task import Classes, Numbers, Splits, Task
 
 _MOVIE_REVIEWS_FILE = "movieReviewSnippets_GroundTruth.txt"
 _NEUTRAL_BELOW = 0.5  # movie-reviews: a mean rating nearer to 0 than this is no clear opinion

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from progtuning import metrics
+from progtuning.data import metrics
 from progtuning.data.answers import Prediction, decode, to_jsonl, write_predictions
 from progtuning.data.squad import MAX_LENGTH, Question, SquadRows, encode_questions, read_questions, read_squad
 from progtuning.data.task import Limits, Splits, Task

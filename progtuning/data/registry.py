@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from progtuning.base.errors import InputError
+from progtuning.base.sources import data_folder
 from progtuning.data import glue, questions
 from progtuning.data.hub import load_hub
 from progtuning.data.own import load_dev, load_folder, movie_reviews
 from progtuning.data.questions import Questions, load_squad
 from progtuning.data.task import Classes, Numbers, Splits, Task
-from progtuning.errors import InputError
-from progtuning.sources import data_folder
 
 HUB = "hub"  # in place of a folder: the task's data set on the Hugging Face Hub
 

@@ -27,11 +27,11 @@ from pathlib import Path
 
 import numpy as np
 
+from progtuning.base.errors import InputError
+from progtuning.base.files import read_json
 from progtuning.data.batching import EncodedRows
-from progtuning.data.text import keyed_rows, shorten
+from progtuning.data.tables import keyed_rows, shorten
 from progtuning.data.tokenization import Encoding, Tokenizer
-from progtuning.errors import InputError
-from progtuning.files import read_json
 
 MAX_LENGTH, STRIDE, MAX_QUESTION_LENGTH = 384, 128, 64  # tokens; the values of run_squad.py
 MAX_CHARACTERS = 1 << 20  # of one context or question

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from progtuning.base.files import write_text
 from progtuning.data.glue import glue_task
-from progtuning.data.text import Example
-from progtuning.files import write_text
+from progtuning.data.tables import Example
 
 # (task, split) -> name, as gluebenchmark.com gives them.
 FILES = {

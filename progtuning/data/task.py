@@ -14,12 +14,13 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from progtuning import metrics
-from progtuning.config import HEADS, SquadConfig
+from progtuning.base.errors import InputError
+from progtuning.data import metrics
 from progtuning.data.batching import EncodedRows, encode_examples
-from progtuning.data.text import Example, class_index, has_pairs, parse_number, read_table, shorten
+from progtuning.data.tables import Example, class_index, has_pairs, parse_number, read_table, shorten
 from progtuning.data.tokenization import Tokenizer
-from progtuning.errors import InputError
+from progtuning.model.config import HEADS
+from progtuning.settings.train import SquadConfig
 
 
 class Limits(Protocol):
@@ -39,7 +40,7 @@ class Task:
 
     name: str
     labels: tuple[str, ...]  # class names in the order of their indices; () where what is predicted is no class
-    metrics: tuple[str, ...]  # names in `progtuning.metrics`
+    metrics: tuple[str, ...]  # names in `progtuning.data.metrics`
 
     head: ClassVar[str]  # that a model needs for the task, a row of `config.HEADS`
     max_length: ClassVar[int] = 128  # tokens, where the user names none

@@ -30,10 +30,10 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from progtuning.config import BertConfig
-from progtuning.data.text import shorten
-from progtuning.errors import InputError
-from progtuning.files import read_json, replacing, write_json
+from progtuning.base.errors import InputError
+from progtuning.base.files import read_json, replacing, write_json
+from progtuning.data.tables import shorten
+from progtuning.model.config import BertConfig
 
 # Every file of a model folder from which transformers may build a tokenizer of these kinds.
 TOKENIZER_FILES = (

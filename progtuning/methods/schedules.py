@@ -1,7 +1,7 @@
 """From the settings of a run to its schedule: a calendar of the paper, or one that decides while it trains."""
 
-from progtuning.config import TrainConfig
 from progtuning.methods.autofreeze import AdaptiveSchedule
+from progtuning.settings.train import TrainConfig
 from progtuning.stages import Schedule, make_schedule
 
 

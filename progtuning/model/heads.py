@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from progtuning.config import BertConfig
+from progtuning.model.config import BertConfig
 
 
 class Pooler(nn.Module):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from progtuning.files import plain_place
+from progtuning.base.files import plain_place
 from progtuning.report.pictures import draw_metric, draw_run
 from progtuning.report.summary import Summary
 from progtuning.report.tables import PHASES, millions, stages_table, table, tera

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from progtuning.files import replacing
+from progtuning.base.files import replacing
 from progtuning.report.summary import Summary
 
 

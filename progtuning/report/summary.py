@@ -6,8 +6,8 @@ from pathlib import Path
 from types import UnionType
 from typing import get_args, get_origin
 
-from progtuning.errors import InputError
-from progtuning.files import read_json, write_json
+from progtuning.base.errors import InputError
+from progtuning.base.files import read_json, write_json
 
 SUMMARY = "summary.json"
 _NAMES = "task, settings.schedule or settings.peft.method"

@@ -6,8 +6,8 @@ from functools import lru_cache
 
 import torch
 
-from progtuning.bert import Model
-from progtuning.errors import InputError, RunError
+from progtuning.base.errors import InputError, RunError
+from progtuning.model.bert import Model
 
 
 @lru_cache

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from progtuning.distributed import World
-from progtuning.errors import RunError
+from progtuning.base.errors import RunError
 from progtuning.step.ledger import Ledger
 from progtuning.step.loader import Loader
+from progtuning.step.processes import World
 from progtuning.step.progress import Progress
 
 MAX_SKIPS = 10  # batches in a row that are not finite, after which `skip_nonfinite` gives up

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from progtuning import accounting
-from progtuning.config import BertConfig, PeftConfig
-from progtuning.distributed import World
-from progtuning.measure import Clock, peak_bytes, reset_peak_bytes
+from progtuning.cost import closed_form
+from progtuning.model.config import BertConfig
 from progtuning.report.summary import StageSummary
+from progtuning.settings.peft import PeftConfig
 from progtuning.stages import Schedule, Stage, make_schedule
+from progtuning.step.measure import Clock, peak_bytes, reset_peak_bytes
+from progtuning.step.processes import World
 
 if TYPE_CHECKING:  # what it is given, it does not import
-    from progtuning.cache import PrefixCache
     from progtuning.engine import StageEngine
+    from progtuning.speed.cache import PrefixCache
 
 # What each process counts for itself, and `summary.json` has for all of them together.
 _OF_ALL_PROCESSES = ("forward_flops", "backward_flops", "cache_bytes", "cache_hits", "cache_misses")
@@ -57,7 +58,7 @@ class StageCost:
         counts = {name: state[name] for name in _COUNTS if name in state}  # one that is newer is 0
         return cls(Stage(**state["stage"]), names, clock=Clock(device, state["seconds"]), **counts)
 
-    def summary(self, active: accounting.Units, updated_parameters: int) -> StageSummary:
+    def summary(self, active: closed_form.Units, updated_parameters: int) -> StageSummary:
         """The stage as `summary.json` has it.
 
         `active` are the units with what trains; a PEFT method may have nothing to train in E or in a block of the
@@ -154,7 +155,7 @@ class Ledger:
     def account(self) -> dict:
         """Return what `summary.json` says of the stages: all processes' work and cache together, this one's seconds."""
         config, full = self.engine.model.config, make_schedule("full", self.engine.model.num_blocks, 1)
-        updated = accounting.updated_by_stage(
+        updated = closed_form.updated_by_stage(
             (cost.trainable_parameters, Fraction(cost.steps, self.steps_per_epoch)) for cost in self.costs
         )
         active = [_active(config, self.peft, cost.names) for cost in self.costs]
@@ -166,7 +167,7 @@ class Ledger:
             "stages": stages,
             **self.schedule.summary(),
             "updated_parameters": sum(updated),
-            "updated_parameters_full": accounting.updated_parameters(config, full, self.epochs, self.peft),
+            "updated_parameters_full": closed_form.updated_parameters(config, full, self.epochs, self.peft),
         }
 
     def state_dict(self) -> list[dict]:
@@ -187,13 +188,13 @@ def _of_all(stage: StageSummary, of_ranks: Sequence[Mapping]) -> StageSummary:
 
 
 @lru_cache
-def _active(config: BertConfig, peft: PeftConfig, names: frozenset[str]) -> accounting.Units:
-    return accounting.units(config, peft).training(names)
+def _active(config: BertConfig, peft: PeftConfig, names: frozenset[str]) -> closed_form.Units:
+    return closed_form.units(config, peft).training(names)
 
 
 @lru_cache(maxsize=4096)  # a run has few shapes: lengths up to the limit, in a few stages
 def _flops(config: BertConfig, peft: PeftConfig, names: frozenset[str], batch: int, length: int) -> tuple[int, int]:
-    return accounting.step_flops(config, _active(config, peft, names), peft, batch, length)
+    return closed_form.step_flops(config, _active(config, peft, names), peft, batch, length)
 
 
-_prefix_flops = lru_cache(maxsize=4096)(accounting.prefix_flops)
+_prefix_flops = lru_cache(maxsize=4096)(closed_form.prefix_flops)

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from progtuning.config import TrainConfig
 from progtuning.data.batching import EncodedRows, TokenBatches, TrainBatches, prefetch
-from progtuning.distributed import World
+from progtuning.settings.train import TrainConfig
+from progtuning.step.processes import World
 
 
 class Piece(NamedTuple):

@@ -44,7 +44,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
 
-from progtuning.errors import InputError, RunError
+from progtuning.base.errors import InputError, RunError
 
 # An archive may unpack to 100 times its size, or to 64 MiB if that is more, but never to more than 16 GiB.
 MAX_RATIO, FREE_BYTES, MAX_BYTES = 100, 1 << 26, 1 << 34
@@ -52,7 +52,6 @@ MAX_MEMBERS = 10_000
 _STAGING = ".partial-"  # begins the name of a folder that is being filled
 _STALE_SECONDS = 24 * 3600  # after which a folder that is being filled is taken for that of a run that was killed
 _CHUNK = 1 << 16  # bytes of one read; with it the memory that unpacking takes is bounded
-
 _PACKAGE = re.compile(
     r"pypi:([A-Z0-9](?:[A-Z0-9._-]*[A-Z0-9])?)==([A-Z0-9][A-Z0-9.+_-]*)(?:#sha256=([0-9A-F]{64}))?(?:!(.+))?",
     re.ASCII | re.IGNORECASE,
@@ -417,6 +416,7 @@ _DAMAGED = (
     *(zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error),
     *(EOFError, LookupError, RuntimeError, ValueError),
 )
+
 # Two members at one path, a seek to before the file, and names that no file can have.
 _DAMAGED_ERRNO = (errno.EEXIST, errno.ENOTDIR, errno.EINVAL, errno.ENAMETOOLONG, errno.EILSEQ)
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
-from progtuning.bert import Model
-from progtuning.config import PeftConfig
+from progtuning.model.bert import Model
 from progtuning.model.names import BLOCK_LINEARS
+from progtuning.settings.peft import PeftConfig
 
 
 class LoRALinear(nn.Module):

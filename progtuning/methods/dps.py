@@ -39,8 +39,8 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
-from progtuning.config import DPSConfig
-from progtuning.errors import InputError
+from progtuning.base.errors import InputError
+from progtuning.settings.train import DPSConfig
 from progtuning.step.masks import NoMasks
 
 EXPONENTIAL_FROM = 50  # steps a window

@@ -13,7 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from progtuning import __version__
-from progtuning.config import BertConfig
+from progtuning.model.config import BertConfig
 
 
 class Clock:

@@ -32,11 +32,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from progtuning.errors import InputError
-from progtuning.files import RepeatedKey, unique_keys
+from progtuning.base.errors import InputError
+from progtuning.base.files import RepeatedKey, unique_keys
 
 MAX_LINE_BYTES = 1 << 20  # a sequence is at most some hundred tokens, so a longer line is not text to classify
-
 _log = logging.getLogger(__name__)
 _BOM = b"\xef\xbb\xbf"
 _KEYS = ("text", "text_pair", "label", "id")

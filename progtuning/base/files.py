@@ -13,13 +13,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from progtuning.errors import InputError, RunError
+from progtuning.base.errors import InputError, RunError
 
 # Larger than any settings, index or summary; what JSON holds takes up to 30 times its bytes in memory.
 MAX_JSON_BYTES = 1 << 23
+
 # Why a file can be written, but none made beside it or put in its place: rights, and files that are mounted.
 _NO_NEW_FILE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)
 _MAX_DEPTH = 100  # of lists and objects within each other, well within what Python can compare, print and write again
+
 # What `replacing` calls its temporary files: a name of nobody else's, since a run removes those that it finds.
 _TEMPORARY = ".{name}.{process}.progtuning.tmp"
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from progtuning.config import BertConfig
+from progtuning.model.config import BertConfig
 from progtuning.model.heads import CLASSES
 
 ACTIVATIONS = {

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from progtuning.bert import Encoder, Model
-from progtuning.errors import InputError
+from progtuning.base.errors import InputError
+from progtuning.model.bert import Encoder, Model
 
 try:
     from torch.nn.attention.varlen import varlen_attn

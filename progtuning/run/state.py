@@ -7,10 +7,10 @@ from itertools import islice
 import numpy as np
 import torch
 
-from progtuning.cache import CachedEngine
-from progtuning.measure import reset_peak_bytes
+from progtuning.speed.cache import CachedEngine
 from progtuning.step.device import autocast
 from progtuning.step.loader import to_device
+from progtuning.step.measure import reset_peak_bytes
 from progtuning.train import Trainer
 
 

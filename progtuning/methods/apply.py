@@ -8,10 +8,10 @@ nothing, and SPAFIT in some blocks what LoRA inserts.
 
 import torch
 
-from progtuning.bert import Model
-from progtuning.config import PeftConfig
-from progtuning.peft.adapter import AdaptedOutput, insert_adapters
-from progtuning.peft.lora import LoRALinear, insert_lora
+from progtuning.methods.adapter import AdaptedOutput, insert_adapters
+from progtuning.methods.lora import LoRALinear, insert_lora
+from progtuning.model.bert import Model
+from progtuning.settings.peft import PeftConfig
 
 
 def apply_peft(model: Model, peft: PeftConfig, seed: int = 0) -> None:

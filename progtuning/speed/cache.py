@@ -27,11 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from progtuning.accounting import ITEMSIZE
-from progtuning.bert import Model
+from progtuning.base.errors import InputError, RunError
+from progtuning.cost.closed_form import ITEMSIZE
 from progtuning.engine import StageEngine
-from progtuning.errors import InputError, RunError
-from progtuning.measure import free_disk, free_memory
+from progtuning.model.bert import Model
+from progtuning.step.measure import free_disk, free_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -6,14 +6,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from progtuning.bert import Model
-from progtuning.config import HEADS, TrainConfig
+from progtuning.base.errors import RunError
 from progtuning.data.batching import EncodedRows, evaluation_batches
 from progtuning.data.task import Limits, Task
-from progtuning.distributed import World
-from progtuning.errors import RunError
+from progtuning.model.bert import Model
+from progtuning.model.config import HEADS
+from progtuning.settings.train import TrainConfig
 from progtuning.step.device import autocast
 from progtuning.step.loader import load
+from progtuning.step.processes import World
 
 
 @torch.no_grad()

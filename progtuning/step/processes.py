@@ -36,8 +36,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from progtuning.base.errors import InputError, RunError
 from progtuning.data.batching import split
-from progtuning.errors import InputError, RunError
 
 # The longest that a rank waits for one that is alive: a step, a download, what rank 0 writes. A dead one is noticed at
 # once.

@@ -5,27 +5,27 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from progtuning.bert import Model
-from progtuning.cache import CachedEngine, PrefixCache
-from progtuning.config import TrainConfig
+from progtuning.base.errors import InputError
 from progtuning.data.batching import EncodedRows
-from progtuning.distributed import Replica, World
-from progtuning.dps import DPS
 from progtuning.engine import StageEngine
-from progtuning.errors import InputError
 from progtuning.methods.autofreeze import AdaptiveSchedule
+from progtuning.methods.dps import DPS
 from progtuning.methods.schedules import build_schedule
 from progtuning.model import heads
-from progtuning.optim import build_optimizer, learning_rate_schedule
+from progtuning.model.bert import Model
+from progtuning.settings.train import TrainConfig
+from progtuning.speed.cache import CachedEngine, PrefixCache
 from progtuning.speed.kernels import compile_blocks
+from progtuning.speed.unpad import unpad
 from progtuning.stages import Schedule
 from progtuning.step.guard import FiniteCheck, Guard
 from progtuning.step.ledger import Ledger
 from progtuning.step.loader import Loader, make_batches
 from progtuning.step.masks import NoMasks
+from progtuning.step.optim import build_optimizer, learning_rate_schedule
+from progtuning.step.processes import Replica, World
 from progtuning.step.progress import Progress
 from progtuning.train import Trainer
-from progtuning.unpad import unpad
 
 
 def build_trainer(

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from progtuning.bert import ACTIVATIONS, Model, Output
-from progtuning.config import PeftConfig
+from progtuning.model.bert import ACTIVATIONS, Model, Output
+from progtuning.settings.peft import PeftConfig
 
 
 class Adapter(nn.Module):

@@ -1,0 +1,86 @@
+"""Options that several commands share, and the settings that they make."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from progtuning.base.errors import InputError
+from progtuning.cli.streams import let_first_speak, one_line, put
+from progtuning.model.config import parse_label_map
+from progtuning.settings.options import given, options
+from progtuning.settings.peft import PeftConfig, parse_bounds
+from progtuning.settings.recipes import TASK_DEFAULTS, recipe
+from progtuning.settings.train import DPSConfig, SquadConfig, TrainConfig, parse_size
+
+SETTINGS = (TrainConfig, PeftConfig, DPSConfig, SquadConfig)
+MODEL_HELP = (
+    "folder, org/name[@revision] or bert-base-uncased and the like on the Hub, pypi:NAME==VERSION, or minilm-l6"
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but that an error is one line and no option can be abbreviated."""
+
+    def __init__(self, **values):
+        super().__init__(**values, allow_abbrev=False)
+
+    def error(self, message: str):
+        let_first_speak()
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+
+    def _print_message(self, message: str, file=None) -> None:
+        put(message) if file is sys.stdout else super()._print_message(message, file)
+
+
+def add_command(commands, name: str, run: Callable, text: str) -> Parser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_task_options(parser: Parser, required: bool = True) -> None:
+    text = "a GLUE task, squad, squad_v2, movie-reviews, or classification or regression for data of your own"
+    parser.add_argument("--task", required=required, help=text)
+    parser.add_argument("--data", help="folder with the task's files, or hub (movie-reviews needs none)")
+
+
+def add_checkpoint_options(parser: Parser) -> None:
+    parser.add_argument("--checkpoint", required=True, help="output folder of train, or of the library peft")
+    text = "where the base model of a --checkpoint of --peft is, if no longer where its file says; as --model of train"
+    parser.add_argument("--base-model", metavar="MODEL", help=text)
+    parser.add_argument("--batch-size", type=int, default=TrainConfig.batch_size)
+    parser.add_argument("--max-length", type=int, help="tokens a sequence (as in training)")
+    parser.add_argument("--precision", default=TrainConfig.precision, help="fp32 or bf16")
+    text = "other names for the model's classes, by those it has; or a JSON object"
+    parser.add_argument("--label-map", metavar="OLD=NEW,...", help=text)
+
+
+def add_run_options(parser: Parser) -> None:
+    parser.add_argument("--device", help="cpu or cuda (cuda where there is one)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+
+
+def train_config(args: argparse.Namespace, num_blocks: int, task: str | None = None, num_rows: int = 0) -> TrainConfig:
+    """Build the settings from the options given. Where none is given, the task's own values stand, and with
+    `--recipe paper` the authors' for `num_rows` training rows before them."""
+    values = {settings: given(args, settings) for settings in SETTINGS}
+    if "spafit_bounds" in values[PeftConfig]:
+        values[PeftConfig]["spafit_bounds"] = parse_bounds(values[PeftConfig]["spafit_bounds"], num_blocks)
+    if {"batch_size", "batch_tokens"} <= set(values[TrainConfig]):
+        raise InputError("--batch-size and --batch-tokens exclude each other: give one of them")
+    if "cache_limit" in values[TrainConfig]:
+        values[TrainConfig]["cache_limit"] = parse_size("--cache-limit", values[TrainConfig]["cache_limit"])
+    peft, dps = PeftConfig(**values[PeftConfig]), DPSConfig(**values[DPSConfig])
+    if getattr(args, "recipe", None) == "paper":
+        authors = recipe(peft.method, task, dps.mode, num_rows, values[TrainConfig])
+        of_dps = {key.removeprefix("dps_"): value for key, value in authors.items() if key.startswith("dps_")}
+        for settings, known in ((TrainConfig, authors), (PeftConfig, authors), (DPSConfig, of_dps)):
+            names = options(settings)
+            values[settings] = {key: value for key, value in known.items() if key in names} | values[settings]
+        peft, dps = PeftConfig(**values[PeftConfig]), DPSConfig(**values[DPSConfig])
+    defaults = TASK_DEFAULTS.get(task, {})
+    return TrainConfig(**defaults | values[TrainConfig], peft=peft, dps=dps, squad=SquadConfig(**values[SquadConfig]))
+
+
+def label_map(args: argparse.Namespace) -> dict[str, str]:
+    return {} if args.label_map is None else parse_label_map(args.label_map)

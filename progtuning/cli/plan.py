@@ -1,0 +1,71 @@
+"""The commands `plan`, `paper` and `report`, which train nothing."""
+
+import argparse
+from pathlib import Path
+
+from progtuning.base.errors import InputError
+from progtuning.base.files import check_no_input, check_output_file, made_folder, write_text
+from progtuning.cli.options import train_config
+from progtuning.cli.streams import print_json, put_line, tell
+from progtuning.cost.paper import paper_rows
+from progtuning.cost.plan import plan
+from progtuning.methods.schedules import build_schedule
+from progtuning.model.config import ARCHITECTURES, BertConfig, sequence_head
+from progtuning.report import pages, tables
+from progtuning.report.summary import SUMMARY, read_worked_summary
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    config = architecture(args.model)
+    if not 1 <= args.labels <= 100_000:
+        raise InputError(f"--labels must be in 1..100000, got {args.labels}")
+    head = sequence_head(args.labels) if args.head == "classification" else args.head
+    config = config.with_head(head, tuple(f"LABEL_{i}" for i in range(args.labels)))
+    settings = train_config(args, config.num_hidden_layers)
+    schedule = build_schedule(settings, config.num_hidden_layers)
+    length = min(128, config.max_length) if args.length is None else args.length
+    document = plan(
+        config,
+        schedule,
+        settings.epochs,
+        settings.peft,
+        settings.batch_size,
+        length,
+        args.model,
+        cache_dtype=settings.cache_dtype,
+    )
+    print_json(document) if args.json else put_line(tables.plan_table(document))
+
+
+def architecture(name: str) -> BertConfig:
+    """Return that of a config.json or of the folder it lies in, or a named architecture.
+
+    As for train, what exists on the disk wins, and a model of the Hub may have its old name or that of today.
+    """
+    from progtuning.base.sources import today_name
+
+    path = Path(name)
+    path = path / "config.json" if path.is_dir() else path
+    short = name.rpartition("/")[2]
+    if not path.exists() and short in ARCHITECTURES and name in (short, today_name(short)):
+        return ARCHITECTURES[short]
+    if not path.is_file():
+        names = ", ".join(ARCHITECTURES)
+        raise InputError(f"--model must be one of {names}, a config.json or its folder, got {name!r}")
+    return BertConfig.from_json(path, keep_head=False)
+
+
+def run_paper(args: argparse.Namespace) -> None:
+    rows = paper_rows()
+    print_json({"rows": rows}) if args.json else put_line(tables.paper_table(rows))
+
+
+def run_report(args: argparse.Namespace) -> None:
+    folders = [Path(folder) for folder in args.folders]
+    runs = [(folder.name or str(folder), read_worked_summary(folder)) for folder in folders]
+    output = Path(args.output)
+    check_output_file(args.output)
+    check_no_input(output, (folder / SUMMARY for folder in folders))
+    made_folder(output.parent, "--output")
+    write_text(output, pages.compare(runs, output))
+    tell(f"Written: {output}")

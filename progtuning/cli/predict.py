@@ -1,0 +1,84 @@
+"""The commands `evaluate` and `predict`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from progtuning.base.errors import InputError
+from progtuning.base.files import (
+    check_new_folder,
+    check_no_input,
+    check_output_file,
+    made_folder,
+    own_descriptor,
+    write_text,
+)
+from progtuning.cli.options import label_map
+from progtuning.cli.streams import print_json, put, put_line, say, tell
+from progtuning.report import tables
+from progtuning.settings.options import given
+from progtuning.settings.train import SquadConfig, TrainConfig
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    from progtuning.run.saved import evaluate_checkpoint, load_checkpoint, load_held_out
+    from progtuning.step.device import choose_device
+
+    if args.output_dir is not None:
+        check_new_folder(args.output_dir)
+    device = choose_device(args.device)
+    TrainConfig.check(batch_size=args.batch_size, precision=args.precision)
+    options = (given(args, SquadConfig), args.base_model, label_map(args), say)
+    checkpoint = load_checkpoint(Path(args.checkpoint), args.max_length, *options)
+    splits = load_held_out(args.task, args.data, checkpoint)
+    values = evaluate_checkpoint(checkpoint, splits, device, args.batch_size, args.precision, args.output_dir)
+    if args.json:
+        print_json({"task": splits.task.name, "metrics": values})
+    else:
+        put_line(tables.table(["metric", splits.task.name], [[name, f"{value:.4f}"] for name, value in values.items()]))
+
+
+def run_predict(args: argparse.Namespace) -> None:
+    from progtuning.run.saved import checkpoint_files, load_checkpoint, predict_file, write_glue_submission
+    from progtuning.step.device import choose_device
+
+    check_predict_options(args)
+    if args.output is not None:
+        check_no_input(args.output, (args.input, *checkpoint_files(Path(args.checkpoint))))
+    device = choose_device(args.device)
+    TrainConfig.check(batch_size=args.batch_size, precision=args.precision)
+    options = (given(args, SquadConfig), args.base_model, label_map(args), say)
+    checkpoint = load_checkpoint(Path(args.checkpoint), args.max_length, *options)
+    if args.glue_submission is not None:
+        arguments = (args.task, args.data, args.glue_submission, device, args.batch_size, args.precision)
+        paths = [str(path) for path in write_glue_submission(checkpoint, *arguments)]
+        print_json({"written": paths}) if args.json else tell(f"Written: {', '.join(paths)}")
+        return
+    text = predict_file(checkpoint, args.input, device, args.batch_size, args.precision)
+    if args.output == "-":
+        put(text)
+    else:
+        made_folder(Path(args.output).parent, "--output")
+        write_text(args.output, text)
+        if args.json:
+            print_json({"written": [args.output]})
+
+
+def check_predict_options(args: argparse.Namespace) -> None:
+    """Raise InputError unless the options are those of a file, or those of a submission."""
+    if args.json and args.output is not None and (args.output == "-" or own_descriptor(args.output) == 1):
+        raise InputError("--json does not go with --output -: standard output then holds the predictions")
+    needed, others = ("input", "output"), ("task", "data")
+    what = "predict"
+    if args.glue_submission is not None:
+        needed, others, what = others, needed, "--glue-submission"
+    for name in needed:
+        if getattr(args, name) is None:
+            raise InputError(f"{what} needs --{name}")
+    if args.input == "-" and sys.stdin is None:
+        raise InputError("--input -: standard input is closed")
+    for name in others:
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name} does not go with {what if args.glue_submission else '--input'}")
+    if args.output not in (None, "-"):
+        check_output_file(args.output)

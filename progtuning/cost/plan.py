@@ -1,0 +1,79 @@
+"""The document of `progtuning plan`: what every stage of a run will cost, without weights."""
+
+from fractions import Fraction
+
+from progtuning.cost.closed_form import (
+    PLAIN,
+    backward_flops,
+    bytes_of,
+    bytes_of_sums,
+    cache_bytes,
+    planned_updates,
+    run_trace,
+    units,
+)
+from progtuning.model.config import BertConfig, sequence_head
+from progtuning.settings.peft import PeftConfig
+from progtuning.stages import Schedule, make_schedule
+
+# Documents
+
+
+def plan(
+    config: BertConfig,
+    schedule: Schedule,
+    num_epochs: int,
+    peft: PeftConfig = PLAIN,
+    batch: int = 32,
+    length: int = 128,
+    model_name: str = "",
+    tokens: int | None = None,
+    cache_dtype: str = "fp32",
+) -> dict:
+    """Return the document that `progtuning plan --json` prints: what every stage of a run costs.
+
+    FLOPs and bytes are those of one training step over (batch, length) tokens; the cache holds `tokens` tokens, one
+    batch where None. Of a schedule that decides while it trains, the plan is the most that it can cost: its
+    first stage throughout, with the sums by which it decides, and the cache of its furthest. The baseline, "full", is
+    plain fine-tuning by the same method: every block and E in every epoch.
+    A config that names no head is given a classification head. Raises InputError where an argument is out of range.
+    """
+    if config.head is None:
+        config = config.with_head(sequence_head(len(config.labels)), config.labels)
+    model = units(config, peft)
+    full = make_schedule("full", config.num_hidden_layers, 1)
+    full_updated = sum(planned_updates(model, full, num_epochs))
+    full_backward = backward_flops(config, full.stages[0], peft, batch, length)
+    updated = planned_updates(model, schedule, num_epochs)
+    epochs = Fraction(num_epochs, len(schedule.stages))
+    stages = []
+    num_tokens = batch * length if tokens is None else tokens
+    for (stage, kept), stage_updated in zip(schedule.planned, updated):
+        active = model.during(stage)
+        trace = run_trace(config, active, peft, batch, length)
+        forward, backward = trace.flops
+        stages.append(
+            {
+                "stage": stage.index + 1,
+                "epochs": int(epochs) if epochs.denominator == 1 else float(epochs),
+                "active_blocks": active.active_blocks(),
+                "embeddings": bool(active.embeddings.trainable),
+                "trainable_parameters": active.num_trainable,
+                "updated_parameters": stage_updated,
+                "forward_flops": forward,
+                "backward_flops": backward,
+                "share_of_full": backward / full_backward,
+                **bytes_of(active, trace),
+                "gradient_sum_bytes": bytes_of_sums(active) if schedule.sums_gradients else 0,
+                "cache_bytes": cache_bytes(config, kept, num_tokens, cache_dtype, peft),
+            }
+        )
+    return {
+        "model": model_name,
+        "num_blocks": config.num_hidden_layers,
+        "stages": stages,
+        "updated_parameters": sum(updated),
+        "updated_parameters_full": full_updated,
+        "updated_share_of_full": sum(updated) / full_updated,
+        "backward_share_of_full": sum(stage["share_of_full"] for stage in stages) / len(stages),
+    }

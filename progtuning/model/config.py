@@ -1,0 +1,389 @@
+"""Settings of the model (`BertConfig`, a Hugging Face config.json), the method (`PeftConfig`), the run (`TrainConfig`).
+
+Small frozen dataclasses that check themselves; what they do not know, they refuse. The reader of config.json sorts its
+keys in three: those that are the architecture, those that cannot change what the encoder computes (tokens, generation,
+book-keeping), and those that would change it unless they have one value. Keys that other libraries add are passed over,
+and named for the caller to say so (`passed_over`). Any other key is an error: a key that is passed over in silence may
+be a different model.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from progtuning.base.checks import check_choice, check_number
+from progtuning.base.errors import InputError
+from progtuning.base.files import read_json
+
+ACTIVATIONS = ("gelu", "gelu_new", "relu")
+
+# Other names of these functions: they differ in how they are computed, by rounding alone.
+_SAME_ACTIVATION = {
+    "gelu_python": "gelu",
+    **dict.fromkeys(("gelu_accurate", "gelu_fast", "gelu_python_tanh", "gelu_pytorch_tanh"), "gelu_new"),
+}
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a head is, beside its layers and loss in `model.heads`; what transformers and peft call it."""
+
+    architecture: str  # the end of the class's name, for config.json
+    peft_task: str  # the task_type of adapter_config.json
+    layer: str = "classifier"  # the module with the last linear layer
+    num_outputs: int | None = None  # None: one for each class
+    per_token: bool = False  # outputs for each token (B, S, C), else for each sequence (B, C)
+    problem_type: str | None = None  # of config.json, for what shares an architecture
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the outputs are classes, which have names."""
+        return self.num_outputs is None
+
+
+_SEQUENCE = ("ForSequenceClassification", "SEQ_CLS")
+HEADS = {
+    "classification": Head(*_SEQUENCE, problem_type="single_label_classification"),
+    "regression": Head(*_SEQUENCE, num_outputs=1, problem_type="regression"),
+    # The two outputs of a token are the logits of an answer's start and end.
+    "question-answering": Head("ForQuestionAnswering", "QUESTION_ANS", "qa_outputs", num_outputs=2, per_token=True),
+}
+
+# Keys of a config.json with which the encoder computes the same whatever their value.
+_WITHOUT_EFFECT = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _name_or_path architectures attn_implementation bos_token_id
+    chunk_size_feed_forward cls_token_id decoder_start_token_id directionality dtype eos_token_id finetuning_task
+    gradient_checkpointing language license mask_token_id model_max_length name output_attentions output_hidden_states
+    output_past pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type prefix
+    return_dict sep_token_id task_specific_params tf_legacy_loss tie_word_embeddings tokenizer_class torch_dtype
+    torchscript transformers_version unk_token_id use_bfloat16 use_cache
+
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
+    repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
+    """.split()
+)
+
+# Keys that say what the head's outputs mean. They do not matter where the head is replaced.
+_HEAD_KEYS = ("problem_type", "id2label", "label2id", "num_labels", "_num_labels")
+
+# Keys that are no architecture's: those of sentence-transformers and of adapters, which wrap the model, and two that
+# transformers wrote until 4.3 and pytorch-transformers 1.
+_FOREIGN = re.compile(r"sentence_transformers|sbert_ce_\w+|adapters|xla_device|vocab_size_or_config_json_file")
+
+# Keys by which other families of encoders are known where neither model_type nor architectures names them.
+_OF_OTHER_FAMILIES = {
+    "attention_window": "Longformer",
+    "dim": "DistilBERT",
+    "embedding_size": "ELECTRA or ALBERT",
+    "num_hidden_groups": "ALBERT",
+    "relative_attention": "DeBERTa",
+    "relative_attention_num_buckets": "MPNet",
+}
+
+# The files of BERT's first release have neither. RoBERTa and its kin, whose tensors bear the same names but whose
+# positions count from the padding's id, differ in these values.
+_OF_FIRST_BERT = {"layer_norm_eps": 1e-12, "pad_token_id": 0, "type_vocab_size": 2}
+
+# Keys that would change what the encoder computes, with the one value that is supported.
+_SUPPORTED_VALUE = {
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "position_embedding_type": "absolute",
+    "pruned_heads": {},
+    "quantization_config": None,
+    "tie_encoder_decoder": False,
+}
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The architecture of a BERT or RoBERTa encoder and its head, in the names of Hugging Face's config.json.
+
+    `head` is one of HEADS, or None for an encoder whose file names no head. `labels` are the class names in order; a
+    regression head has one, and a question-answering head none. Raises InputError where a value is out of range.
+    """
+
+    vocab_size: int
+    hidden_size: int  # D
+    num_hidden_layers: int  # L
+    num_attention_heads: int  # H
+    intermediate_size: int  # F
+    max_position_embeddings: int
+    model_type: str = "bert"  # or "roberta"
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None  # None: hidden_dropout_prob
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = None  # None: 0 for BERT, 1 for RoBERTa
+    head: str | None = None
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+
+    def __post_init__(self):
+        check_choice("model_type", self.model_type, ("bert", "roberta"))
+        if self.pad_token_id is None:
+            object.__setattr__(self, "pad_token_id", 0 if self.model_type == "bert" else 1)
+        for name in (*_REQUIRED, "type_vocab_size"):
+            check_number(name, getattr(self, name), int, low=1, high=1000 if name == "num_hidden_layers" else 2**24)
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            if name != "classifier_dropout" or self.classifier_dropout is not None:
+                check_number(name, getattr(self, name), float, low=0, high=1)
+        check_number("initializer_range", self.initializer_range, float, low=0)
+        check_number("layer_norm_eps", self.layer_norm_eps, float, low=0)
+        check_number("pad_token_id", self.pad_token_id, int, low=0, high=self.vocab_size - 1)
+        if self.hidden_size % self.num_attention_heads:
+            got = f"{self.hidden_size} and {self.num_attention_heads}"
+            raise InputError(f"hidden_size must be divisible by num_attention_heads, got {got}")
+        check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
+        if self.head is not None:
+            check_choice("head", self.head, HEADS)
+        if self.max_length < 1:
+            raise InputError(
+                f"max_position_embeddings must exceed pad_token_id + 1 for roberta, got {self.max_position_embeddings}"
+            )
+        if len(set(self.labels)) != len(self.labels) or (self.has_labels and len(self.labels) < 2):
+            raise InputError(f"labels must be two or more distinct names, got {list(self.labels)}")
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence in tokens. RoBERTa's first position is pad_token_id + 1."""
+        return self.max_position_embeddings - (self.pad_token_id + 1 if self.model_type == "roberta" else 0)
+
+    @property
+    def num_outputs(self) -> int:
+        """Columns of the head's last layer: classes, 1 for regression, 2 (start, end) for question answering."""
+        return len(self.labels) if self.head is None or self.has_labels else HEADS[self.head].num_outputs
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the head's outputs are classes, whose names are `labels`."""
+        return self.head is not None and HEADS[self.head].has_labels
+
+    @property
+    def has_pooler(self) -> bool:
+        """Whether the head begins with BERT's pooler (RoBERTa's classification head brings its own dense layer)."""
+        return self.model_type == "bert" and self.head is not None and not HEADS[self.head].per_token
+
+    def with_head(self, head: str | None, labels: tuple[str, ...] = ()) -> "BertConfig":
+        """Return this architecture under another head. `labels` are the class names, for classification."""
+        has_labels = head in HEADS and HEADS[head].has_labels
+        return replace(self, head=head, labels=labels if has_labels else ("LABEL_0",))
+
+    def renamed(self, names: Mapping[str, str]) -> "BertConfig":
+        """Return this architecture with other names for its classes: `names`, by their present ones.
+
+        Raises InputError where it has no such class, or two would have one name.
+        """
+        classes = ", ".join(self.labels)
+        if not self.has_labels:
+            raise InputError(f"--label-map is for classes, got it with a {self.head} head")
+        if unknown := sorted(set(names) - set(self.labels)):
+            raise InputError(f"--label-map gives a name to {unknown[0]!r}, expected classes of the model: {classes}")
+        labels = tuple(names.get(label, label) for label in self.labels)
+        if len(set(labels)) != len(labels) or not all(label and label.isprintable() for label in labels):
+            raise InputError(f"--label-map must give distinct printable names to {classes}, got {', '.join(labels)}")
+        return replace(self, labels=labels)
+
+    @classmethod
+    def from_dict(cls, values: Mapping, keep_head: bool = True) -> "BertConfig":
+        """Read the dictionary of a config.json. Raises InputError that names the key.
+
+        `keep_head=False`, for a head that is replaced, gives the encoder without one: what its keys say of the old
+        head is not read.
+        """
+        if not isinstance(values, Mapping):
+            raise InputError(f"expected a JSON object, got {type(values).__name__}")
+        values = dict(values, model_type=_model_type(values))
+        for key in _REQUIRED:
+            if key not in values:
+                raise InputError(f"key {key!r} is missing")
+        for key, supported in _SUPPORTED_VALUE.items():
+            if values.pop(key, supported) not in (supported, None):
+                raise InputError(f"key {key!r} changes what the model computes and is supported only as {supported!r}")
+        head, labels = read_head(values) if keep_head else (None, cls.labels)
+        known = {field.name for field in fields(cls)} - {"head", "labels"}
+        unknown = sorted(set(values) - known - _WITHOUT_EFFECT - set(_HEAD_KEYS) - set(passed_over(values)))
+        if unknown:
+            raise InputError(f"key {unknown[0]!r} is unknown: remove it if it does not change what the model computes")
+        values = {key: value for key, value in values.items() if key in known}
+        if isinstance(values.get("hidden_act"), str):
+            values["hidden_act"] = _SAME_ACTIVATION.get(values["hidden_act"], values["hidden_act"])
+        return cls(head=head, labels=labels, **values)
+
+    @classmethod
+    def from_json(cls, path: str | Path, keep_head: bool = True) -> "BertConfig":
+        """Read a config.json file, as `from_dict`. Raises InputError that names the file."""
+        values = read_json(path)
+        try:
+            return cls.from_dict(values, keep_head)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict:
+        """Return the dictionary that transformers' AutoConfig and `from_dict` read."""
+        values = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("head", "labels")
+        }
+        head = None if self.head is None else HEADS[self.head]
+        suffix = "Model" if head is None else head.architecture
+        values["architectures"] = [("Bert" if self.model_type == "bert" else "Roberta") + suffix]
+        if head and head.problem_type:
+            values["problem_type"] = head.problem_type
+        if head and (head.problem_type or head.has_labels):
+            values["id2label"] = {str(i): label for i, label in enumerate(self.labels)}
+            values["label2id"] = {label: i for i, label in enumerate(self.labels)}
+        return values
+
+
+def _architecture(values: Mapping) -> str:
+    names = values.get("architectures") or [""]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise InputError(f"key 'architectures' must be a list of names, got {names!r}")
+    return names[0]
+
+
+def _model_type(values: Mapping) -> str:
+    """Return the family of a config.json: what it says, or where it says nothing what its architecture or keys are."""
+    if values.get("model_type") is not None:
+        check_choice("model_type", values["model_type"], ("bert", "roberta"))
+        return values["model_type"]
+    architecture = _architecture(values)
+    if match := re.fullmatch(r"(Bert|Roberta)(Model|LMHeadModel|For[A-Z]\w*)", architecture):
+        return match[1].lower()
+    if architecture:
+        expected = "a Bert or Roberta model where model_type is missing"
+        raise InputError(f"architectures must name {expected}, got {architecture!r}")
+    if found := sorted(set(values) & set(_OF_OTHER_FAMILIES)):
+        family = _OF_OTHER_FAMILIES[found[0]]
+        raise InputError(f"key 'model_type' must be bert or roberta, got none and {found[0]!r}, a key of {family}")
+    for key, of_bert in _OF_FIRST_BERT.items():
+        if values.get(key) not in (None, of_bert):
+            got = f"none, and {key} {values[key]!r} where BERT has {of_bert}"
+            raise InputError(f"key 'model_type' must be bert or roberta, got {got}")
+    return "bert"
+
+
+def passed_over(values: Mapping) -> tuple[str, ...]:
+    """Return the keys of a config.json that other libraries added, which the model is read without.
+
+    Raises InputError where they name adapters inside the encoder, which would change what it computes.
+    """
+    adapters = values.get("adapters")
+    if isinstance(adapters, Mapping) and (adapters.get("adapters") or adapters.get("fusions")):
+        raise InputError("key 'adapters' changes what the model computes and is supported only with no adapter in it")
+    return tuple(sorted(key for key in values if isinstance(key, str) and _FOREIGN.fullmatch(key)))
+
+
+def read_head(values: Mapping) -> tuple[str | None, tuple[str, ...]]:
+    """Return the head that a config.json names, one of HEADS or None, and for classification its class names by row.
+
+    Raises InputError that names the key.
+    """
+    architecture = _architecture(values)
+    found = next((name for name, head in HEADS.items() if architecture.endswith(head.architecture)), None)
+    if found is None or not (HEADS[found].problem_type or HEADS[found].has_labels):
+        return found, BertConfig.labels
+    if HEADS[found].problem_type is None:
+        return found, _labels(values)
+    labels, problem = _labels(values), values.get("problem_type")
+    if problem not in (None, "regression", "single_label_classification"):
+        expected = "regression, single_label_classification or none"
+        raise InputError(f"problem_type {problem!r} is not supported, expected {expected}")
+    if problem is not None and (problem == "regression") != (len(labels) == 1):
+        expected = "one output" if problem == "regression" else "two or more classes"
+        raise InputError(f"problem_type {problem!r} is supported with {expected}, got {len(labels)}")
+    return sequence_head(len(labels)), labels
+
+
+def sequence_head(num_outputs: int) -> str:
+    """Return the head with so many outputs for a sequence: for transformers a single one is regression."""
+    return "regression" if num_outputs == 1 else "classification"
+
+
+def _labels(values: Mapping) -> tuple[str, ...]:
+    """Return the names of the head's outputs in the order of their ids."""
+    count = values.get("num_labels", values.get("_num_labels"))
+    names = values.get("id2label")
+    if names is None:
+        if count is not None:
+            check_number("num_labels", count, int, low=1, high=100_000)
+        return tuple(f"LABEL_{i}" for i in range(2 if count is None else count))
+    if not isinstance(names, Mapping) or {str(key) for key in names} != {str(i) for i in range(len(names))}:
+        raise InputError(f"key 'id2label' must map 0..{len(names) - 1 if isinstance(names, Mapping) else 'n'} to names")
+    by_id = {str(key): name for key, name in names.items()}
+    for name in by_id.values():  # a label is a cell of the TSV that `predict` writes
+        if not isinstance(name, (str, int)) or not str(name).isprintable():
+            raise InputError(f"key 'id2label' must map to printable names, got {name!r}")
+    labels = tuple(str(by_id[str(i)]) for i in range(len(by_id)))
+    if len(set(labels)) != len(labels):
+        raise InputError(f"key 'id2label' must map to distinct names, got {list(labels)}")
+    return labels
+
+
+# For `plan`, which needs no weights: the public config.json of each, as published on the Hugging Face Hub.
+_BERT_BASE = BertConfig(30522, 768, 12, 12, 3072, 512)
+_BERT_LARGE = BertConfig(30522, 1024, 24, 16, 4096, 512)
+_ROBERTA = {"model_type": "roberta", "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+ARCHITECTURES = {
+    "bert-base-uncased": _BERT_BASE,
+    "bert-base-cased": replace(_BERT_BASE, vocab_size=28996),
+    "bert-large-uncased": _BERT_LARGE,
+    "bert-large-cased": replace(_BERT_LARGE, vocab_size=28996),
+    "bert-base-multilingual-uncased": replace(_BERT_BASE, vocab_size=105879),
+    "bert-base-multilingual-cased": replace(_BERT_BASE, vocab_size=119547),
+    "bert-base-chinese": replace(_BERT_BASE, vocab_size=21128),
+    "roberta-base": BertConfig(50265, 768, 12, 12, 3072, 514, **_ROBERTA),
+    "roberta-large": BertConfig(50265, 1024, 24, 16, 4096, 514, **_ROBERTA),
+    "minilm-l6": BertConfig(30522, 384, 6, 12, 1536, 512),
+}
+
+
+def parse_label_map(text: str) -> dict[str, str]:
+    """Return {present name: name} of OLD=NEW,OLD=NEW, or of a JSON object, which any name can stand in.
+
+    Raises InputError that names --label-map.
+
+    >>> parse_label_map("LABEL_0=negative,LABEL_1=positive")
+    {'LABEL_0': 'negative', 'LABEL_1': 'positive'}
+    """
+    wrong = InputError(f"--label-map must be OLD=NEW,OLD=NEW or a JSON object of names, each OLD once, got {text!r}")
+    if text.lstrip().startswith("{"):
+        try:
+            pairs = json.loads(text, object_pairs_hook=list)
+        except (ValueError, RecursionError):
+            raise wrong from None
+    else:
+        pairs = [[name.strip() for name in part.split("=")] for part in text.split(",")]
+    if not all(len(pair) == 2 and all(isinstance(name, str) and name for name in pair) for pair in pairs):
+        raise wrong
+    if not pairs or len({old for old, _ in pairs}) != len(pairs):
+        raise wrong
+    return dict(pairs)
+
+
+def format_label_map(names: Mapping[str, str]) -> str:
+    """Return the option, quoted for a shell, that `parse_label_map` reads as `names`."""
+    text = ",".join(f"{old}={new}" for old, new in names.items())
+    try:
+        plain = parse_label_map(text) == names
+    except InputError:
+        plain = False
+    return f"--label-map {shlex.quote(text if plain else json.dumps(dict(names), ensure_ascii=False))}"

@@ -1,0 +1,189 @@
+"""How a run trains, and when it is saved: its options, one line each. No torch."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from progtuning.base.errors import InputError
+from progtuning.settings.options import Options, option
+from progtuning.settings.peft import PeftConfig
+from progtuning.stages import EMBEDDING_POLICIES
+
+DPS_MODES = ("off", "dense", "mix")
+PRECISIONS = ("fp32", "bf16")
+CACHES = ("off", "memory", "disk")
+LR_SCHEDULES = ("linear", "constant")
+
+
+@dataclass(frozen=True)
+class DPSConfig(Options):
+    """Gradient-chosen subnetworks (Zhang et al. 2022). Raises InputError that names the option that is out of range."""
+
+    mode: str = option("off", "gradient-chosen subnetworks: {choices}", name="dps", choices=DPS_MODES)
+    p: float = option(0.3, "share of each matrix that a subnetwork leaves out", name="dps-p", at_least=0, at_most=1)
+    update_ratio: float = option(
+        0.05, "length of a window, as a share of all steps", name="dps-update-ratio", at_least=0, at_most=1
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.p == 1:
+            raise InputError("--dps-p must be less than 1, the share that would leave nothing to train")
+        if self.update_ratio == 0:
+            raise InputError("--dps-update-ratio must be more than 0, got 0")
+
+
+@dataclass(frozen=True)
+class SquadConfig(Options):
+    """How questions and contexts become windows, and logits become answers; the values of google-research/bert's
+    run_squad.py, but for the stride, which is counted as in transformers' run_qa.py. Raises InputError that names the
+    option that is out of range.
+    """
+
+    doc_stride: int = option(128, "SQuAD: tokens by which the windows of a context overlap", at_least=0, at_most=1000)
+    max_query_length: int = option(64, "SQuAD: tokens kept of a question", at_least=1, at_most=1000)
+    max_answer_length: int = option(30, "SQuAD: tokens of the longest answer", at_least=1, at_most=1000)
+    n_best: int = option(20, "SQuAD: answers kept for each question", at_least=1, at_most=1000)
+    # None: 0 for squad_v2, else there always is one
+    null_threshold: float | None = option(
+        None, "SQuAD v2.0: odds above which there is no answer (0)", at_least=-1e9, at_most=1e9
+    )
+
+
+@dataclass(frozen=True)
+class ScheduleKind:
+    """What the settings of a run must know of a schedule before it is built (`methods.schedules.build_schedule`)."""
+
+    stages_an_epoch: int = 1
+    fewest_stages: int = 1
+    only_freezes: bool = True  # no block trains again once it was frozen: so its output can be kept
+    prefix_drops_out: bool = True
+
+
+SCHEDULE_KINDS = {
+    "full": ScheduleKind(),
+    "shrinking": ScheduleKind(),
+    "growing": ScheduleKind(only_freezes=False),
+    "without-low-blocks": ScheduleKind(),
+    "adaptive": ScheduleKind(stages_an_epoch=5, fewest_stages=3, prefix_drops_out=False),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig(Options):
+    """How a run trains. Raises InputError that names the command-line option where a value is out of range."""
+
+    schedule: str = option("shrinking", "{choices}", choices=tuple(SCHEDULE_KINDS))
+    stages: int | None = option(  # T
+        None, "stages (one an epoch); of adaptive, intervals (five an epoch)", at_least=1, at_most=100_000
+    )
+    freeze_percentile: float = option(
+        50.0, "of the scores of adaptive: lower ones freeze, from below", at_least=0, at_most=100
+    )
+    embeddings: str = option("with-block-1", "when E trains: {choices}", choices=EMBEDDING_POLICIES)
+    epochs: int = option(3, "passes over the training rows", at_least=1, at_most=100_000)
+    # Of evaluation too, where --batch-tokens does not count.
+    batch_size: int = option(32, "examples an optimizer step", at_least=1, at_most=2**24)
+    batch_tokens: int | None = option(  # rows times longest row of a batch, at most
+        None, "instead, tokens an optimizer step, padding included", at_least=1, at_most=2**24
+    )
+    accumulation_steps: int = option(  # the update is the same
+        1, "pieces that a batch is processed in, to save memory", at_least=1, at_most=2**24
+    )
+    lr: float = option(2e-5, "peak learning rate", at_least=0)
+    lr_schedule: str = option("linear", "linear, which falls to 0 after the warm-up, or constant", choices=LR_SCHEDULES)
+    weight_decay: float = option(0.01, "AdamW's decay of weights, not of biases and LayerNorms", at_least=0)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon", at_least=1e-30)  # 0 divides 0 by 0
+    warmup: float = option(0.1, "share of the steps in which the learning rate rises", at_least=0, at_most=1)
+    max_grad_norm: float = option(1.0, "clip the gradient's norm; 0 does not", at_least=0)
+    max_length: int | None = option(
+        None, "tokens a sequence (128, of SQuAD 384, or what the model takes)", at_least=1, at_most=2**24
+    )
+    precision: str = option("fp32", "{choices}", choices=PRECISIONS)  # bf16: autocast
+    compile: bool = option(False, "compile each block with torch.compile")
+    unpadded: bool = option(False, "run the blocks without padding, where attention does not drop out; CUDA and bf16")
+    hidden_dropout_prob: float | None = option(None, "dropout (the model's own)", at_least=0, at_most=1)
+    attention_probs_dropout_prob: float | None = option(
+        None, "dropout of attention (the model's own)", at_least=0, at_most=1
+    )
+    # Below the cut. A cache needs it off, and "adaptive" has it so (AutoFreeze).
+    prefix_dropout: bool | None = option(None, "dropout in the frozen blocks (true; false with --cache or adaptive)")
+    cache: str = option("off", "keep the output of the frozen blocks for each example: {choices}", choices=CACHES)
+    cache_dtype: str = option("fp32", "what the cache holds: {choices}", choices=PRECISIONS)
+    cache_limit: int | None = option(  # bytes
+        None, "largest cache, in GB or with a unit: 500MB (half of what is free)", at_least=1, is_text=True
+    )
+    group_by_length: bool = option(True, "batches of like lengths")
+    evaluate: str = option("epoch", "after every epoch, or at the end", choices=("epoch", "end"))
+    skip_nonfinite: bool = option(False, "pass over batches whose loss or gradient is not finite")
+    seed: int = option(42, "of the data order, what is drawn afresh, and dropout", at_least=0, at_most=2**63 - 1)
+    peft: PeftConfig = PeftConfig()
+    dps: DPSConfig = DPSConfig()
+    squad: SquadConfig = SquadConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_cache()
+        if self.unpadded and (self.precision != "bf16" or self.compile):
+            raise InputError("--unpadded needs --precision bf16, and does not go with --compile")
+        if self.accumulation_steps > self.batch_size and self.batch_tokens is None:
+            got = f"{self.accumulation_steps} and {self.batch_size}"
+            raise InputError(f"--accumulation-steps must be at most --batch-size, got {got}")
+        if self.num_stages < self.kind.fewest_stages:
+            raise InputError(
+                f"--schedule {self.schedule} freezes after two intervals that it compares: "
+                f"--stages must be at least {self.kind.fewest_stages}, got {self.num_stages}"
+            )
+        if self.dps.mode != "off" and self.peft.method != "none":
+            raise InputError(f"--dps masks weights that --peft {self.peft.method} freezes: give --peft none with it")
+
+    def _check_cache(self) -> None:
+        if self.prefix_dropout and self.cache != "off":
+            raise InputError(
+                f"--cache {self.cache} needs the same output of the frozen blocks in every epoch: "
+                "leave out --prefix-dropout"
+            )
+        if not self.kind.only_freezes and self.cache != "off":
+            kept = "keeps the output of blocks that stay frozen"
+            raise InputError(f"--cache {self.cache} {kept}, and --schedule {self.schedule} unfreezes")
+
+    @property
+    def kind(self) -> ScheduleKind:
+        return SCHEDULE_KINDS[self.schedule]
+
+    @property
+    def drops_out_prefix(self) -> bool:
+        """Whether the blocks below the cut drop out too."""
+        if self.prefix_dropout is not None:
+            return self.prefix_dropout
+        return self.cache == "off" and self.kind.prefix_drops_out
+
+    @property
+    def num_stages(self) -> int:
+        if self.stages is not None:
+            return self.stages
+        return self.kind.stages_an_epoch * self.epochs
+
+
+def parse_size(option: str, text: str) -> int:
+    """Return the bytes that `text` says: a number of GB, or one with a unit, as 500MB or 2GiB. Raises InputError.
+
+    >>> parse_size("--cache-limit", "1.5"), parse_size("--cache-limit", "2 GiB")
+    (1500000000, 2147483648)
+    """
+    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)\s*(?:([KMGT])(i?)B)?", text.strip(), re.ASCII)
+    if not found:
+        raise InputError(f"{option} must be a number of GB, or one with a unit (500MB, 2GiB), got {text!r}")
+    number, letter, binary = found.groups()
+    return int(Fraction(number) * (1024 if binary else 1000) ** " KMGT".index(letter or "G"))
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Options):
+    """When a run is saved, so that it can be resumed. Raises InputError that names the option that is out of range."""
+
+    save_every: int | None = option(  # None: only where a signal stops the run
+        None, "save the run every N optimizer steps and at each stage's end", metavar="N", at_least=1
+    )
+    keep: int = option(2, "keep the last K of them", name="keep-checkpoints", metavar="K", at_least=1)
+    resume: bool = option(False, "go on from the last checkpoint in --output-dir", is_flag=True)
