@@ -14,12 +14,19 @@ Fixed schedules, for parts P_1 .. P_T of `partition.parts`:
     full                S_t = P_1 .. P_T           plain fine-tuning, the baseline, by the same code
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from progtuning.partition import boundaries
 
-SCHEDULES = ("full", "shrinking", "growing", "without-low-blocks")
+# A calendar's boundaries, one a stage, of the boundaries b_0 .. b_T of the parts.
+CALENDARS: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
+    "full": lambda b: (0,) * (len(b) - 1),
+    "shrinking": lambda b: b[:-1],  # Eq. 3: P_t begins at b_{t-1}
+    "growing": lambda b: b[-2::-1],  # Eq. 5: P_{T-t+1} begins at b_{T-t}
+    "without-low-blocks": lambda b: b[1:],  # Eq. 4: P_{t+1} begins at b_t, and b_T = L leaves the head alone
+}
+SCHEDULES = tuple(CALENDARS)
 EMBEDDING_POLICIES = ("with-block-1", "always", "never")
 
 
@@ -77,6 +84,11 @@ class Schedule:
         return self.at_step(epoch, num_epochs)  # e * steps_per_epoch * T / (num_epochs * steps_per_epoch)
 
     @property
+    def only_freezes(self) -> bool:
+        """Whether no block trains again once it was frozen, so that its output can be kept."""
+        return all(before.boundary <= after.boundary for before, after in zip(self.stages, self.stages[1:]))
+
+    @property
     def planned(self) -> tuple[tuple[Stage, Stage], ...]:
         """For each stage that can be planned: what trains, and the stage at whose cut a prefix cache then stands."""
         return tuple((stage, stage) for stage in self.stages)
@@ -112,16 +124,10 @@ def make_schedule(name: str, num_blocks: int, num_stages: int, embeddings: str =
     Raises ValueError for an unknown name or policy, and what `partition.boundaries` raises.
     """
     b = boundaries(num_blocks, num_stages)
-    lowest = {
-        "shrinking": b[:-1],  # Eq. 3: P_t begins at b_{t-1}
-        "without-low-blocks": b[1:],  # Eq. 4: P_{t+1} begins at b_t, and b_T = L leaves the head alone
-        "growing": b[-2::-1],  # Eq. 5: P_{T-t+1} begins at b_{T-t}
-        "full": (0,) * num_stages,
-    }
-    if name not in lowest:
+    if name not in CALENDARS:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {name!r}")
     stages = (
         Stage(index, num_blocks, boundary, embeddings_train(embeddings, boundary))
-        for index, boundary in enumerate(lowest[name])
+        for index, boundary in enumerate(CALENDARS[name](b))
     )
     return Schedule(name, embeddings, tuple(stages))

@@ -118,8 +118,10 @@ def test_what_the_settings_know_of_a_schedule_is_so_for_every_division(num_block
     assert tuple(SCHEDULE_KINDS) == (*SCHEDULES, "adaptive")
     unfreezes = set()
     for name in SCHEDULES:
-        lowest = [stage.boundary for stage in make_schedule(name, num_blocks, num_stages).stages]
-        if lowest != sorted(lowest):
+        schedule = make_schedule(name, num_blocks, num_stages)
+        lowest = [stage.boundary for stage in schedule.stages]
+        assert schedule.only_freezes == (lowest == sorted(lowest))
+        if not schedule.only_freezes:
             unfreezes.add(name)
     assert unfreezes <= {name for name, kind in SCHEDULE_KINDS.items() if not kind.only_freezes} == {"growing"}
     assert num_blocks == 1 or num_stages == 1 or unfreezes == {"growing"}

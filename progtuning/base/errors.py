@@ -1,4 +1,4 @@
-"""The kinds of failure the program speaks of; `cli.py` turns each into one line and an exit status."""
+"""The kinds of failure the program speaks of; `cli/command.py` turns each into one line and an exit status."""
 
 
 class InputError(ValueError):

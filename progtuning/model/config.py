@@ -1,6 +1,6 @@
-"""Settings of the model (`BertConfig`, a Hugging Face config.json), the method (`PeftConfig`), the run (`TrainConfig`).
+"""The architecture of a model and its head: `BertConfig`, from a Hugging Face config.json.
 
-Small frozen dataclasses that check themselves; what they do not know, they refuse. The reader of config.json sorts its
+A small frozen dataclass that checks itself; what it does not know, it refuses. The reader of config.json sorts its
 keys in three: those that are the architecture, those that cannot change what the encoder computes (tokens, generation,
 book-keeping), and those that would change it unless they have one value. Keys that other libraries add are passed over,
 and named for the caller to say so (`passed_over`). Any other key is an error: a key that is passed over in silence may

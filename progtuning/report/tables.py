@@ -83,7 +83,7 @@ def tera(flops: int) -> str:
 
 
 def plan_table(document: dict) -> str:
-    """Return the document of `accounting.plan` as a table."""
+    """Return the document of `cost.plan.plan` as a table."""
     rows = [
         [
             stage["stage"],
@@ -113,7 +113,7 @@ def plan_table(document: dict) -> str:
 
 
 def paper_table(rows: Iterable[dict]) -> str:
-    """Return the rows of `accounting.paper_rows` as a table: millions of updated parameters, ours and the paper's."""
+    """Return the rows of `cost.paper.paper_rows` as a table: millions of updated parameters, ours and the paper's."""
     rows = list(rows)
     words = {True: "yes", False: "no", None: "not printed"}
     cells = [

@@ -97,7 +97,7 @@ class RunFolder:
     def save(self, trainer) -> None:
         """Write a checkpoint of `trainer` (a `train.Trainer` between two steps) and remove those that are too many.
 
-        Raises RunError where the disk refuses, and what `state.state_dict` raises;
+        Raises RunError where the disk refuses, and what `run.state.state_dict` raises;
         earlier checkpoints are left alone then.
         """
         if self.path is None or trainer.step == self._saved_step:

@@ -7,7 +7,7 @@ from fractions import Fraction
 from progtuning.base.errors import InputError
 from progtuning.settings.options import Options, option
 from progtuning.settings.peft import PeftConfig
-from progtuning.stages import EMBEDDING_POLICIES
+from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES, make_schedule
 
 DPS_MODES = ("off", "dense", "mix")
 PRECISIONS = ("fp32", "bf16")
@@ -61,10 +61,7 @@ class ScheduleKind:
 
 
 SCHEDULE_KINDS = {
-    "full": ScheduleKind(),
-    "shrinking": ScheduleKind(),
-    "growing": ScheduleKind(only_freezes=False),
-    "without-low-blocks": ScheduleKind(),
+    **{name: ScheduleKind(only_freezes=make_schedule(name, 2, 2).only_freezes) for name in SCHEDULES},
     "adaptive": ScheduleKind(stages_an_epoch=5, fewest_stages=3, prefix_drops_out=False),
 }
 

@@ -3,8 +3,8 @@
     N  examples, example i of n_i tokens    D  hidden_size    b  the cut: E and blocks 0 .. b-1 are frozen
 
 Frozen blocks without dropout give the same output for the same example. So it is kept, per example and unpadded, in one
-buffer of n_0 + ... + n_{N-1} rows of D elements, whose size is known before the run (`accounting.cache_bytes`). Beside
-it stands each example's level: how many blocks its entry has passed; 0 says that nothing is kept yet. Cuts 0, 4, 8:
+buffer of n_0 + ... + n_{N-1} rows of D elements, whose size is known before the run (`closed_form.cache_bytes`).
+Beside it stands each example's level: how many blocks its entry has passed; 0 says that nothing is kept. Cuts 0, 4, 8:
 
     stage 1   nothing is frozen, nothing is kept
     stage 2   an example's first use: E and blocks 0-3 run, and its level becomes 4;     every later use: read

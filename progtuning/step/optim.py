@@ -27,7 +27,7 @@ def learning_rate_schedule(
 ) -> LambdaLR:
     """Rise linearly from 0 over `warmup_steps` optimizer steps; then fall linearly to 0 at step `num_steps`, or stay.
 
-    `shape` is one of config.LR_SCHEDULES: "linear" falls, "constant" stays.
+    `shape` is one of settings.train.LR_SCHEDULES: "linear" falls, "constant" stays.
     """
 
     def factor(step: int) -> float:
