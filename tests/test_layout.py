@@ -137,3 +137,19 @@ def test_no_line_of_the_code_is_wider_than_120_columns():
         if len(line) > 120
     ]
     assert not wide, f"wider than 120 columns: {', '.join(wide)}"
+
+
+def test_the_front_door_has_every_name_of_the_readmes_loop_and_loads_no_torch_before_it_is_asked():
+    code = (
+        "import sys, progtuning\n"
+        "assert 'torch' not in sys.modules and set(progtuning.__all__) <= set(dir(progtuning))\n"
+        "from progtuning import make_schedule\n"
+        "assert 'torch' not in sys.modules\n"
+        "from progtuning import *\n"
+        "assert all(callable(globals()[name]) for name in progtuning.__all__)\n"
+        "assert not hasattr(progtuning, 'Engine')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    imported = re.search(r"^from progtuning import \(\n(.*?)\)$", readme, re.MULTILINE | re.DOTALL)[1]
+    assert sorted(imported.replace(",", " ").split()) == sorted(progtuning.__all__)

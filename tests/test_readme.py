@@ -1,8 +1,10 @@
-"""The README: its commands and its code run as they stand."""
+"""The README and the laboratory book: commands and code run as they stand, or are taken by their programs."""
 
+import argparse
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from tests.squad_files import write_squad
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BOOK = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -22,7 +25,7 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    return [line for block in blocks("sh") for line in block.splitlines()]
+    return [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
 
 
 def test_the_first_screen_has_the_two_commands_and_ci_runs_the_second_word_for_word():
@@ -85,9 +88,43 @@ def test_the_commands_run_in_order_as_they_stand(minilm, tmp_path, monkeypatch, 
     assert submission[0] == "index\tprediction" and [row.split("\t")[0] for row in submission[1:]] == ["0", "1", "2"]
 
 
-def test_every_module_named_in_the_readme_exists():
-    for name in re.findall(r"`([\w/]+\.py)`", README):
+def test_every_command_of_the_laboratory_book_is_taken_by_its_program(monkeypatch):
+    class Taken(BaseException):
+        pass
+
+    def parse_args(parser, args=None, namespace=None):
+        parse(parser, args, namespace)
+        raise Taken
+
+    parse = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    found = re.findall(r"`((?:python benchmarks/\w+\.py|progtuning \w+ -)[^`]*)`", BOOK)
+    assert len(found) >= 8
+    for command in found:
+        program, *arguments = shlex.split(command)
+        monkeypatch.setattr(sys, "argv", arguments)  # its first is the script, or the name of the command
+        with pytest.raises(Taken):
+            if program == "progtuning":
+                main(arguments)
+            runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+
+
+def test_every_module_picture_and_page_that_the_pages_name_exists():
+    for name in re.findall(r"[`\s](\w[\w/]*\.py)\b", README):
         assert (ROOT / "progtuning" / name).is_file() or (ROOT / name).is_file(), name
+    for page in (ROOT / "README.md", ROOT / "benchmarks" / "README.md"):
+        for name in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / name).is_file(), name
+    tree = re.search(r"^progtuning/\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[1]
+    folders = {path.parent.name for path in (ROOT / "progtuning").glob("*/__init__.py")}
+    assert folders | {"benchmarks", "tests"} == set(re.findall(r"^ *(\w+)/ ", tree, re.MULTILINE))
+
+
+def test_only_tables_pictures_and_the_two_commands_are_wider_than_120_columns():
+    for text, allowed in ((README, blocks("sh")[:2]), (BOOK, [])):
+        wide = [line for line in text.splitlines() if len(line) > 120 and line[:2] not in ("| ", "|-", "![")]
+        assert [line + "\n" for line in wide] == [line for line in allowed if len(line) > 121]
 
 
 @pytest.mark.parametrize("schedule", ["shrinking", "without-low-blocks", "growing", "full", "adaptive"])
