@@ -593,12 +593,13 @@ def test_plan_answers_in_under_three_seconds_without_torch_and_without_network()
 
 def test_paper_prints_every_row_and_says_which_disagree():
     status, out, _ = call("paper", "--json")
-    rows = json.loads(out)["rows"]
+    rows, cells = json.loads(out)["rows"], json.loads(out)["metrics"]
     keys = {"table", "row", "model", "task", "epochs", "ours", "paper", "agrees"}
     assert status == 0 and all(set(row) >= keys for row in rows)
     assert {row["row"] for row in rows if row["agrees"] is False} == {"Adapter + Progtuning"}
     status, out, _ = call("paper")
     assert status == 0 and "Adapter + Progtuning: " in out and "LoRA: the paper says BERT-base" in out
+    assert len(cells) == 140 and all(str(cell["paper"]) in out for cell in cells)
 
 
 def test_the_installed_command_and_python_m_are_the_same_program():

@@ -7,7 +7,7 @@ from progtuning.base.errors import InputError
 from progtuning.base.files import check_no_input, check_output_file, made_folder, write_text
 from progtuning.cli.options import train_config
 from progtuning.cli.streams import print_json, put_line, tell
-from progtuning.cost.paper import paper_rows
+from progtuning.cost.paper import metric_cells, paper_rows
 from progtuning.cost.plan import plan
 from progtuning.methods.schedules import build_schedule
 from progtuning.model.config import ARCHITECTURES, BertConfig, sequence_head
@@ -56,8 +56,13 @@ def architecture(name: str) -> BertConfig:
 
 
 def run_paper(args: argparse.Namespace) -> None:
-    rows = paper_rows()
-    print_json({"rows": rows}) if args.json else put_line(tables.paper_table(rows))
+    rows, cells = paper_rows(), metric_cells()
+    if args.json:
+        print_json({"rows": rows, "metrics": cells})
+        return
+    put_line(tables.paper_table(rows))
+    put_line("\nMetrics, as the paper alone prints them: no closed form gives them.\n")
+    put_line(tables.metric_tables(cells))
 
 
 def run_report(args: argparse.Namespace) -> None:

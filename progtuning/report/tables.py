@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 from progtuning.report.summary import Summary
 
@@ -124,6 +125,21 @@ def paper_table(rows: Iterable[dict]) -> str:
     notes = dict.fromkeys(f"{row['row']}: {row['note']}." for row in rows if "note" in row)
     header = ["where", "row", "model", "task", "epochs", "ours, M", "paper, M", "agrees"]
     return "\n".join([table(header, cells), *(["", *notes] if notes else [])])
+
+
+def metric_tables(cells: Iterable[dict]) -> str:
+    """Return the cells of `cost.paper.metric_cells` as the tables that they stand in: the paper's figures alone."""
+    parts = []
+    for name, of_table in groupby(cells, key=lambda cell: cell["table"]):
+        of_table = list(of_table)
+        rows = {
+            row: [cell["paper"] for cell in group] for row, group in groupby(of_table, key=lambda cell: cell["row"])
+        }
+        columns = dict.fromkeys(cell["task"] for cell in of_table)
+        notes = dict.fromkeys(f"{cell['row']}, {cell['task']}: {cell['note']}." for cell in of_table if "note" in cell)
+        printed = table([name, *columns], [[row, *figures] for row, figures in rows.items()])
+        parts.append("\n".join([printed, *(["", *notes] if notes else [])]))
+    return "\n\n".join(parts)
 
 
 def mebibytes(size: int) -> str:
