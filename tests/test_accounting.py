@@ -381,10 +381,10 @@ def test_paper_rows_give_the_figures_of_the_design_and_the_paper(key):
     assert [row["row"].endswith(" + Progtuning") for row in rows] == [False, True] * tasks
     assert [row["paper"] for row in rows] == [printed_plain, printed_progtuning] * tasks
     for row, figure in zip(rows, designed * tasks):
-        if figure is not None:  # its last digit, and for MNLI the 0.02 that a third class adds
+        if figure is not None:  # its last digit, and what a class more or less changes
             last_digit = 0.01 if round(figure, 1) != figure else 0.1
-            third_class = 0.02 if row["task"].startswith("MNLI") and name in ("Adapter", "BitFit") else 0
-            assert row["ours"] == pytest.approx(figure, abs=0.55 * last_digit + third_class)
+            classes = 0.02 if row["task"] in ("MNLI-m", "MNLI-mm", "STS-B") and name in ("Adapter", "BitFit") else 0
+            assert row["ours"] == pytest.approx(figure, abs=0.55 * last_digit + classes)
 
 
 def test_every_paper_row_agrees_but_adapter_with_progtuning_which_says_why():

@@ -4,12 +4,12 @@ import ast
 from dataclasses import replace
 from pathlib import Path
 
-import progtuning.model.bert
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import progtuning.model.bert
 from progtuning.model.bert import ACTIVATIONS, build_model
 from progtuning.model.config import BertConfig
 from tests.models import TINY, tiny_batch, tiny_model
