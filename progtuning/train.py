@@ -56,9 +56,9 @@ class Trainer:
     ledger: "Ledger"
     progress: "Progress"
     epochs: int  # T
-    precision: str = "fp32"  # or "bf16", autocast
-    max_grad_norm: float = 1.0  # 0: no clipping
-    seed: int = 0  # of dropout
+    precision: str  # "fp32", or "bf16": autocast
+    max_grad_norm: float  # 0: no clipping
+    seed: int  # of dropout
     epoch: int = 0
     batch: int = 0
 

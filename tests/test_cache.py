@@ -305,6 +305,19 @@ def test_a_cache_above_the_limit_is_refused_with_its_size_and_one_at_the_limit_i
         trainer(cache="memory")
 
 
+def test_a_cache_that_nobody_shares_is_held_to_its_limit_once_and_one_of_two_twice():
+    assert PrefixCache([3, 5], 16, limit=8 * 16 * 4).num_tokens == 8
+    with pytest.raises(InputError):
+        PrefixCache([3, 5], 16, limit=8 * 16 * 4, num_sharing=2)
+
+
+def test_a_batch_lacks_only_what_is_to_be_kept_and_has_not_passed_the_cut():
+    with PrefixCache([3, 5], 4, kept=np.array([True, False])) as cache:
+        assert cache.lacks([0, 1], 2)
+        cache.fetch([0, 1], 2, 5, torch.device("cpu"), lambda chosen, level, x: torch.zeros(2, 5, 4))
+        assert not cache.lacks([0, 1], 2) and cache.lacks([0, 1], 3) and not cache.lacks([1], 3)
+
+
 def test_what_is_free_is_read_from_the_system(tmp_path):
     assert free_disk(tmp_path) == pytest.approx(os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize, rel=0.05)
     if sys.platform == "linux":

@@ -49,6 +49,16 @@ def stage_from(boundary: int, embeddings: bool = False) -> Stage:
     return Stage(index=0, num_blocks=4, boundary=boundary, embeddings=embeddings)
 
 
+def test_the_prefix_drops_out_unless_it_is_told_not_to():
+    for options, drops_out in (({}, True), ({"prefix_dropout": False}, False)):
+        engine = StageEngine(tiny_model(), **options)
+        engine.enter(stage_from(2))
+        engine.train()
+        prefix = (engine.model.embeddings, *engine.model.encoder.layer[:2])
+        assert all(module.training == drops_out for part in prefix for module in part.modules())
+        assert all(module.training for part in engine.model.encoder.layer[2:] for module in part.modules())
+
+
 def test_every_parameter_sits_in_one_unit():
     names = [name for name, _ in tiny_model().named_parameters()]
     by_unit = {}

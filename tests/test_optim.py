@@ -28,6 +28,12 @@ def test_frozen_parameters_are_in_no_group():
     assert parameter_groups(model, 0.1) == [{"params": [model.classifier.bias], "weight_decay": 0.0}]
 
 
+def test_the_kernel_is_fused_and_the_decay_is_that_of_adamw_unless_given():
+    optimizer = build_optimizer(tiny_model(), lr=1e-3)
+    assert optimizer.defaults["fused"] is True
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
+
+
 @pytest.mark.parametrize("epsilon", [{}, {"epsilon": 1e-1}])
 def test_the_step_is_torchs_adamw(epsilon):
     models = [tiny_model(), tiny_model()]

@@ -1,6 +1,7 @@
 """Eq. 3 to 5: what trains in each stage, and when a stage begins."""
 
 import doctest
+from dataclasses import FrozenInstanceError
 
 import pytest
 from hypothesis import given, settings
@@ -125,3 +126,12 @@ def test_what_the_settings_know_of_a_schedule_is_so_for_every_division(num_block
             unfreezes.add(name)
     assert unfreezes <= {name for name, kind in SCHEDULE_KINDS.items() if not kind.only_freezes} == {"growing"}
     assert num_blocks == 1 or num_stages == 1 or unfreezes == {"growing"}
+
+
+def test_a_calendar_decides_by_nothing_keeps_nothing_and_a_stage_does_not_change():
+    schedule = make_schedule("shrinking", 4, 2)
+    assert schedule.sums_gradients is False and schedule.state_bytes(["a", "b"]) == 0
+    assert schedule.summary() == schedule.state_dict() == {}
+    for frozen, name in ((schedule.stages[0], "boundary"), (schedule, "name")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(frozen, name, 1)

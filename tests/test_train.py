@@ -1,6 +1,7 @@
 """The training loop: Algorithm 1 runs as written, learns, and accounts for what it did."""
 
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 
@@ -79,6 +80,29 @@ def test_a_run_is_a_pure_function_of_its_seed():
     first, again, other = (weights(run.engine.model) for run in runs)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_log_counts_epochs_and_stages_from_1_and_each_end_of_a_stage_is_told():
+    log, ends = [], []
+    run = trainer(log=log.append, schedule="shrinking")  # 5 steps an epoch, a row every 10 and at the end
+    run.fit(after_step=lambda stage_ends: ends.append((run.step, stage_ends)))
+    assert [(row["step"], row["epoch"], row["stage"]) for row in log] == [(10, 2, 2), (15, 3, 3)]
+    between = [(step, False) for step in range(1, 15)]
+    assert sorted(ends) == sorted([*between, (5, True), (10, True), (15, True)])
+
+
+def test_gradients_are_summed_over_processes_after_the_last_piece_alone_and_their_bytes_are_added_up():
+    run, told = trainer(accumulation_steps=3), []
+
+    @contextmanager
+    def reducing(last):
+        told.append(last)
+        yield
+
+    run.replica.reducing, run.replica.take_bytes = reducing, lambda: 7
+    run.fit()
+    assert told == [False, False, True] * run.num_steps
+    assert [stage.allreduced_bytes for stage in run.ledger.account()["stages"]] == [7 * 5] * 3
 
 
 @pytest.mark.parametrize("pieces", [2, 3, 8])
