@@ -6,7 +6,7 @@
     boundary          lowest active block; the blocks below it are frozen; L where the head trains alone
     E                 embeddings: whether they train is a policy of its own (see `embeddings_train`)
 
-Fixed schedules, for parts P_1 .. P_T of `partition.parts`:
+Fixed schedules, for parts P_1 .. P_T of `partition.parts`, each stage with the same share of the optimizer steps:
 
     shrinking           S_t = P_t .. P_T           Eq. 3, Progtuning: high blocks train in more stages than low ones
     without-low-blocks  S_t = P_{t+1} .. P_T       Eq. 4, ablation: the last stage is the head alone
@@ -14,8 +14,10 @@ Fixed schedules, for parts P_1 .. P_T of `partition.parts`:
     full                S_t = P_1 .. P_T           plain fine-tuning, the baseline, by the same code
 """
 
-from collections.abc import Callable, Collection, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from progtuning.partition import boundaries
 
@@ -58,26 +60,27 @@ class Stage:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The T stages of a run, and the map from optimizer step or epoch to stage. Build one with `make_schedule`.
+    """The T stages of a run, and the map from optimizer step or epoch to stage.
 
-    A schedule is asked for its stage, and answers for itself what else a run has to know of it. This one is a calendar:
-    it looks at nothing and has no state. One that decides while it trains has the same methods.
+    A schedule answers for itself what a run has to know of it. This one is a calendar: it looks at nothing and has no
+    state. One that decides while it trains has the same methods.
     """
 
     name: str
     embeddings: str
     stages: tuple[Stage, ...]
+    shares: tuple[int, ...]  # of the optimizer steps that each stage has, in parts of their sum
     sums_gradients = False  # whether it keeps a sum of each block's gradients, to decide by
 
     def at_step(self, step: int, num_steps: int) -> Stage:
-        """Return the stage of 0-based optimizer step `step` out of `num_steps`: stage floor(step * T / num_steps).
+        """Return the stage of 0-based step `step` out of `num_steps`; of equal shares floor(step * T / num_steps).
 
-        Where T divides the number of epochs, stages change exactly where epochs do.
-        Raises ValueError where the step lies outside 0 .. num_steps - 1.
+        Where T divides the number of epochs, these change exactly where epochs do. Raises ValueError for other steps.
         """
         if not 0 <= step < num_steps:
             raise ValueError(f"step must be in 0..{num_steps - 1}, got {step}")
-        return self.stages[step * len(self.stages) // num_steps]
+        ends = list(accumulate(self.shares))
+        return self.stages[bisect_right(ends, step * ends[-1] // num_steps)]
 
     def at_epoch(self, epoch: int, num_epochs: int) -> Stage:
         """Return the stage in which 0-based epoch `epoch` out of `num_epochs` begins."""
@@ -123,11 +126,21 @@ def make_schedule(name: str, num_blocks: int, num_stages: int, embeddings: str =
 
     Raises ValueError for an unknown name or policy, and what `partition.boundaries` raises.
     """
-    b = boundaries(num_blocks, num_stages)
     if name not in CALENDARS:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {name!r}")
-    stages = (
-        Stage(index, num_blocks, boundary, embeddings_train(embeddings, boundary))
-        for index, boundary in enumerate(CALENDARS[name](b))
-    )
-    return Schedule(name, embeddings, tuple(stages))
+    lowest = CALENDARS[name](boundaries(num_blocks, num_stages))
+    return make_calendar(name, [(boundary, 1) for boundary in lowest], num_blocks, embeddings)
+
+
+def make_calendar(
+    name: str, calendar: Sequence[tuple[int, int]], num_blocks: int, embeddings: str = "with-block-1"
+) -> Schedule:
+    """Build a schedule of any stages: for each its lowest active block and its share of the steps, parts of their sum.
+
+    Raises ValueError where a boundary is not in 0 .. L or a share not more than 0, and for an unknown policy.
+    """
+    for boundary, share in calendar:
+        if not 0 <= boundary <= num_blocks or share <= 0:
+            raise ValueError(f"a stage must freeze 0..{num_blocks} blocks for a share above 0, got {boundary}:{share}")
+    stages = (Stage(i, num_blocks, b, embeddings_train(embeddings, b)) for i, (b, _) in enumerate(calendar))
+    return Schedule(name, embeddings, tuple(stages), tuple(share for _, share in calendar))

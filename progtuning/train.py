@@ -16,6 +16,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,28 +35,23 @@ if TYPE_CHECKING:  # what the loop is given, it does not import
     from progtuning.step.processes import Replica
     from progtuning.step.progress import Progress
 
-Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # outputs, labels, mask of real tokens -> mean of a piece, ()
-
 
 @dataclass
 class Trainer:
-    """The parts of a run, and where it is: `epoch` epochs and `batch` batches of the next are done.
-
-    The parameters that are to train have been selected already (requires_grad), before the engine was built.
-    """
+    """The parts of a run, and where it is: `epoch` epochs and `batch` batches of the next are done."""
 
     schedule: Schedule
     engine: StageEngine
     loader: Loader
     replica: "Replica"
-    loss: Loss
+    loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # outputs, labels, mask of real tokens -> a mean, ()
     optimizer: torch.optim.Optimizer
     lr_schedule: torch.optim.lr_scheduler.LRScheduler
     masks: "NoMasks"
     guard: "Guard"
     ledger: "Ledger"
     progress: "Progress"
-    epochs: int  # T
+    num_steps: int  # of T epochs, or as many as a budget pays
     precision: str  # "fp32", or "bf16": autocast
     max_grad_norm: float  # 0: no clipping
     seed: int  # of dropout
@@ -68,8 +64,8 @@ class Trainer:
         return self.epoch * len(self.loader) + self.batch
 
     @property
-    def num_steps(self) -> int:
-        return self.epochs * len(self.loader)
+    def epochs(self) -> int:  # T; the last may be a part of one
+        return math.ceil(self.num_steps / len(self.loader))
 
     def fit(
         self,
@@ -88,7 +84,7 @@ class Trainer:
         with self.progress.bar(self.step, self.num_steps):
             for epoch in range(self.epoch, self.epochs):  # 9: for i = 1 to T do
                 self.engine.train()
-                for pieces in self.loader.epoch(epoch, start=self.batch):
+                for pieces in islice(self.loader.epoch(epoch, self.batch), self.num_steps - self.step):
                     stage = self.schedule.at_step(self.step, self.num_steps)
                     if stage != self.engine.stage:
                         if self.ledger.costs:
@@ -98,13 +94,13 @@ class Trainer:
                     self.batch += 1
                     if self.progress.is_due(self.step, self.num_steps):
                         self.guard.check()
-                        lr = self.optimizer.param_groups[0]["lr"]
-                        self.progress.write(self.step, epoch + 1, stage.index + 1, lr)
+                        self.progress.write(self.step, epoch + 1, stage.index + 1, self.optimizer.param_groups[0]["lr"])
                     after_step(self.step == self.num_steps)
                 self.ledger.measure_peak()
                 self.guard.check()
                 after_epoch(epoch)
-                self.epoch, self.batch = epoch + 1, 0  # 11: end for
+                if self.batch == len(self.loader):
+                    self.epoch, self.batch = epoch + 1, 0  # 11: end for
 
     def enter(self, stage: Stage) -> None:
         """Begin a stage: what trains, what the optimizer holds, where the graph is cut; and its account."""

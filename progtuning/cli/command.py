@@ -121,7 +121,9 @@ def build_parser() -> Parser:
     plan_command.add_argument("--labels", type=int, default=2, help="classes; 1 is regression (%(default)s)")
     heads = [name for name in HEADS if name != "regression"]
     plan_command.add_argument("--head", default="classification", choices=heads)
-    planned = ("schedule", "stages", "embeddings", "epochs", "batch_size", "cache_dtype")
+    rows = "training rows, all of --length, for the cost of a whole run (%(default)s)"
+    plan_command.add_argument("--rows", type=int, default=10_000, help=rows)
+    planned = "schedule stages calendar budget embeddings epochs batch_size cache cache_dtype".split()
     add_options(plan_command, TrainConfig, only=planned)
     add_options(plan_command, PeftConfig)
     plan_command.add_argument("--json", action="store_true", help="print JSON")

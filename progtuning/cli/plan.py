@@ -7,8 +7,9 @@ from progtuning.base.errors import InputError
 from progtuning.base.files import check_no_input, check_output_file, made_folder, write_text
 from progtuning.cli.options import train_config
 from progtuning.cli.streams import print_json, put_line, tell
+from progtuning.cost.budget import even_forecast
 from progtuning.cost.paper import metric_cells, paper_rows
-from progtuning.cost.plan import plan
+from progtuning.cost.plan import plan, plan_calendars, plan_run
 from progtuning.methods.schedules import build_schedule
 from progtuning.model.config import ARCHITECTURES, BertConfig, sequence_head
 from progtuning.report import pages, tables
@@ -34,6 +35,15 @@ def run_plan(args: argparse.Namespace) -> None:
         args.model,
         cache_dtype=settings.cache_dtype,
     )
+    if not 1 <= args.rows <= 10_000_000:
+        raise InputError(f"--rows must be in 1..10000000, got {args.rows}")
+    if settings.kind.is_planned:
+        of_rows = (config, args.rows, settings.batch_size, length, settings.peft, settings.cache != "off")
+        forecast = even_forecast(*of_rows)
+        document["run"] = {"rows": args.rows} | plan_run(forecast, schedule, settings.epochs, settings.budget)
+        if settings.budget is not None:
+            calendars = plan_calendars(forecast, settings.epochs, settings.budget, settings.embeddings)
+            document["calendars"] = calendars
     print_json(document) if args.json else put_line(tables.plan_table(document))
 
 

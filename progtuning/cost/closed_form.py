@@ -190,9 +190,10 @@ def trainable_parameters(config: BertConfig, stage: Stage, peft: PeftConfig = PL
 
 
 def updated_parameters(config: BertConfig, schedule: Schedule, num_epochs: int, peft: PeftConfig = PLAIN) -> int:
-    """Return the updated parameters (Section 4.1) of a run: each of the T stages counts for num_epochs / T epochs.
+    """Return the updated parameters (Section 4.1) of a run: a stage counts for its share of the epochs, of equal ones
+    for num_epochs / T.
 
-    Rounded to the nearest integer where T does not divide num_epochs.
+    Rounded to the nearest integer where that is not whole.
     """
     return sum(planned_updates(units(config, peft), schedule, num_epochs))
 
@@ -216,8 +217,9 @@ def updated_by_stage(stages: Iterable[tuple[int, Fraction]]) -> list[int]:
 
 def planned_updates(model: Units, schedule: Schedule, num_epochs: int) -> list[int]:
     check_number("--epochs", num_epochs, int, low=1)
-    epochs = Fraction(num_epochs, len(schedule.stages))
-    return updated_by_stage((model.during(stage).num_trainable, epochs) for stage in schedule.stages)
+    epochs = (Fraction(num_epochs * share, sum(schedule.shares)) for share in schedule.shares)
+    stages = zip(schedule.planned, epochs, strict=True)
+    return updated_by_stage((model.during(stage).num_trainable, length) for (stage, _), length in stages)
 
 
 # FLOPs

@@ -1,7 +1,9 @@
 """The document of `progtuning plan`: what every stage of a run will cost, without weights."""
 
 from fractions import Fraction
+from itertools import product
 
+from progtuning.cost.budget import Forecast
 from progtuning.cost.closed_form import (
     PLAIN,
     backward_flops,
@@ -14,7 +16,7 @@ from progtuning.cost.closed_form import (
 )
 from progtuning.model.config import BertConfig, sequence_head
 from progtuning.settings.peft import PeftConfig
-from progtuning.stages import Schedule, make_schedule
+from progtuning.stages import SCHEDULES, Schedule, make_schedule
 
 # Documents
 
@@ -45,10 +47,10 @@ def plan(
     full_updated = sum(planned_updates(model, full, num_epochs))
     full_backward = backward_flops(config, full.stages[0], peft, batch, length)
     updated = planned_updates(model, schedule, num_epochs)
-    epochs = Fraction(num_epochs, len(schedule.stages))
     stages = []
     num_tokens = batch * length if tokens is None else tokens
-    for (stage, kept), stage_updated in zip(schedule.planned, updated):
+    for (stage, kept), share, stage_updated in zip(schedule.planned, schedule.shares, updated):
+        epochs = Fraction(num_epochs * share, sum(schedule.shares))
         active = model.during(stage)
         trace = run_trace(config, active, peft, batch, length)
         forward, backward = trace.flops
@@ -75,5 +77,40 @@ def plan(
         "updated_parameters": sum(updated),
         "updated_parameters_full": full_updated,
         "updated_share_of_full": sum(updated) / full_updated,
-        "backward_share_of_full": sum(stage["share_of_full"] for stage in stages) / len(stages),
+        "backward_share_of_full": sum(stage["share_of_full"] * share for stage, share in zip(stages, schedule.shares))
+        / sum(schedule.shares),
     }
+
+
+def plan_run(forecast: Forecast, schedule: Schedule, num_epochs: int, budget: float | None = None) -> dict:
+    """Return what a whole run costs: of `num_epochs` epochs, or of as many steps as `budget` pays."""
+    full = forecast.full(num_epochs)
+    steps = num_epochs * forecast.steps_per_epoch
+    steps = steps if budget is None else forecast.num_steps(schedule, budget, num_epochs)
+    flops = forecast.flops(schedule, steps)
+    return {
+        "steps": steps,
+        "epochs": steps / forecast.steps_per_epoch,
+        "flops": flops,
+        "flops_full": full,
+        "flops_share_of_full": flops / full,
+    }
+
+
+def plan_calendars(forecast: Forecast, num_epochs: int, budget: float, embeddings: str) -> list[dict]:
+    """Return for each named schedule, of T = 1, 2, 3, 4 and L stages, what share of full fine-tuning `num_epochs`
+    epochs cost, whether that is within `budget`, and how many steps it pays.
+
+    Of "full" T is 1. With the cache of the forecast, schedules that unfreeze are left out.
+    """
+    num_blocks, rows = forecast.config.num_hidden_layers, []
+    for name, num_stages in product(SCHEDULES, sorted({1, 2, 3, 4, num_blocks})):
+        schedule = make_schedule(name, num_blocks, num_stages, embeddings)
+        caching = forecast.keeper is not None and not schedule.only_freezes
+        if caching or (name == "full" and num_stages > 1) or num_stages > num_blocks:
+            continue
+        share = plan_run(forecast, schedule, num_epochs)["flops_share_of_full"]
+        paid = plan_run(forecast, schedule, num_epochs, budget)
+        row = {"schedule": name, "num_stages": num_stages, "share_of_full": share, "within_budget": share <= budget}
+        rows.append(row | {key: paid[key] for key in ("steps", "epochs", "flops_share_of_full")})
+    return rows

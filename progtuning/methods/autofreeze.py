@@ -53,6 +53,11 @@ class AdaptiveSchedule:
         self._enter(0)
 
     @property
+    def shares(self) -> tuple[int, ...]:
+        """Of the steps, as far as can be planned: all are the first stage's."""
+        return (1,)
+
+    @property
     def planned(self) -> tuple[tuple[Stage, Stage], ...]:
         """The most that it can cost: its first stage throughout, the cache at the furthest, which trains B_L and H."""
         boundary = self.num_blocks - 1

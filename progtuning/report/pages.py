@@ -14,12 +14,16 @@ def card(summary: Summary) -> str:
     settings = summary.settings
     tokens = settings.get("batch_tokens")
     batch = settings["batch_size"] if tokens is None else f"of {tokens:,} tokens"
+    length = f"{settings['epochs']} epochs"
+    if budget := settings.get("budget"):
+        steps = sum(stage.steps + stage.skipped_steps for stage in summary.stages)
+        length = f"{steps:,} steps, {budget:g} of the FLOPs of full fine-tuning for {length}"
     metrics = [[name, f"{value:.4f}"] for name, value in summary.metrics.items()]
     return "\n".join(
         [
             f"# {summary.model} fine-tuned on {summary.task}",
             "",
-            f"Schedule {settings['schedule']} in {len(summary.stages)} stages over {settings['epochs']} epochs, "
+            f"Schedule {summary.schedule} in {len(summary.stages)} stages over {length}, "
             f"embeddings {settings['embeddings']}, {summary.train_rows:,} training rows, batch {batch}, "
             f"learning rate {settings['lr']:g} ({settings['lr_schedule']}), seed {settings['seed']}, "
             f"{settings['precision']}, "
@@ -49,7 +53,7 @@ def compare(runs: Sequence[tuple[str, Summary]], path: Path) -> str:
         [
             title,
             run.task,
-            run.settings["schedule"],
+            run.schedule,
             run.settings["peft"]["method"],
             *(f"{run.metrics[name]:.4f}" if name in run.metrics else None for name in names),
             millions(run.updated_parameters),

@@ -89,6 +89,11 @@ class Summary:
     def flops(self) -> int:
         return self.forward_flops + self.backward_flops
 
+    @property
+    def schedule(self) -> str:
+        """The name of the schedule, or the calendar."""
+        return self.settings.get("calendar") or self.settings["schedule"]
+
     def seconds(self, phase: str) -> float:
         return sum(stage.seconds.get(phase, 0.0) for stage in self.stages)
 

@@ -60,7 +60,7 @@ def comparison_table(full: Summary, other: Summary) -> str:
         *((f"{phase}, s", lambda run, p=phase: run.seconds(p), "{:.1f}".format) for phase in PHASES),
     ):
         rows.append([name, text(count(full)), text(count(other)), f"{count(other) / count(full):.2f}"])
-    return table(["", full.settings["schedule"], other.settings["schedule"], "ratio"], rows)
+    return table(["", full.schedule, other.schedule, "ratio"], rows)
 
 
 def savings_table(full: Summary, other: Summary) -> str:
@@ -110,7 +110,25 @@ def plan_table(document: dict) -> str:
         lines.append(
             f"Gradient sums: {mebibytes(sums)} MiB. adaptive decides while it trains: this is the most it costs."
         )
-    return "\n".join([table(header, rows), "", *lines])
+    if run := document.get("run"):
+        steps = f"{run['steps']:,} steps, {run['epochs']:.2f} epochs of {run['rows']:,} rows"
+        share = f"{run['flops_share_of_full']:.3f} of full fine-tuning ({tera(run['flops_full'])} TFLOP)"
+        lines.append(f"The run: {steps}; {tera(run['flops'])} TFLOP, {share}.")
+    parts = ["\n".join([table(header, rows), "", *lines])]
+    if calendars := document.get("calendars"):
+        parts.append(calendars_table(calendars))
+    return "\n\n".join(parts)
+
+
+def calendars_table(calendars: Iterable[dict]) -> str:
+    """Return the rows of `cost.plan.plan_calendars` as a table."""
+    rows = [
+        [row["schedule"], row["num_stages"], f"{row['share_of_full']:.3f}", "yes" if row["within_budget"] else "no"]
+        + [f"{row['steps']:,}", f"{row['epochs']:.2f}", f"{row['flops_share_of_full']:.4f}"]
+        for row in calendars
+    ]
+    header = ["schedule", "stages", "all epochs, of full", "within the budget", "steps that it pays", "epochs"]
+    return table([*header, "their FLOPs, of full"], rows)
 
 
 def paper_table(rows: Iterable[dict]) -> str:

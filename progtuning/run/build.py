@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from progtuning.base.errors import InputError
+from progtuning.cost.budget import Forecast, Piece
 from progtuning.data.batching import EncodedRows
 from progtuning.engine import StageEngine
 from progtuning.methods.autofreeze import AdaptiveSchedule
@@ -13,6 +14,7 @@ from progtuning.methods.dps import DPS
 from progtuning.methods.schedules import build_schedule
 from progtuning.model import heads
 from progtuning.model.bert import Model
+from progtuning.model.config import BertConfig
 from progtuning.settings.train import TrainConfig
 from progtuning.speed.cache import CachedEngine, PrefixCache
 from progtuning.speed.kernels import compile_blocks
@@ -47,6 +49,8 @@ def build_trainer(
     schedule = build_schedule(settings, model.num_blocks)
     loader = Loader(data, make_batches(data.lengths, settings), device, world, settings.accumulation_steps)
     num_steps = settings.epochs * len(loader)
+    if settings.budget is not None:
+        num_steps = forecast(model.config, loader, settings).num_steps(schedule, settings.budget, settings.epochs)
     optimizer = build_optimizer(model, settings.lr, settings.weight_decay, settings.adam_epsilon)
     # The first step of a warm-up has the learning rate 0: a run of one step would train nothing.
     warmup_steps = math.ceil(settings.warmup * num_steps) if num_steps > 1 else 0
@@ -76,11 +80,30 @@ def build_trainer(
         guard=guard,
         ledger=ledger,
         progress=progress,
-        epochs=settings.epochs,
+        num_steps=num_steps,
         precision=settings.precision,
         max_grad_norm=settings.max_grad_norm,
         seed=world.seed(settings.seed),
     )
+
+
+def forecast(config: BertConfig, loader: Loader, settings: TrainConfig) -> Forecast:
+    """Return what the run's batches will cost, those of all its processes together."""
+    lengths, size = loader.batches.lengths, loader.world.size
+    ranks = [World(rank, size) for rank in range(size)]
+
+    def batches(epoch: int) -> list[list[Piece]]:
+        return [
+            [
+                Piece(rank.rank, rows, int(lengths[rows].max()))
+                for rank in ranks
+                for rows, _ in rank.pieces(batch, loader.pieces)
+            ]
+            for batch in loader.batches.epoch(epoch)
+        ]
+
+    keeper = None if settings.cache == "off" else [row % size for row in range(len(lengths))]
+    return Forecast(config, settings.peft, batches, len(loader), keeper)
 
 
 def build_engine(
@@ -100,8 +123,8 @@ def build_engine(
         return plain
     if not any(plain.cut_of(kept) for _, kept in schedule.planned):
         raise InputError(
-            f"--cache {settings.cache} has nothing to keep: under --schedule {settings.schedule}, --embeddings "
-            f"{settings.embeddings} and {settings.num_stages} stages no block is ever frozen below all that trains"
+            f"--cache {settings.cache} has nothing to keep: under {settings.named_schedule}, --embeddings "
+            f"{settings.embeddings} and {len(schedule.planned)} stages no block is ever frozen below all that trains"
         )
     cache = PrefixCache(
         data.lengths,

@@ -86,6 +86,9 @@ def fine_tune(
         model, loaded = load_model(folder, config, settings.seed)
         apply_peft(model, settings.peft, settings.seed)
         trainer = build_trainer(model, train_rows, settings, device, world=world)
+    if settings.budget is not None:
+        epochs = trainer.num_steps / len(trainer.loader)
+        say(f"The budget of {settings.budget:g} pays {trainer.num_steps:,} steps, {epochs:.2f} epochs.")
     cache = trainer.ledger.cache
     if cache:
         tokens, size = cache.num_tokens, cache.nbytes
@@ -106,7 +109,7 @@ def fine_tune(
         trainer.progress.log = run.log
 
         def measure(epoch: int) -> None:
-            if settings.evaluate == "epoch" or epoch == settings.epochs - 1:
+            if settings.evaluate == "epoch" or epoch == trainer.epochs - 1:
                 # To evaluate again changes nothing; but several processes stop between two steps, where they agree to.
                 with signals.held(world.size > 1):
                     values = measure_splits(

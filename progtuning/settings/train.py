@@ -1,5 +1,6 @@
 """How a run trains, and when it is saved: its options, one line each. No torch."""
 
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -58,11 +59,12 @@ class ScheduleKind:
     fewest_stages: int = 1
     only_freezes: bool = True  # no block trains again once it was frozen: so its output can be kept
     prefix_drops_out: bool = True
+    is_planned: bool = True  # what trains in which step is known before the run
 
 
 SCHEDULE_KINDS = {
     **{name: ScheduleKind(only_freezes=make_schedule(name, 2, 2).only_freezes) for name in SCHEDULES},
-    "adaptive": ScheduleKind(stages_an_epoch=5, fewest_stages=3, prefix_drops_out=False),
+    "adaptive": ScheduleKind(stages_an_epoch=5, fewest_stages=3, prefix_drops_out=False, is_planned=False),
 }
 
 
@@ -73,6 +75,12 @@ class TrainConfig(Options):
     schedule: str = option("shrinking", "{choices}", choices=tuple(SCHEDULE_KINDS))
     stages: int | None = option(  # T
         None, "stages (one an epoch); of adaptive, intervals (five an epoch)", at_least=1, at_most=100_000
+    )
+    calendar: str | None = option(
+        None, "instead of a schedule, blocks frozen, or with their shares of the steps: 4, or 0:2,4:1,8:1"
+    )
+    budget: float | None = option(
+        None, "as many steps as cost this share of full fine-tuning's FLOPs over --epochs", at_least=1e-9, at_most=1e6
     )
     freeze_percentile: float = option(
         50.0, "of the scores of adaptive: lower ones freeze, from below", at_least=0, at_most=100
@@ -120,6 +128,7 @@ class TrainConfig(Options):
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_calendar()
         self._check_cache()
         if self.unpadded and (self.precision != "bf16" or self.compile):
             raise InputError("--unpadded needs --precision bf16, and does not go with --compile")
@@ -134,6 +143,18 @@ class TrainConfig(Options):
         if self.dps.mode != "off" and self.peft.method != "none":
             raise InputError(f"--dps masks weights that --peft {self.peft.method} freezes: give --peft none with it")
 
+    def _check_calendar(self) -> None:
+        if self.calendar is not None:
+            parse_calendar(self.calendar)
+            if self.schedule != TrainConfig.schedule or self.stages is not None:
+                raise InputError("--calendar takes the place of --schedule and --stages: leave them out")
+        if self.budget is not None and not self.kind.is_planned:
+            raise InputError(
+                f"--budget needs to know the steps before the run, and --schedule {self.schedule} decides in it"
+            )
+        if self.budget is not None and self.batch_tokens is not None:
+            raise InputError("--budget counts the steps of batches of --batch-size: leave out --batch-tokens")
+
     def _check_cache(self) -> None:
         if self.prefix_dropout and self.cache != "off":
             raise InputError(
@@ -142,11 +163,19 @@ class TrainConfig(Options):
             )
         if not self.kind.only_freezes and self.cache != "off":
             kept = "keeps the output of blocks that stay frozen"
-            raise InputError(f"--cache {self.cache} {kept}, and --schedule {self.schedule} unfreezes")
+            raise InputError(f"--cache {self.cache} {kept}, and {self.named_schedule} unfreezes")
 
     @property
     def kind(self) -> ScheduleKind:
+        if self.calendar is not None:
+            frozen = [blocks for blocks, _ in parse_calendar(self.calendar)]
+            return ScheduleKind(only_freezes=frozen == sorted(frozen))
         return SCHEDULE_KINDS[self.schedule]
+
+    @property
+    def named_schedule(self) -> str:
+        """The option that says which schedule a run has."""
+        return f"--schedule {self.schedule}" if self.calendar is None else f"--calendar {self.calendar}"
 
     @property
     def drops_out_prefix(self) -> bool:
@@ -160,6 +189,26 @@ class TrainConfig(Options):
         if self.stages is not None:
             return self.stages
         return self.kind.stages_an_epoch * self.epochs
+
+
+def parse_calendar(text: str) -> list[tuple[int, int]]:
+    """Return (frozen blocks, share of the optimizer steps) of each stage of a calendar. Raises InputError.
+
+    >>> parse_calendar("4"), parse_calendar("0:0.5,8:1")
+    ([(4, 1)], [(0, 1), (8, 2)])
+    """
+    stages = [
+        re.fullmatch(r"(\d{1,4})(?::(\d{1,9}(?:\.\d{1,9})?))?", part.strip(), re.ASCII) for part in text.split(",")
+    ]
+    if not all(stages) or len(stages) > 1 and not all(stage[2] for stage in stages):
+        raise InputError(
+            f"--calendar must be frozen blocks (4), or pairs of them and a share (0:2,4:1,8:1), got {text!r}"
+        )
+    shares = [Fraction(stage[2] or 1) for stage in stages]
+    if not all(shares):
+        raise InputError(f"--calendar must give each stage a share above 0, got {text!r}")
+    common = math.lcm(*(share.denominator for share in shares))
+    return [(int(stage[1]), int(share * common)) for stage, share in zip(stages, shares)]
 
 
 def parse_size(option: str, text: str) -> int:

@@ -1,0 +1,127 @@
+"""How many optimizer steps a budget pays: the FLOPs of a run before it is made, as `step/ledger.py` counts them.
+
+    C(N)    FLOPs of a run of N optimizer steps: forward and backward, less what a prefix cache spares
+    C_full  FLOPs of full fine-tuning by the same method, over the epochs asked for, of the same batches
+    N(b)    the steps that budget b pays: the most with C(N) <= b * C_full
+
+Stages and the learning-rate line divide exactly those steps, so that C(N) is within a step of the budget.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+from progtuning.base.errors import InputError
+from progtuning.cost.closed_form import PLAIN, Units, prefix_flops, step_flops, units
+from progtuning.model.config import BertConfig
+from progtuning.settings.peft import PeftConfig
+from progtuning.stages import Schedule, Stage, make_schedule
+
+
+class Piece(NamedTuple):
+    """What one process takes at once of a batch."""
+
+    process: int
+    rows: Sequence[int]
+    length: int  # tokens of the longest row, to which the others are padded
+
+
+@dataclass
+class Forecast:
+    """The batches of a run, and what they cost under a schedule.
+
+    `batches(epoch)` are those of a 0-based epoch, each in its pieces; every epoch has `steps_per_epoch`. With a prefix
+    cache, `keeper` names for each row the process that keeps it.
+    """
+
+    config: BertConfig
+    peft: PeftConfig
+    batches: Callable[[int], Sequence[Sequence[Piece]]]
+    steps_per_epoch: int
+    keeper: Sequence[int] | None = None
+    _epochs: dict[int, Sequence[Sequence[Piece]]] = field(default_factory=dict)
+
+    def flops(self, schedule: Schedule, num_steps: int) -> int:
+        """Return C(num_steps)."""
+        levels: dict[tuple[int, int], int] = {}  # (process, row) -> blocks that the kept entry has passed
+        spans = _spans(schedule, num_steps)
+        return sum(self._cost(stage, step, levels) for stage, steps in spans for step in steps)
+
+    def full(self, num_epochs: int) -> int:
+        """Return C_full."""
+        schedule = make_schedule("full", self.config.num_hidden_layers, 1)
+        return replace(self, keeper=None).flops(schedule, num_epochs * self.steps_per_epoch)
+
+    def num_steps(self, schedule: Schedule, budget: float, num_epochs: int) -> int:
+        """Return N(budget). Raises InputError where the budget pays no step."""
+        limit = Fraction(str(budget)) * self.full(num_epochs)
+        low, high = 0, num_epochs * self.steps_per_epoch + 1
+        while self.flops(schedule, high) <= limit:
+            low, high = high, 2 * high
+        while high - low > 1:  # C(low) <= limit < C(high)
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.flops(schedule, middle) <= limit else (low, middle)
+        if low == 0:
+            raise InputError(f"--budget {budget:g} pays no step of this run: give more, or more --epochs")
+        return low
+
+    def _cost(self, stage: Stage, step: int, levels: dict[tuple[int, int], int]) -> int:
+        """Return the FLOPs of a step, and keep in `levels` what its passes make."""
+        cut = None if self.keeper is None else _cut(self.config, self.peft, stage)
+        total = 0
+        for process, rows, length in self._batch(step):
+            total += _step(self.config, self.peft, stage, len(rows), length)
+            for row in rows if cut else ():
+                total -= _prefix(self.config, self.peft, levels.get((process, row), 0), length)
+                if self.keeper[row] == process:
+                    levels[process, row] = cut
+        return total
+
+    def _batch(self, step: int) -> Sequence[Piece]:
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[batch]
+
+    def _epoch(self, epoch: int) -> Sequence[Sequence[Piece]]:
+        if epoch not in self._epochs:
+            self._epochs[epoch] = self.batches(epoch)
+        return self._epochs[epoch]
+
+
+def even_forecast(
+    config: BertConfig, rows: int, batch: int, length: int, peft: PeftConfig = PLAIN, cache: bool = False
+) -> Forecast:
+    """Return the forecast of a run of one process whose `rows` all have `length` tokens."""
+    batches = [[Piece(0, range(first, min(first + batch, rows)), length)] for first in range(0, rows, batch)]
+    return Forecast(config, peft, lambda epoch: batches, len(batches), [0] * rows if cache else None)
+
+
+def _spans(schedule: Schedule, num_steps: int) -> Iterator[tuple[Stage, range]]:
+    """Yield each stage with its steps, as `Schedule.at_step` has them."""
+    begin, total = 0, sum(schedule.shares)
+    for stage, done in zip(schedule.stages, accumulate(schedule.shares)):
+        end = -(-done * num_steps // total)
+        yield stage, range(begin, end)
+        begin = end
+
+
+@lru_cache
+def _active(config: BertConfig, peft: PeftConfig, stage: Stage) -> Units:
+    return units(config, peft).during(stage)
+
+
+@lru_cache
+def _cut(config: BertConfig, peft: PeftConfig, stage: Stage) -> int | None:
+    return _active(config, peft, stage).cut()
+
+
+@lru_cache(maxsize=4096)
+def _step(config: BertConfig, peft: PeftConfig, stage: Stage, rows: int, length: int) -> int:
+    return sum(step_flops(config, _active(config, peft, stage), peft, rows, length))
+
+
+@lru_cache(maxsize=4096)
+def _prefix(config: BertConfig, peft: PeftConfig, level: int, length: int) -> int:
+    return prefix_flops(config, peft, level, 1, length) if level else 0
