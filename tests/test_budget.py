@@ -152,7 +152,7 @@ def test_the_counted_cost_of_a_run_is_within_one_step_of_its_budget_and_that_of_
     try:
         run = fitted(model, examples, peft=PEFT[peft], **changes)
     except InputError as error:
-        assert "nothing to keep" in str(error)
+        assert "nothing to keep" in str(error) or "pays no step" in str(error)
         return
     limit = Fraction(str(changes["budget"])) * full_cost(PEFT[peft], examples, **plain(changes))
     prices = forecast(model.config, run.loader, replace(SETTINGS, peft=PEFT[peft], **changes))
