@@ -17,14 +17,12 @@ its result.
 
 import argparse
 import itertools
-import multiprocessing
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +31,13 @@ from harness import append_row, check_positive, read_rows, run_script, spread
 
 from progtuning.base.errors import InputError
 from progtuning.base.sources import model_folder
-from progtuning.data import metrics
+from progtuning.compare.frontier import bootstrap, percentiles, points
+from progtuning.compare.runs import predictions, side_by_side
 from progtuning.data.registry import load_splits
 from progtuning.data.task import Splits, limit_train
 from progtuning.report import tables
 from progtuning.report.summary import Summary
-from progtuning.run.evaluate import predict
 from progtuning.run.finetune import fine_tune
-from progtuning.run.saved import Checkpoint, load_checkpoint
 from progtuning.settings.peft import PeftConfig
 from progtuning.settings.recipes import TASK_DEFAULTS
 from progtuning.settings.train import DPSConfig, TrainConfig
@@ -147,7 +144,6 @@ STUDIES = {
 }
 FOLDERS = {"cola": "CoLA", "sst-2": "SST-2", "sts-b": "STS-B", "mrpc": "MRPC", "rte": "RTE"}
 MODEL = "minilm-l6"
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -190,8 +186,8 @@ class Run:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "run"
             summary = fine_tune(self.model, model_folder(self.model), splits, self.settings, device, output)
-            predictions = predict_held_out(load_checkpoint(output), splits, self.settings, device)
-        return row_of(summary) | {"predictions": predictions, "method": self.method, "seed": self.settings.seed}
+            answers = predictions(output, splits, self.settings, device)
+        return row_of(summary) | {"predictions": answers, "method": self.method, "seed": self.settings.seed}
 
 
 @lru_cache(maxsize=1)
@@ -218,32 +214,8 @@ def run_study(name: str, data: Data, device: torch.device, jobs: int = 1) -> Non
     missing = [run for run in runs_of(STUDIES[name]) if run.key not in done]
     for task in dict.fromkeys(run.task for run in missing):
         data.read(task)  # what is not there is said before the first run
-    in_turn = (run.row(data, device) for run in missing)
-    for row in in_turn if jobs == 1 else at_once(missing, data, device, jobs):
+    for row in side_by_side([partial(run.row, data, device) for run in missing], jobs):
         append_row(path, row)
-
-
-def at_once(runs: Sequence[Run], data: Data, device: torch.device, jobs: int) -> Iterator[dict]:
-    """Yield the rows as they come from `jobs` processes, which share the device and divide the CPU's threads.
-
-    Where a run fails, those that have not begun are not begun.
-    """
-    threads = max(1, torch.get_num_threads() // jobs)
-    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    pool = ProcessPoolExecutor(jobs, spawn, initializer=torch.set_num_threads, initargs=(threads,))
-    try:
-        for future in as_completed([pool.submit(run.row, data, device) for run in runs]):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def predict_held_out(saved: Checkpoint, splits: Splits, settings: TrainConfig, device: torch.device) -> list:
-    """Return what a model predicts for the held-out rows: classes, numbers, or the texts of answers."""
-    task, batch = splits.task, (settings.batch_size, device, settings.precision)
-    (examples,) = splits.dev.values()
-    rows = task.encode(examples, saved.tokenizer, saved)
-    return task.plain(task.decide(predict(saved.model, rows, *batch), rows, saved))
 
 
 def row_of(summary: Summary) -> dict:
@@ -268,36 +240,26 @@ def row_of(summary: Summary) -> dict:
 
 
 class HeldOut:
-    """The held-out rows of a task and its first metric, to draw samples of them."""
+    """The held-out rows of a task, to draw samples of them."""
 
-    def __init__(self, task: str, data: Data, metric: str):
-        (self.examples,) = data.read(task).dev.values()
-        self.of_answers = task == "squad"
-        self.metric = metric
+    def __init__(self, task: str, data: Data):
+        splits = data.read(task)
+        self.task, (self.examples,) = splits.task, splits.dev.values()
 
-    def values(self, predictions: Sequence) -> np.ndarray:
-        """Return a number for each row: the prediction, or the metric of an answer."""
-        if not self.of_answers:
-            return np.array(predictions)
-        golds = ([gold.text for gold in question.answers] for question in self.examples)
-        return np.array([metrics.squad([text], [texts])[self.metric] for text, texts in zip(predictions, golds)])
-
-    def score(self, values: np.ndarray, rows: np.ndarray) -> float:
-        """Return the metric over `rows`, indices that may repeat; that of answers is the mean of each one's."""
-        if self.of_answers:
-            return float(values[rows].mean())
-        return metrics.METRICS[self.metric](values[rows], self.labels[rows])
+    def sampled(self, predictions: Sequence) -> Callable[[np.ndarray], float]:
+        """Return the task's main metric of `predictions`, a function of the indices of rows."""
+        return self.task.sampled(predictions, self.examples)
 
     def constant(self) -> float:
         """Return the metric of one answer for all rows: the larger class, any number, or no text."""
-        if self.of_answers or self.labels.dtype.kind == "f":
+        if not isinstance(self.labels[0], int):
             return 0.0
         values, counts = np.unique(self.labels, return_counts=True)
-        return self.score(np.full_like(self.labels, values[counts.argmax()]), np.arange(len(self.labels)))
+        return self.sampled(np.full(len(self.labels), values[counts.argmax()]))(np.arange(len(self.labels)))
 
     @cached_property
-    def labels(self) -> np.ndarray:
-        return np.array([example.label for example in self.examples])
+    def labels(self) -> list:
+        return [getattr(example, "label", None) for example in self.examples]
 
 
 Groups = dict[tuple[str, str, float], list[dict]]  # the rows of each task, method and learning rate: its seeds
@@ -314,7 +276,7 @@ def table(path: Path, data: Data) -> str:
     for row in every_row:
         groups.setdefault((row["task"], row["method"], row["lr"]), []).append(row)
     tasks = {row["task"]: first_metric([row]) for row in every_row}
-    held_out = {task: HeldOut(task, data, metric) for task, metric in tasks.items() if data.has(task)}
+    held_out = {task: HeldOut(task, data) for task in tasks if data.has(task)}
     draws = {}
     for (task, method, lr), rows in groups.items():
         full = full_rows(groups, task)
@@ -407,30 +369,15 @@ def mean(rows: Sequence[dict], key: str) -> float:
 
 
 def differences(rows: Sequence[dict], full: Sequence[dict], held_out: HeldOut) -> np.ndarray:
-    """Return a method's score less full fine-tuning's, averaged over the seeds that both have: (1 + RESAMPLES,).
-
-    First on all held-out rows, then on rows and seeds drawn with replacement, the same for both methods: the paired
-    bootstrap. Tasks with as many seeds draw the same ones. NaN where the two have no seed in common.
-    """
-    by_seed = {row["seed"]: row for row in full}
-    pairs = [(row, by_seed[row["seed"]]) for row in sorted(rows, key=lambda row: row["seed"]) if row["seed"] in by_seed]
-    pairs = [tuple(held_out.values(row["predictions"]) for row in pair) for pair in pairs]
-    count, rng = len(held_out.examples), np.random.default_rng(0)
-    samples = [np.arange(count), *(rng.integers(count, size=count) for _ in range(RESAMPLES))]
-    if not pairs:
-        return np.full(len(samples), np.nan)
-    scores = [[held_out.score(p, rows) - held_out.score(q, rows) for p, q in pairs] for rows in samples]
-    seeds = np.random.default_rng(1).integers(len(pairs), size=(RESAMPLES, len(pairs)))
-    seeds = np.concatenate([[np.arange(len(pairs))], seeds])
-    return np.take_along_axis(np.array(scores), seeds, axis=1).mean(axis=1)
+    """Return `frontier.bootstrap` of a method and full fine-tuning. Tasks with as many seeds draw the same ones."""
+    return bootstrap(rows, full, held_out.sampled, len(held_out.examples))
 
 
 def interval(draws: np.ndarray) -> str | None:
     """Return the difference in points and the 95 % interval of its resamples."""
     if np.isnan(draws[0]):
         return None
-    low, high = np.percentile(draws[1:], [2.5, 97.5])
-    return f"{100 * draws[0]:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    return points(draws[0], *percentiles(draws))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -2,11 +2,16 @@
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from progtuning.base.errors import RunError
 from progtuning.model.weights import save_pretrained
 from tests.models import tiny_model
+
+# What a property is tried on is the same in every run of the suite.
+hypothesis.settings.register_profile("seeded", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("seeded")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 WORDS = "good fine great nice bad poor awful sad film story cast plot the a was is and very not".split()

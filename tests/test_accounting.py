@@ -111,7 +111,7 @@ def schedules(draw, num_blocks: int):
     return make_schedule(draw(st.sampled_from(SCHEDULES)), num_blocks, draw(st.integers(1, 6)), policy)
 
 
-@settings(max_examples=320, deadline=None, derandomize=True)
+@settings(max_examples=160, deadline=None, derandomize=True)
 @given(st.data())
 def test_flops_and_kept_bytes_equal_what_pytorch_counts_for_any_shape_stage_policy_and_method(data):
     config = data.draw(configs())

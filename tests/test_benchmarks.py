@@ -5,16 +5,16 @@ import json
 import re
 import subprocess
 import sys
-import time
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from progtuning.base.errors import InputError, RunError
+from progtuning.base.errors import InputError
 from progtuning.cost import closed_form
 from progtuning.model.config import ARCHITECTURES
 from progtuning.settings.peft import PeftConfig
@@ -435,10 +435,9 @@ def test_a_study_gives_a_row_a_run_two_at_once_and_is_taken_up_where_it_stopped(
     assert sorted(keys) == sorted(run.key for run in accuracy.runs_of(study))
     for row in rows:
         assert row["train_rows"] == 12 and len(row["predictions"]) == row["dev_rows"]["dev"]
-        held_out = accuracy.HeldOut(row["task"], data, next(iter(row["metrics"])))
-        everything = range(len(row["predictions"]))
-        metric = held_out.score(held_out.values(row["predictions"]), list(everything))
-        assert metric == pytest.approx(row["metrics"][held_out.metric], abs=1e-9)  # what was saved gives the same
+        held_out = accuracy.HeldOut(row["task"], data)
+        metric = held_out.sampled(row["predictions"])(np.arange(len(row["predictions"])))
+        assert metric == pytest.approx(row["metrics"][held_out.task.main_metric], abs=1e-9)  # as what was saved gives
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in accuracy.table(path, data).splitlines()]
     by_method = {cells[0]: cells for cells in lines if len(cells) == 7}
     by_task = {(cells[0], cells[1]): cells for cells in lines if len(cells) == 9}
@@ -449,56 +448,11 @@ def test_a_study_gives_a_row_a_run_two_at_once_and_is_taken_up_where_it_stopped(
     assert by_method["full"][5:] == ["1.00", "1.00"] and 0 < float(by_method["progtuning + cache"][6]) < 1
 
 
-@dataclass(frozen=True)
-class RunThatMarks:
-    """Stands for a run of a study: leaves a file where it began."""
-
-    mark: Path
-    fails: bool
-
-    def row(self, data, device) -> dict:
-        self.mark.touch()
-        if self.fails:
-            raise RunError("the loss is not finite")
-        time.sleep(0.5)
-        return {}
-
-
-def test_where_a_run_fails_those_that_have_not_begun_are_not_begun(tmp_path):
-    import accuracy
-
-    runs = [RunThatMarks(tmp_path / str(i), fails=i == 0) for i in range(8)]
-    with pytest.raises(RunError, match="the loss is not finite"):
-        list(accuracy.at_once(runs, accuracy.Data(None, None), CPU, jobs=1))
-    begun = {path.name for path in tmp_path.iterdir()}
-    assert "0" in begun and "7" not in begun  # one or two lie in the worker's queue already
-
-
 def test_a_study_without_the_files_of_a_task_ends_before_the_first_run(small_study):
     accuracy, data = small_study
     with pytest.raises(InputError, match="^the task squad needs --squad, the folder of its files$"):
         accuracy.run_study("small", replace(data, squad=None), CPU)
     assert not (accuracy.RESULTS / "small.jsonl").exists()
-
-
-def test_differences_are_those_of_scipys_paired_bootstrap(small_study):
-    stats = pytest.importorskip("scipy.stats")
-    accuracy, data = small_study
-    held_out = accuracy.HeldOut("sst-2", data, "accuracy")
-    generator = torch.Generator().manual_seed(0)
-    held_out.examples = held_out.examples * 50
-    labels = torch.tensor([example.label for example in held_out.examples])
-    own, full = (labels ^ (torch.rand(len(labels), generator=generator) < wrong).long() for wrong in (0.2, 0.1))
-    rows, other = ({"seed": 1, "predictions": predictions.tolist()} for predictions in (own, full))
-    draws = accuracy.differences([rows], [other], held_out)
-    gains = ((own == labels).double() - (full == labels).double()).numpy()
-    expected = stats.bootstrap((gains,), lambda x, axis: x.mean(axis), n_resamples=5000, method="percentile", rng=0)
-    assert draws[0] == pytest.approx(gains.mean())
-    low, high = expected.confidence_interval
-    assert sorted(draws[1:])[50] == pytest.approx(low, abs=0.01)
-    assert sorted(draws[1:])[-50] == pytest.approx(high, abs=0.01)
-    assert accuracy.interval(accuracy.differences([other], [other], held_out)) == "+0.0 (+0.0 to +0.0)"
-    assert accuracy.interval(accuracy.differences([rows], [other | {"seed": 2}], held_out)) is None
 
 
 def test_the_table_has_costs_averaged_over_the_seeds_decisions_and_rows_with_and_without_predictions(tmp_path):

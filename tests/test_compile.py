@@ -99,6 +99,7 @@ def test_a_compiled_run_with_a_cache_has_the_losses_of_the_run_without_either(mo
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is no g++")
+@torch._inductor.config.patch({"compile_threads": 1})  # for one graph no pool of compilers need be started
 def test_generated_code_computes_the_same():
     eager, compiled = (StageEngine(tiny_model(num_hidden_layers=1)) for _ in range(2))
     compile_blocks(compiled.model)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -352,7 +352,9 @@ def test_a_wait_for_processes_that_nobody_starts_can_be_interrupted():
     code = "from progtuning.step import processes\nprocesses.PATIENCE = 0.5\nwith processes.join(print): pass"
     variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     environment = ENVIRONMENT | variables | {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's job in the background ignores it
+    pipes = {"stdout": subprocess.PIPE, "text": True, "preexec_fn": heeds}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes)
     try:
         assert process.stdout.readline().startswith("Rank 0 waits at 127.0.0.1:0")
         process.send_signal(signal.SIGINT)

@@ -17,7 +17,7 @@ from progtuning.model.heads import CLASSES
 PACKAGE = Path(progtuning.__file__).parent
 # Files and folders of the package; each may import from those before it alone.
 ORDER = (
-    "base partition stages model settings report cost data step methods engine speed train run cli __main__"
+    "base partition stages model settings report cost data step methods engine speed train run compare cli __main__"
 ).split()
 # The four files at the top, in reading order, and all that they may import: neither resuming, counting, logging and
 # caching, nor another paper.

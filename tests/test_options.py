@@ -117,7 +117,8 @@ PATHS = [
     for name in options(settings)
 ]
 OTHER_VALUE = {int: "4", float: "0.25", bool: None}  # than any default
-OTHER_TEXT = {"cache_limit": "2GB", "peft/spafit_bounds": "1,2", "peft/lora_targets": "output", "stages": "5", "calendar": "0:2,4:1"}
+OTHER_TEXT = {"cache_limit": "2GB", "peft/spafit_bounds": "1,2", "peft/lora_targets": "output"}
+OTHER_TEXT |= {"stages": "5", "calendar": "0:2,4:1"}
 WITH = {"unpadded": ["--precision", "bf16"]}
 
 

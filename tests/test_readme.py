@@ -71,13 +71,15 @@ def test_the_commands_run_in_order_as_they_stand(minilm, tmp_path, monkeypatch, 
     for command in commands():
         program, *arguments = shlex.split(command)
         if program == "progtuning":
+            if arguments[0] == "compare":  # of its grid one run
+                arguments += "--schedules full --budgets 1 --lrs 1e-4 --seeds 1 --jobs 1".split()
             assert main(arguments) == 0, f"{command}\n{capsys.readouterr().err}"
             ran.add(arguments[0])
         elif program == "torchrun":
             module = [sys.executable, "-m", "torch.distributed.run", *arguments]
             subprocess.run(module, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
             ran.add(program)
-    assert ran == {"torchrun", "plan", "paper", "train", "evaluate", "predict", "report", "probe"}
+    assert ran == {"torchrun", "plan", "paper", "train", "evaluate", "predict", "report", "probe", "compare"}
     predictions = (tmp_path / "predictions.tsv").read_text().splitlines()
     assert predictions[0] == "label\tprobability" and len(predictions) == 3
     answer = json.loads((tmp_path / "answers.jsonl").read_text())

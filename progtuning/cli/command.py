@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from progtuning import __version__
 from progtuning.base.errors import InputError, Interrupted, RunError
 from progtuning.base.files import own_descriptor
+from progtuning.cli.compare import add_compare_options, run_compare
 from progtuning.cli.options import (
     MODEL_HELP,
     SETTINGS,
@@ -24,7 +25,7 @@ from progtuning.cli.train import run_demo, run_probe, run_train
 from progtuning.model.config import ARCHITECTURES, HEADS
 from progtuning.settings.options import add_options, options
 from progtuning.settings.peft import PeftConfig
-from progtuning.settings.train import CheckpointConfig, SquadConfig, TrainConfig
+from progtuning.settings.train import CheckpointConfig, DPSConfig, SquadConfig, TrainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,6 +97,14 @@ def build_parser() -> Parser:
     for settings in SETTINGS:
         add_options(train, settings)
     add_run_options(train)
+
+    compare = add_command(
+        commands, "compare", run_compare, "which schedule is best on a task, at equal cost: a table and one sentence"
+    )
+    add_compare_options(compare)
+    for settings in (PeftConfig, DPSConfig, SquadConfig):
+        add_options(compare, settings)
+    add_run_options(compare)
 
     evaluate = add_command(commands, "evaluate", run_evaluate, "measure a fine-tuned model on a task's held-out rows")
     add_checkpoint_options(evaluate)

@@ -137,7 +137,7 @@ def squad_v2(
     if odds.shape != (len(answers),) or not np.isfinite(odds).all():
         raise ValueError(f"null_odds must be {len(answers)} finite numbers, got {odds.dtype} {odds.shape}")
     has_answer = np.array([len(texts) > 0 for texts in golds])
-    raw = _raw_scores(answers, golds)
+    raw = per_question(answers, golds)
     scores = {name: np.where(odds > threshold, ~has_answer, raw[name]) for name in raw}
     values = {name: float(scores[name].mean()) for name in scores}
     for prefix, part in (("HasAns_", has_answer), ("NoAns_", ~has_answer)):
@@ -155,7 +155,7 @@ def _check_questions(answers: Sequence[str], golds: Sequence[Sequence[str]]) -> 
         raise ValueError(f"answers and golds must be as many and at least one, got {len(answers)} and {len(golds)}")
 
 
-def _raw_scores(answers: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
+def per_question(answers: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
     """Return "f1" and "exact" (n,) of evaluate-v2.0.py: as v1.1's, but that "" against "" is an f1 of 1."""
     f1s, exacts = np.empty(len(golds)), np.empty(len(golds))
     for i, (answer, texts) in enumerate(zip(answers, golds)):

@@ -1,6 +1,6 @@
 """The task of SQuAD: extractive question answering, by windows of `squad` and spans of `answers`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,19 @@ class Questions(Task):
     def plain(self, decisions: Sequence[Prediction]) -> list[str]:
         """Return the best answers that are not ""."""
         return [prediction.spans[0].text for prediction in decisions]
+
+    def answers(self, decisions: Sequence[Prediction], limits: Limits) -> list[str]:
+        """Return the answers, "" where the odds of none are above the threshold."""
+        return [prediction.answer(_threshold(limits)).text for prediction in decisions]
+
+    def sampled(self, answers: Sequence[str], rows: Sequence[Question]) -> Callable[[np.ndarray], float]:
+        """Return the mean of the questions' own values of the main metric."""
+        golds = [[gold.text for gold in question.answers] for question in rows]
+        if self.null_answers:
+            values = metrics.per_question(answers, golds)[self.main_metric]
+        else:
+            values = np.array([metrics.squad([text], [texts])[self.main_metric] for text, texts in zip(answers, golds)])
+        return lambda indices: float(values[indices].mean())
 
     def lines(self, outputs: np.ndarray, rows: SquadRows, limits: Limits) -> str:
         """Return the lines of `answers.to_jsonl`."""

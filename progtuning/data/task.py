@@ -7,7 +7,7 @@ it. There is a subclass for each head: `Classes` and `Numbers` of texts and pair
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -88,6 +88,16 @@ class Task:
     def plain(self, decisions: Sequence) -> list:
         """Return the decisions as JSON has them, a string or number each."""
         raise NotImplementedError
+
+    def answers(self, decisions: Sequence, limits: Limits) -> list:
+        """Return what a user is told for each row, as JSON has it: decisions by the limits that the user set."""
+        return self.plain(decisions)
+
+    def sampled(self, answers: Sequence, rows: Sequence) -> Callable[[np.ndarray], float]:
+        """Return the main metric of `answers` for `rows`, which have labels: a function of indices, some repeated."""
+        values, labels = np.array(answers), np.array([row.label for row in rows])
+        metric = metrics.METRICS[self.main_metric]
+        return lambda indices: metric(values[indices], labels[indices])
 
     def lines(self, outputs: np.ndarray, rows: EncodedRows, limits: Limits) -> str:
         """Return what `predict` writes, a line for each row."""

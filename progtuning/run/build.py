@@ -7,6 +7,7 @@ import torch
 
 from progtuning.base.errors import InputError
 from progtuning.cost.budget import Forecast, Piece
+from progtuning.cost.closed_form import units
 from progtuning.data.batching import EncodedRows
 from progtuning.engine import StageEngine
 from progtuning.methods.autofreeze import AdaptiveSchedule
@@ -19,7 +20,7 @@ from progtuning.settings.train import TrainConfig
 from progtuning.speed.cache import CachedEngine, PrefixCache
 from progtuning.speed.kernels import compile_blocks
 from progtuning.speed.unpad import unpad
-from progtuning.stages import Schedule
+from progtuning.stages import Schedule, make_schedule
 from progtuning.step.guard import FiniteCheck, Guard
 from progtuning.step.ledger import Ledger
 from progtuning.step.loader import Loader, make_batches
@@ -48,9 +49,7 @@ def build_trainer(
     model.to(device)
     schedule = build_schedule(settings, model.num_blocks)
     loader = Loader(data, make_batches(data.lengths, settings), device, world, settings.accumulation_steps)
-    num_steps = settings.epochs * len(loader)
-    if settings.budget is not None:
-        num_steps = forecast(model.config, loader, settings).num_steps(schedule, settings.budget, settings.epochs)
+    num_steps = steps_of(model.config, loader, settings, schedule)
     optimizer = build_optimizer(model, settings.lr, settings.weight_decay, settings.adam_epsilon)
     # The first step of a warm-up has the learning rate 0: a run of one step would train nothing.
     warmup_steps = math.ceil(settings.warmup * num_steps) if num_steps > 1 else 0
@@ -87,6 +86,28 @@ def build_trainer(
     )
 
 
+def steps_of(config: BertConfig, loader: Loader, settings: TrainConfig, schedule: Schedule | AdaptiveSchedule) -> int:
+    """Return the optimizer steps of a run: those of its epochs, or what its budget pays.
+
+    Of a schedule that decides while it trains nobody knows the cost before; its budget pays the steps that full
+    fine-tuning would have, and is the most that it can cost. Raises InputError where the budget pays none.
+    """
+    if settings.budget is None:
+        return settings.epochs * len(loader)
+    planned = schedule if settings.kind.is_planned else make_schedule("full", config.num_hidden_layers, 1)
+    return forecast(config, loader, settings).num_steps(planned, settings.budget, settings.epochs)
+
+
+def check_keeps(config: BertConfig, settings: TrainConfig, schedule: Schedule | AdaptiveSchedule) -> None:
+    """Raise InputError where the settings have a cache and no stage has anything to keep."""
+    own = units(config, settings.peft)
+    if settings.cache != "off" and not any(own.during(kept).cut() for _, kept in schedule.planned):
+        raise InputError(
+            f"--cache {settings.cache} has nothing to keep: under {settings.named_schedule}, --embeddings "
+            f"{settings.embeddings} and {len(schedule.planned)} stages no block is ever frozen below all that trains"
+        )
+
+
 def forecast(config: BertConfig, loader: Loader, settings: TrainConfig) -> Forecast:
     """Return what the run's batches will cost, those of all its processes together."""
     lengths, size = loader.batches.lengths, loader.world.size
@@ -118,14 +139,9 @@ def build_engine(
 
     Raises InputError where the cache is too large, or no stage has anything to keep.
     """
-    plain = StageEngine(model, optimizer, settings.drops_out_prefix)
     if settings.cache == "off":
-        return plain
-    if not any(plain.cut_of(kept) for _, kept in schedule.planned):
-        raise InputError(
-            f"--cache {settings.cache} has nothing to keep: under {settings.named_schedule}, --embeddings "
-            f"{settings.embeddings} and {len(schedule.planned)} stages no block is ever frozen below all that trains"
-        )
+        return StageEngine(model, optimizer, settings.drops_out_prefix)
+    check_keeps(model.config, settings, schedule)
     cache = PrefixCache(
         data.lengths,
         model.config.hidden_size,

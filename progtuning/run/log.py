@@ -14,18 +14,18 @@ RUN, LOG, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
 
 
 class RunLog:
-    """The rows of `metrics.jsonl`, kept and, where there is a folder, appended to the file at once.
+    """The rows of `metrics.jsonl`, or of another file, kept and, where there is a folder, appended to the file at once.
 
     While it is open the file is locked; the system ends the lock with the process. Raises InputError where another
     process has it.
     """
 
-    def __init__(self, folder: Path | None):
+    def __init__(self, folder: Path | None, name: str = LOG):
         self.rows: list[dict] = []
         self._file = None
         if folder is None:
             return
-        self._file = open(folder / LOG, "a+b")
+        self._file = open(folder / name, "a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -33,7 +33,7 @@ class RunLog:
             message = f"--output-dir {folder}: another run writes into it, expected a folder of its own"
             raise InputError(message) from None
         except OSError as error:
-            warn(f"{folder / LOG} cannot be locked ({error.strerror}): let no other run write into {folder}")
+            warn(f"{folder / name} cannot be locked ({error.strerror}): let no other run write into {folder}")
 
     def __call__(self, row: dict) -> None:
         self.rows.append(row)

@@ -148,10 +148,6 @@ class TrainConfig(Options):
             parse_calendar(self.calendar)
             if self.schedule != TrainConfig.schedule or self.stages is not None:
                 raise InputError("--calendar takes the place of --schedule and --stages: leave them out")
-        if self.budget is not None and not self.kind.is_planned:
-            raise InputError(
-                f"--budget needs to know the steps before the run, and --schedule {self.schedule} decides in it"
-            )
         if self.budget is not None and self.batch_tokens is not None:
             raise InputError("--budget counts the steps of batches of --batch-size: leave out --batch-tokens")
 

@@ -1,0 +1,84 @@
+"""The command `compare`: which schedule is best on one's own data, at equal cost."""
+
+import argparse
+from pathlib import Path
+
+from progtuning.base.checks import check_number
+from progtuning.base.files import write_json, write_text
+from progtuning.cli.options import Parser, add_task_options, train_config
+from progtuning.cli.streams import print_json, say, tell
+from progtuning.compare.grid import Grid, default_rates, default_schedules, seeds_of
+from progtuning.model.config import BertConfig
+from progtuning.settings.options import add_options, options
+from progtuning.settings.train import TrainConfig
+
+DOCUMENT, PAGE, PICTURE = "compare.json", "README.md", "frontier.png"
+OF_THE_GRID = {"schedule", "calendar", "budget", "lr", "seed", "evaluate", "prefix_dropout"}
+
+
+def add_compare_options(parser: Parser) -> None:
+    """Add what the command has beside the options of a run."""
+    parser.add_argument("--model", required=True, help="as for train")
+    add_task_options(parser)
+    parser.add_argument("--output-dir", required=True, help="a new or empty folder, or with --resume that of before")
+    text = "schedules, or calendars (2, or 0:2,4:1), each with +cache where it keeps what its frozen blocks give"
+    text += " (full shrinking+cache, and a third and a half of the blocks frozen, +cache)"
+    parser.add_argument("--schedules", nargs="+", metavar="SCHEDULE", help=text)
+    text = "shares of the FLOPs of full fine-tuning for --epochs (0.5 1)"
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 1.0], metavar="B", help=text)
+    text = "learning rates of which each schedule chooses one (half of --lr, --lr, twice --lr); one: no choice"
+    parser.add_argument("--lrs", nargs="+", type=float, metavar="LR", help=text)
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each, from --seed on (%(default)s)")
+    text = "share of the training rows on which a choice is measured; held-out rows never are (%(default)s)"
+    parser.add_argument("--choice-share", type=float, default=0.2, metavar="S", help=text)
+    parser.add_argument("--max-train-rows", type=int, metavar="N", help="train on a sample of N rows")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (%(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on with the comparison in --output-dir, or add to it")
+    add_options(parser, TrainConfig, only=options(TrainConfig).keys() - OF_THE_GRID | {"lr", "seed"})
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    from progtuning.base.sources import model_folder
+    from progtuning.compare import frontier
+    from progtuning.compare.runs import Setup, compare
+    from progtuning.step.device import choose_device
+    from progtuning.step.measure import environment
+
+    check_number("--jobs", args.jobs, int, 1, 1000)
+    check_number("--choice-share", args.choice_share, float, 0.01, 0.9)
+    device = choose_device(args.device)
+    folder = model_folder(args.model)
+    num_blocks = BertConfig.from_json(folder / "config.json", keep_head=False).num_hidden_layers
+    base = train_config(args, num_blocks, args.task)
+    grid = Grid(
+        schedules=tuple(args.schedules or default_schedules(num_blocks, base.num_stages)),
+        budgets=tuple(sorted(args.budgets)),
+        lrs=tuple(sorted(args.lrs or default_rates(base.lr))),
+        seeds=seeds_of(args.seeds, base.seed),
+    )
+    setup = Setup(args.model, folder, args.task, args.data, args.max_train_rows, args.choice_share, base, args.device)
+    rows = compare(setup, grid, args.output_dir, args.resume, args.jobs, say)
+    splits, output = setup.splits, Path(args.output_dir)
+    task, (name, examples) = splits.task, next(iter(splits.dev.items()))
+    found = frontier.cells(rows, grid, lambda answers: task.sampled(answers, examples), len(examples))
+    here, metric = environment(device), task.main_metric
+    versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
+    edge = frontier.rates_at_an_edge(found, grid)
+    lines = [
+        f"{args.model}, --peft {base.peft.method}, batch {base.batch_size}, {base.epochs} epochs of full as budget 1",
+        f"{len(splits.train):,} training rows; {len(examples):,} held-out rows ({name})",
+        f"{here['device']} ({here['processor']}), {versions}",
+        *([edge] if edge else []),
+    ]
+    document = {"metric": metric, "cells": found, "advice": frontier.advice(found, metric), "account": lines}
+    drawn = frontier.draw_frontier(found, metric, output / PICTURE)
+    write_json(output / DOCUMENT, document)
+    write_text(
+        output / PAGE,
+        frontier.page(found, metric, f"Which schedule for {task.name}?", lines, PICTURE if drawn else None),
+    )
+    if args.json:
+        print_json(document)
+        return
+    tell(frontier.comparison_table(found, metric))
+    tell("\n" + "\n".join([document["advice"], *([f"Note: {edge}."] if edge else []), f"Written: {output / PAGE}"]))

@@ -1,0 +1,260 @@
+"""The runs of a comparison: made one by one or side by side, a row of `rows.jsonl` as each ends."""
+
+import json
+import multiprocessing
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+
+from progtuning.base.errors import InputError, RunError
+from progtuning.base.files import check_new_folder, made_folder, read_json, write_json
+from progtuning.compare.grid import CHOICE, Grid, Run, run_of, settings_of, split_for_choice
+from progtuning.data.batching import EncodedRows
+from progtuning.data.registry import load_splits
+from progtuning.data.task import Splits, limit_train
+from progtuning.methods.schedules import build_schedule
+from progtuning.model.config import BertConfig
+from progtuning.report.tables import PHASES
+from progtuning.run.build import check_keeps, forecast, steps_of
+from progtuning.run.checkpoint import FORMAT
+from progtuning.run.evaluate import predict
+from progtuning.run.finetune import fine_tune, prepare
+from progtuning.run.identity import check_same
+from progtuning.run.log import RUN, RunLog
+from progtuning.run.saved import load_checkpoint
+from progtuning.settings.train import TrainConfig
+from progtuning.step.device import choose_device
+from progtuning.step.loader import Loader, make_batches
+from progtuning.step.measure import environment
+from progtuning.step.processes import World
+
+ROWS = "rows.jsonl"
+_TEMPORARY = ".run-"  # begins the name of the folder that a run writes its model into, to be read back
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all runs of a comparison share. It goes to the processes that make them."""
+
+    model: str
+    folder: Path
+    task: str
+    data: str | None
+    max_train_rows: int | None
+    choice_share: float  # of the training rows, on which the learning rate is chosen
+    base: TrainConfig
+    device: str | None
+
+    @property
+    def splits(self) -> Splits:
+        """The rows of the task. Raises InputError."""
+        return _splits(self.task, self.data, self.max_train_rows)
+
+    def splits_of(self, run: Run) -> Splits:
+        """Return the rows that a run trains and is measured on: to choose, both are training rows."""
+        splits = self.splits
+        if run.part != CHOICE:
+            return splits
+        held = split_for_choice(len(splits.train), self.choice_share)
+        order = list(range(len(splits.train)))
+        random.Random(0).shuffle(order)
+        chosen = set(order[:held])
+        train, dev = ([row for i, row in enumerate(splits.train) if (i in chosen) == kept] for kept in (False, True))
+        return replace(splits, train=train, dev={"chosen on": dev})
+
+    def row(self, run: Run, scratch: Path) -> dict:
+        """Make a run and return its row. That of one which failed has the reason under "error", and no metrics.
+
+        The predictions, of results alone, are for the first of the held-out splits, by the model as it was saved.
+        """
+        splits, settings = self.splits_of(run), settings_of(run, self.base)
+        row = run._asdict() | {"date": date.today().isoformat()}
+        device = choose_device(self.device)
+        with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=scratch) as place:
+            output = Path(place) / "run"
+            try:
+                summary = fine_tune(self.model, self.folder, splits, settings, device, output)
+            except RunError as error:
+                return row | {"error": str(error)}
+            row |= {
+                "metrics": summary.metrics,
+                "steps": sum(stage.steps for stage in summary.stages),
+                "flops": summary.flops,
+                "flops_full": flops_of_full(self.folder, splits, settings, device),
+                "seconds": sum(summary.seconds(phase) for phase in PHASES),
+                "updated_parameters": summary.updated_parameters,
+                "peak_bytes": max((stage.peak_bytes or 0 for stage in summary.stages), default=0) or None,
+            }
+            if run.part != CHOICE:
+                row["predictions"] = predictions(output, splits, settings, device)
+        return row
+
+
+@lru_cache(maxsize=1)
+def _splits(task: str, data: str | None, max_train_rows: int | None) -> Splits:
+    splits = load_splits(task, data)
+    return splits if max_train_rows is None else limit_train(splits, max_train_rows)
+
+
+def flops_of_full(folder: Path, splits: Splits, settings: TrainConfig, device: torch.device) -> int:
+    """Return the FLOPs of which `settings.budget` is a share."""
+    config, settings, rows = encoded(folder, splits, settings)
+    return forecast(config, loader_of(rows, settings, device), settings).full(settings.epochs)
+
+
+def encoded(folder: Path, splits: Splits, settings: TrainConfig) -> tuple[BertConfig, TrainConfig, EncodedRows]:
+    """Return what `prepare` does of the training rows."""
+    config, settings, _, rows, _ = prepare(folder, replace(splits, dev={}), settings)
+    return config, settings, rows
+
+
+def loader_of(rows: EncodedRows, settings: TrainConfig, device: torch.device) -> Loader:
+    return Loader(rows, make_batches(rows.lengths, settings), device, World(), settings.accumulation_steps)
+
+
+def predictions(output: Path, splits: Splits, settings: TrainConfig, device: torch.device) -> list:
+    """Return what a model that was saved predicts for the first held-out split: classes, numbers or texts."""
+    saved, task = load_checkpoint(output), splits.task
+    examples = next(iter(splits.dev.values()))
+    rows = task.encode(examples, saved.tokenizer, saved)
+    outputs = predict(saved.model, rows, settings.batch_size, device, settings.precision)
+    return task.answers(task.decide(outputs, rows, saved), saved)
+
+
+def compare(
+    setup: Setup,
+    grid: Grid,
+    output: str | Path,
+    resume: bool = False,
+    jobs: int = 1,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[dict]:
+    """Make the runs of `grid` that `output` does not have yet, `jobs` at a time, and return all rows of it.
+
+    `output` is a new or empty folder, or to resume that of a comparison with the same setup; schedules, budgets,
+    learning rates and seeds may be more than it had. Raises InputError before the first run where anything is amiss.
+    """
+    folder = check_folder(output, resume)
+    splits = setup.splits
+    what = account(setup, grid)
+    identity = identify(setup)
+    folder = made_folder(folder, "--output-dir")
+    document = {
+        "format": FORMAT,
+        "identity": identity,
+        "versions": environment(choose_device(setup.device))["versions"],
+    }
+    if (folder / RUN).exists():
+        check_same(read_json(folder / RUN), json.loads(json.dumps(document)), folder)
+    else:
+        write_json(folder / RUN, document)
+    say(what)
+    log = RunLog(folder, ROWS)
+    try:
+        log.rewind((folder / ROWS).read_bytes().rfind(b"\n") + 1)
+        for left in folder.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        make_missing(setup, grid.choices(), log, folder, jobs, "choosing learning rates", say)
+        chosen = grid.choose(log.rows, splits.task.main_metric)
+        make_missing(setup, grid.results(chosen), log, folder, jobs, "comparing", say)
+        return log.rows
+    finally:
+        log.close()
+
+
+def check_folder(output: str | Path, resume: bool) -> Path:
+    """Return the folder of a comparison. Raises InputError where it cannot be one."""
+    path = Path(output)
+    if not (resume and (path / RUN).is_file() and (path / ROWS).is_file()):
+        if resume and path.is_dir() and any(path.iterdir()):
+            raise InputError(f"--resume needs the output folder of a comparison, got {path} without {RUN} or {ROWS}")
+        check_new_folder(output)
+    return path
+
+
+def account(setup: Setup, grid: Grid) -> str:
+    """Return how many runs a grid has and what they cost. Raises InputError where one of them could not be made."""
+    results = grid.results(dict.fromkeys(grid.schedules, grid.lrs[0]))
+    for run in dict.fromkeys(run._replace(lr=grid.lrs[0], seed=grid.seeds[0]) for run in (*grid.choices(), *results)):
+        check_run(setup, run)
+    choices = len(grid.choices())
+    cost = sum(run.budget for run in results)
+    cost += sum(run.budget for run in grid.choices()) * (1 - setup.choice_share)
+    full = f"{cost:.1f} times the FLOPs of full fine-tuning of {setup.base.epochs} epochs"
+    return f"{choices} runs to choose learning rates and {len(results)} to compare: {full}."
+
+
+def check_run(setup: Setup, run: Run) -> None:
+    """Raise InputError where a run has settings that exclude each other, keeps nothing, or has no step to make."""
+    settings, device = settings_of(run, setup.base), choose_device(setup.device)
+    config, settings, rows = encoded(setup.folder, setup.splits_of(run), settings)
+    schedule = build_schedule(settings, config.num_hidden_layers)
+    check_keeps(config, settings, schedule)
+    steps_of(config, loader_of(rows, settings, device), settings, schedule)
+
+
+def identify(setup: Setup) -> dict:
+    """Return what two comparisons must share for one to go on with the rows of the other."""
+    values = asdict(setup.base)
+    for name in ("schedule", "calendar", "budget", "lr", "seed", "cache_limit"):
+        del values[name]
+    _, _, tokenizer, train, dev = prepare(setup.folder, setup.splits, setup.base)
+    return {
+        "settings": values,
+        "task": {"name": setup.splits.task.name, "labels": list(setup.splits.task.labels)},
+        "model": setup.model,
+        "share of the training rows to choose on": setup.choice_share,
+        "training rows": train.digest(),
+        "held-out rows": {name: rows.digest() for name, rows in dev.items()},
+        "tokenizer": tokenizer.digest(),
+        "device": choose_device(setup.device).type,
+    }
+
+
+def make_missing(
+    setup: Setup, runs: Sequence[Run], log: RunLog, folder: Path, jobs: int, what: str, say: Callable[[str], None]
+) -> None:
+    """Make the runs that `log` has no row of."""
+    done = {run_of(row) for row in log.rows}
+    missing = [run for run in runs if run not in done]
+    start, metric = time.monotonic(), setup.splits.task.main_metric
+    for count, row in enumerate(side_by_side([partial(setup.row, run, folder) for run in missing], jobs), start=1):
+        log(row)
+        rest = (time.monotonic() - start) / count * (len(missing) - count) / 60
+        left = f"{count} of {len(missing)}, about {rest:.0f} min left"
+        values = row.get("metrics", {})
+        found = values.get(metric, next(iter(values.values()), None))
+        got = f"failed: {row['error']}" if "error" in row else f"{metric} {found:.4f}"
+        say(f"{what} ({left}): {describe(run_of(row))}: {got}")
+
+
+def describe(run: Run) -> str:
+    seed = "" if run.part == CHOICE else f", seed {run.seed}"
+    return f"{run.schedule} at budget {run.budget:g}, lr {run.lr:g}{seed}"
+
+
+def side_by_side(calls: Sequence[Callable[[], dict]], jobs: int) -> Iterator[dict]:
+    """Yield what the calls return: in turn, or as they end in `jobs` processes, which divide the CPU's threads.
+
+    They share the device. Where a call raises, those that have not begun are not begun.
+    """
+    if jobs == 1 or len(calls) < 2:
+        yield from (call() for call in calls)
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    pool = ProcessPoolExecutor(jobs, spawn, initializer=torch.set_num_threads, initargs=(threads,))
+    try:
+        for future in as_completed([pool.submit(call) for call in calls]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
