@@ -26,6 +26,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # the scripts import one another as their folder's
 
 import backward_savings  # noqa: E402
+import gather  # noqa: E402
 import harness  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -361,6 +362,13 @@ def test_speed_and_metric_are_compared_over_the_seeds_that_both_runs_have(end_to
         ["Trainer, padded to 128", "5.00", "", "", "-1.0", "yes"],
         ["Trainer, dynamic padding", "1.60", "1.7", "no", "-10.0", "no"],
     ]
+
+
+def test_the_gather_and_the_loop_of_the_cache_are_timed_in_every_place(capsys):
+    gather.main("--device cpu --widths 4 --rows 40 --batch-size 8 --batches 3".split())
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[4:]]
+    assert [row[:2] for row in rows] == [["memory", "4"], ["disk", "4"], ["device", "4"]]
+    assert all(float(cell) > 0 for row in rows for cell in row[2:])
 
 
 def test_a_script_refuses_a_wrong_option_in_one_line_with_status_2():

@@ -153,7 +153,7 @@ def test_the_account_leaves_out_the_flops_that_the_cache_spares(case):
     assert counter.get_total_flops() == sum(stage.forward_flops + stage.backward_flops for stage in stages)
 
 
-@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("place", ["memory", "disk", "device"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_bytes_are_those_of_the_closed_form(place, dtype):
     run = trainer(cache=place, cache_dtype=dtype)
@@ -185,7 +185,7 @@ def test_a_cache_of_half_precision_rounds_and_gives_every_use_the_same_values(pr
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=12),
     st.lists(st.tuples(st.integers(0, 3), st.sets(st.integers(0, 11), min_size=1)), max_size=12),
-    st.sampled_from(["memory", "disk"]),
+    st.sampled_from(["memory", "disk", "device"]),
 )
 def test_any_batches_under_rising_cuts_give_what_a_run_from_the_start_gives(lengths, batches, place):
     # Block by block 1 is added to 100 times the example's number plus the position.
@@ -209,6 +209,32 @@ def test_any_batches_under_rising_cuts_give_what_a_run_from_the_start_gives(leng
         x = cache.fetch(batch, cut, length, CPU, run)
         assert x.shape == (len(batch), length, 2) and torch.equal(x[real], (start + cut)[real])
         assert (cache.levels[batch] == cut).all()
+
+
+@pytest.mark.parametrize("place", ["memory", "disk", "device"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gather_of_a_batch_is_the_loop_over_its_rows_bit_for_bit(place, dtype):
+    lengths = np.random.default_rng(0).integers(1, 9, 30)
+    states = [torch.randn(length, 5).to(dtype) for length in lengths]
+    kept = np.arange(30) % 4 > 0
+    cache = PrefixCache(lengths, 5, place, {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype], kept=kept)
+
+    def padded(rows):
+        return torch.nn.utils.rnn.pad_sequence([states[row] for row in rows], batch_first=True)
+
+    for batch in np.arange(30).reshape(3, 10):
+        x = padded(batch)
+        cache.fetch(batch, 2, x.shape[1], CPU, lambda chosen, level, _: x.float())
+    for batch in np.random.default_rng(1).permutation(np.flatnonzero(kept))[:21].reshape(7, 3):
+        x = cache.fetch(batch, 2, 9, CPU, lambda *_: pytest.fail("what is kept runs again"))
+        assert all(torch.equal(one[: lengths[row]], states[row].float()) for one, row in zip(x, batch))
+        assert x.shape == (3, 9, 5) and x.isfinite().all()
+
+
+def test_on_a_cpu_the_cache_on_the_device_is_that_in_memory():
+    assert losses(trainer(cache="device")) == losses(trainer(cache="memory"))
+    with pytest.raises(InputError, match=r"--cache device needs .* GB, expected at most 1e-09 GB \(--cache-limit\)"):
+        trainer(cache="device", cache_limit=1)
 
 
 def test_a_refilled_cache_is_the_lost_one_bit_for_bit():
@@ -259,7 +285,7 @@ def test_the_engine_refuses_a_cut_that_falls_and_a_prefix_that_drops_out():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"cache": "ram"}, "--cache must be one of off, memory, disk, got 'ram'"),
+        ({"cache": "ram"}, "--cache must be one of off, memory, disk, device, got 'ram'"),
         ({"cache_dtype": "fp16"}, "--cache-dtype must be one of fp32, bf16, got 'fp16'"),
         ({"cache_limit": 0}, "--cache-limit must be an integer of at least 1, got 0"),
         ({"cache": "disk", "prefix_dropout": True}, "--cache disk needs the same output of the frozen blocks in every"),
@@ -300,7 +326,7 @@ def test_a_cache_above_the_limit_is_refused_with_its_size_and_one_at_the_limit_i
         monkeypatch.setattr(f"progtuning.speed.cache.{name}", lambda *_: 2 * size - 1)
         with pytest.raises(InputError, match=rf"--cache {place} needs .* \(half of the free {place}\)"):
             trainer(cache=place)
-    monkeypatch.setattr("progtuning.speed.cache.free_memory", lambda: None)
+    monkeypatch.setattr("progtuning.speed.cache.free_memory", lambda device: None)
     with pytest.raises(InputError, match="--cache-limit is needed with --cache memory"):
         trainer(cache="memory")
 

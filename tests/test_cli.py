@@ -380,7 +380,7 @@ BAD_OPTIONS = {
         ["--unpadded", "--precision", "bf16"],
         "--unpadded needs CUDA and PyTorch 2.10 or later, got cpu",
     ),
-    "cache": (["--cache", "ram"], "--cache must be one of off, memory, disk, got 'ram'"),
+    "cache": (["--cache", "ram"], "--cache must be one of off, memory, disk, device, got 'ram'"),
     "cache and dropout": (["--cache", "disk", "--prefix-dropout"], "leave out --prefix-dropout"),
     "cache and growing": (["--cache", "disk", "--schedule", "growing"], "--schedule growing unfreezes"),
     "cache of nothing": (["--cache", "memory", "--embeddings", "always"], "--cache memory has nothing to keep"),

@@ -55,7 +55,7 @@ def build_trainer(
     warmup_steps = math.ceil(settings.warmup * num_steps) if num_steps > 1 else 0
     lr_schedule = learning_rate_schedule(optimizer, num_steps, warmup_steps, settings.lr_schedule)
     masks = DPS(model, settings.dps, num_steps, settings.seed) if settings.dps.mode != "off" else NoMasks()
-    engine = build_engine(model, optimizer, settings, schedule, data, world)
+    engine = build_engine(model, optimizer, settings, schedule, data, device, world)
     schedule.watch(engine.candidates)
     if settings.compile:
         compile_blocks(model)
@@ -133,6 +133,7 @@ def build_engine(
     settings: TrainConfig,
     schedule: Schedule | AdaptiveSchedule,
     data: EncodedRows,
+    device: torch.device,
     world: World,
 ) -> StageEngine:
     """Return the engine, with a cache where the settings have one.
@@ -150,5 +151,6 @@ def build_engine(
         settings.cache_limit,
         kept=world.owns(len(data)),
         num_sharing=world.local_size,
+        device=device,
     )
     return CachedEngine(model, optimizer, cache)

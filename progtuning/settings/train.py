@@ -12,7 +12,7 @@ from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES, make_schedule
 
 DPS_MODES = ("off", "dense", "mix")
 PRECISIONS = ("fp32", "bf16")
-CACHES = ("off", "memory", "disk")
+CACHES = ("off", "memory", "disk", "device")
 LR_SCHEDULES = ("linear", "constant")
 
 

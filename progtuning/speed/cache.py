@@ -14,6 +14,9 @@ An entry takes the place of the one it was made from, so a stage needs no second
 example lets a stage begin in the middle of an epoch. A block's forward pass is paid once an example after it froze, not
 once an epoch. A cut can only rise: a block that trains again would make the entries above it wrong.
 
+A batch is read by one gather: token j of example i is row starts[i] + j of the buffer. That lies in memory, in a mapped
+file, or on the run's device, from where no entry crosses the bus.
+
 Matrix products of other shapes round differently, so the last bits of an entry depend on the batch that it was made in.
 The same batches make the same entries: so a resumed run gets its cache back (`CachedEngine.refill`).
 """
@@ -37,17 +40,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class PrefixCache:
-    """Hidden states of N examples, each at a level of its own, in memory or in a memory-mapped file.
+    """Hidden states of N examples, each at a level of its own, in memory, in a memory-mapped file or on `device`.
 
     `lengths` are the examples' tokens. The file (`place` "disk") lies in the folder for temporary files (TMPDIR) and
-    has no name, so that it is gone when the process ends, however it ends. What is read is what is stored: under bf16
-    also the first use of an example gets the rounded values.
+    has no name, so that it is gone when the process ends, however it ends. The place "device" is the memory of the
+    run's `device`; of a CPU that is "memory". What is read is what is stored: under bf16 also the first use of an
+    example gets the rounded values.
 
     Several processes on a machine can divide the examples: each keeps those where `kept`, (N,) bool, says so (None:
     all), and runs the whole prefix of any other every time. The limit is for the `num_sharing` processes together.
 
-    Raises InputError where the size exceeds `limit` bytes (None: half of what is free), RunError where the memory or
-    the disk cannot hold it.
+    Raises InputError where the size exceeds `limit` bytes (None: half of what is free), RunError where the place
+    cannot hold it.
     """
 
     def __init__(
@@ -59,18 +63,23 @@ class PrefixCache:
         limit: int | None = None,
         kept: np.ndarray | None = None,
         num_sharing: int = 1,
+        device: torch.device = torch.device("cpu"),
     ):
         self.lengths = np.asarray(lengths, dtype=np.int64)  # (N,)
         self.kept = np.ones(len(self.lengths), dtype=bool) if kept is None else kept  # (N,)
-        self.ends = np.cumsum(np.where(self.kept, self.lengths, 0))  # (N,)
+        ends = np.cumsum(np.where(self.kept, self.lengths, 0))
+        self.starts = ends - self.lengths  # (N,) of those that are kept: where the entry begins in the buffer
         self.levels = np.zeros_like(self.lengths)  # (N,) blocks that an entry has passed; 0: nothing is kept
         self.place, self.dtype = place, dtype
-        shape = (int(self.ends[-1]), hidden_size)
+        self.device = device if place == "device" else torch.device("cpu")  # of the buffer
+        shape = (int(ends[-1]), hidden_size)
         self.num_tokens = shape[0]
         self.nbytes = shape[0] * shape[1] * ITEMSIZE[dtype]
-        _check_limit(num_sharing * self.nbytes, place, limit)
-        make = _in_memory if place == "memory" else _on_disk
-        self._states: Tensor | None = make(self.nbytes).view(DTYPES[dtype]).view(shape)  # (n_0 + ... + n_{N-1}, D)
+        if place == "device" and device.type == "cuda":
+            num_sharing = 1  # each process has a GPU of its own
+        _check_limit(num_sharing * self.nbytes, place, limit, self.device)
+        made = _on_disk(self.nbytes) if place == "disk" else _in_memory(self.nbytes, place, self.device)
+        self._states: Tensor | None = made.view(DTYPES[dtype]).view(shape)  # (n_0 + ... + n_{N-1}, D)
         self._arriving: list[tuple[np.ndarray, Tensor, torch.cuda.Event]] = []  # copies on their way from the device
 
     def fetch(
@@ -125,16 +134,19 @@ class PrefixCache:
         self.close()
 
     def _read(self, examples: np.ndarray, length: int, device: torch.device) -> Tensor:
-        """Return the entries padded with zeros: (B', S, D) float32, on `device`.
+        """Return the entries, (B', S, D) float32 on `device`; padding repeats an entry's last token.
 
-        For CUDA they are gathered in pinned memory, from which the copy needs no wait.
+        For CUDA what lies in memory is gathered in pinned memory, from which the copy needs no wait.
         """
         self._settle()
-        shape = (len(examples), length, self._states.shape[1])
-        x = torch.zeros(shape, dtype=self._states.dtype, pin_memory=device.type == "cuda")
-        for row, example in zip(x, examples):
-            row[: self.lengths[example]] = self._entry(example)
-        return x.to(device, non_blocking=True).float()
+        last = self.lengths[examples, None] - 1  # (B', 1)
+        places = self.starts[examples, None] + np.minimum(np.arange(length), last)  # (B', S) rows of the buffer
+        pin = device.type == "cuda" and self.device.type == "cpu"
+        x = torch.empty(
+            places.size, self._states.shape[1], dtype=self._states.dtype, device=self.device, pin_memory=pin
+        )
+        torch.index_select(self._states, 0, self._index(places), out=x)
+        return x.view(*places.shape, -1).to(device, non_blocking=True).float()
 
     def _keep(self, examples: np.ndarray, x: Tensor, cut: int) -> None:
         """Store those entries of x (B', S, D), which has passed `cut` blocks, that are to be kept."""
@@ -146,9 +158,11 @@ class PrefixCache:
             self.levels[examples] = cut
 
     def _store(self, examples: np.ndarray, x: Tensor) -> None:
-        """Take the entries from x (B', S, D). From CUDA they come while the device goes on, and are stored later."""
+        """Take the entries from x (B', S, D). From CUDA to memory they come while the device goes on, to be stored
+        later.
+        """
         self._settle()
-        if x.device.type != "cuda":
+        if x.device.type == self.device.type:
             self._write(examples, x)
             return
         pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
@@ -164,21 +178,25 @@ class PrefixCache:
         self._arriving.clear()
 
     def _write(self, examples: np.ndarray, x: Tensor) -> None:
-        for row, example in zip(x, examples):
-            self._entry(example).copy_(row[: self.lengths[example]])
+        """Put the real tokens of x (B', S, D), on the buffer's device, in their places."""
+        columns = np.arange(x.shape[1])
+        real = columns < self.lengths[examples, None]  # (B', S)
+        places = (self.starts[examples, None] + columns)[real]  # (T,) rows of the buffer
+        tokens = x.flatten(0, 1).index_select(0, self._index(np.flatnonzero(real)))  # (T, D)
+        self._states.index_copy_(0, self._index(places), tokens)
 
-    def _entry(self, example: int) -> Tensor:
-        """The view (n_i, D) of the buffer that is example i's."""
-        return self._states[self.ends[example] - self.lengths[example] : self.ends[example]]
+    def _index(self, places: np.ndarray) -> Tensor:
+        """Return row numbers, in order, as a tensor beside the buffer."""
+        return torch.from_numpy(places.reshape(-1)).to(self.device, non_blocking=True)
 
 
-def _check_limit(size: int, place: str, limit: int | None) -> None:
+def _check_limit(size: int, place: str, limit: int | None, device: torch.device) -> None:
     whose = "--cache-limit"
     if limit is None:
-        whose = f"half of the free {place}"
-        free = free_memory() if place == "memory" else free_disk(tempfile.gettempdir())
+        whose = f"half of the free {'disk' if place == 'disk' else 'memory'}"
+        free = free_disk(tempfile.gettempdir()) if place == "disk" else free_memory(device)
         if free is None:
-            raise InputError("--cache-limit is needed with --cache memory: this system does not tell its free memory")
+            raise InputError(f"--cache-limit is needed with --cache {place}: this system does not tell its free memory")
         limit = free // 2
     if size > limit:
         raise InputError(
@@ -187,11 +205,11 @@ def _check_limit(size: int, place: str, limit: int | None) -> None:
         )
 
 
-def _in_memory(size: int) -> Tensor:
+def _in_memory(size: int, place: str, device: torch.device) -> Tensor:
     try:
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device=device)
     except RuntimeError as error:
-        raise RunError(f"--cache memory: no room for {size / 1e9:.3g} GB: {error}") from None
+        raise RunError(f"--cache {place}: no room for {size / 1e9:.3g} GB: {error}") from None
 
 
 def _on_disk(size: int) -> Tensor:
