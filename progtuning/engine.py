@@ -103,15 +103,16 @@ class StageEngine(nn.Module):
         token_type_ids: Tensor | None = None,
         start: int = 0,
         x: Tensor | None = None,
+        stop: int | None = None,
     ) -> Tensor:
         """Run E and the blocks below the cut without grad: the arguments of `Model.forward` -> (B, S, D).
 
-        With x (B, S, D), which enters block `start`, only the blocks from there on run.
+        With x (B, S, D), which enters block `start`, only the blocks from there on run; with `stop` only those below.
         """
         with torch.no_grad():
             if x is None:
                 x = self.model.embeddings(input_ids, token_type_ids)
-            return self.model.encoder(x, attention_mask, range(start, self.cut))
+            return self.model.encoder(x, attention_mask, range(start, self.cut if stop is None else stop))
 
     def suffix(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Run the blocks from the cut on and the head: (B, S, D) -> what `Model.head` returns."""

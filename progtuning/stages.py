@@ -87,11 +87,6 @@ class Schedule:
         return self.at_step(epoch, num_epochs)  # e * steps_per_epoch * T / (num_epochs * steps_per_epoch)
 
     @property
-    def only_freezes(self) -> bool:
-        """Whether no block trains again once it was frozen, so that its output can be kept."""
-        return all(before.boundary <= after.boundary for before, after in zip(self.stages, self.stages[1:]))
-
-    @property
     def planned(self) -> tuple[tuple[Stage, Stage], ...]:
         """For each stage that can be planned: what trains, and the stage at whose cut a prefix cache then stands."""
         return tuple((stage, stage) for stage in self.stages)

@@ -65,6 +65,7 @@ CASES = {
     "cache": {"cache": "memory", "epochs": 6, "stages": 3},
     "cache, in pieces": {"cache": "disk", "accumulation_steps": 2},
     "cache, LoRA": {"cache": "memory", "peft": PeftConfig("lora", lora_r=2)},
+    "cache, growing": {"cache": "memory", "schedule": "growing", "epochs": 6, "stages": 3},
     "cache, adaptive": {"cache": "memory", "schedule": "adaptive"},
 }
 

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from progtuning.base.errors import InputError, RunError
 from progtuning.cost import closed_form
+from progtuning.cost.plan import plan
 from progtuning.data.batching import EncodedRows
 from progtuning.data.tokenization import Encoding
 from progtuning.engine import StageEngine
@@ -28,7 +29,7 @@ from progtuning.run.build import build_trainer
 from progtuning.run.state import refill_cache
 from progtuning.settings.peft import PeftConfig
 from progtuning.settings.train import DPSConfig, TrainConfig, parse_size
-from progtuning.speed.cache import CachedEngine, PrefixCache
+from progtuning.speed.cache import CachedEngine, PrefixCache, Shelves
 from progtuning.stages import Stage
 from progtuning.step.measure import free_disk, free_memory
 from progtuning.train import Trainer
@@ -76,6 +77,11 @@ def losses(run: Trainer) -> list[float]:
     return torch.stack(seen).tolist()
 
 
+def shelves(lengths, hidden_size: int) -> Shelves:
+    """A cache with one shelf, for stages whose cut does not fall."""
+    return Shelves([{0: TINY.num_hidden_layers}], lambda: PrefixCache(lengths, hidden_size))
+
+
 CASES = {
     "Progtuning": {},
     "a stage begins in the middle of an epoch": {"epochs": 2, "stages": 3},
@@ -85,6 +91,12 @@ CASES = {
     "batches in pieces": {"accumulation_steps": 3},
     "question answering": {"head": "question-answering"},
     "adaptive": {"schedule": "adaptive"},
+    "growing": {"schedule": "growing"},
+    "growing, two epochs a stage": {"schedule": "growing", "stages": 2},
+    "growing, a stage begins in the middle of an epoch": {"schedule": "growing", "epochs": 2, "stages": 3},
+    "growing, embeddings frozen": {"schedule": "growing", "embeddings": "never"},
+    "down and up, BitFit": {"calendar": "3:2,1:1,2:2", "peft": "bitfit"},
+    "down and up by uneven shares": {"calendar": "2:1,4:3,1:2,3:2"},
     "adapter": {"peft": "adapter"},
     "LoRA, embeddings always": {"peft": "lora", "embeddings": "always"},
     "BitFit": {"peft": "bitfit"},
@@ -111,13 +123,15 @@ def test_losses_with_the_cache_are_those_without_to_rounding(case, place):
 @pytest.mark.parametrize("case", CASES)
 def test_no_frozen_block_runs_twice_for_an_example_in_a_stage_nor_in_two_stages(case, monkeypatch):
     run = trainer(cache="memory", **CASES[case])
-    ran = Counter()  # (example, block): forward passes below the cut
+    ran = Counter()  # (example, block, stages so far that trained below or in it): forward passes below the cut
     original = StageEngine.prefix
 
-    def spy(self, input_ids, attention_mask=None, token_type_ids=None, start=0, x=None):
+    def spy(self, input_ids, attention_mask=None, token_type_ids=None, start=0, x=None, stop=None):
+        before = [self.cut_of(cost.stage) or 0 for cost in run.ledger.costs[:-1]]
         for example in (input_ids[:, 0] - 1).tolist():
-            ran.update((example, block) for block in range(start, self.cut))
-        return original(self, input_ids, attention_mask, token_type_ids, start, x)
+            passed = range(start, self.cut if stop is None else stop)
+            ran.update((example, block, sum(cut <= block for cut in before)) for block in passed)
+        return original(self, input_ids, attention_mask, token_type_ids, start, x, stop)
 
     calls = Counter()  # block: examples passed through it without grad
     for index, block in enumerate(run.engine.model.encoder.layer):
@@ -132,7 +146,31 @@ def test_no_frozen_block_runs_twice_for_an_example_in_a_stage_nor_in_two_stages(
     cuts = [run.engine.cut_of(cost.stage) or 0 for cost in costs]
     whole_epochs = run.num_steps == sum(cost.steps for cost in costs if cost.steps % len(run.loader.batches) == 0)
     if whole_epochs:
-        assert set(ran) == {(example, block) for example in range(40) for block in range(max(cuts))}
+        assert {(example, block) for example, block, _ in ran} == {
+            (example, block) for example in range(40) for block in range(max(cuts))
+        }
+
+
+@given(st.lists(st.sampled_from([None, 0, 1, 2, 3, 4]), min_size=1, max_size=6))
+def test_an_entry_is_kept_where_a_stage_to_come_could_begin_with_it_and_nothing_below_trains_before(cuts):
+    kept = closed_form.kept_levels(cuts)
+    for stage, levels in enumerate(kept):
+        if not cuts[stage]:
+            assert levels == {}
+            continue
+        own = min(levels)
+        assert levels[own] == cuts[stage] and all(level <= cuts[stage] for level in levels.values())
+        for later in range(stage + 1, len(cuts)):
+            if not kept[later]:
+                continue
+            series = all((a or 0) <= (b or 0) for a, b in zip(cuts[stage:later], cuts[stage + 1 : later + 1]))
+            assert (min(kept[later]) == own) == series
+            still = all((cut or 0) >= cuts[later] for cut in cuts[stage:later])  # blocks below that have not trained
+            begins = min(kept[later]) not in {
+                shelf for levels in kept[:later] for shelf in levels if min(levels) == shelf
+            }
+            if begins and not series:
+                assert (levels.get(min(kept[later])) == cuts[later]) == still
 
 
 def test_hits_and_misses_count_the_examples_of_every_stage():
@@ -143,7 +181,14 @@ def test_hits_and_misses_count_the_examples_of_every_stage():
 
 
 @pytest.mark.parametrize(
-    "case", ["Progtuning", "a stage begins in the middle of an epoch", "LoRA, embeddings always", "SPAFIT, every stage"]
+    "case",
+    [
+        "Progtuning",
+        "a stage begins in the middle of an epoch",
+        "growing",
+        "LoRA, embeddings always",
+        "SPAFIT, every stage",
+    ],
 )
 def test_the_account_leaves_out_the_flops_that_the_cache_spares(case):
     run = trainer(cache="memory", **CASES[case])
@@ -160,7 +205,8 @@ def test_the_bytes_are_those_of_the_closed_form(place, dtype):
     tokens = int(run.loader.data.lengths.sum())
     stage = run.schedule.stages[-1]
     expected = closed_form.cache_bytes(TINY, stage, tokens, dtype)
-    assert expected == run.engine.cache.nbytes == run.engine.cache._states.untyped_storage().nbytes()
+    run.engine.enter(stage)
+    assert expected == run.engine.cache.nbytes == run.engine.cache.now._states.untyped_storage().nbytes()
     run.fit()
     sizes = [closed_form.cache_bytes(TINY, stage, tokens, dtype) for stage in run.schedule.stages]
     assert [stage.cache_bytes for stage in run.ledger.account()["stages"]] == sizes
@@ -174,7 +220,7 @@ def test_a_cache_of_half_precision_rounds_and_gives_every_use_the_same_values(pr
     engine = run.engine.eval()
     batch = run.loader.data.collate([4, 2, 7])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
-    engine.cache.levels[[4, 2, 7]] = 0
+    engine.cache.now.levels[[4, 2, 7]] = 0
     first, again = (engine.cached_prefix(**inputs, rows=[4, 2, 7]) for _ in range(2))
     real = inputs["attention_mask"]
     assert torch.equal(first[real], again[real]) and first.dtype == torch.float32
@@ -237,6 +283,19 @@ def test_on_a_cpu_the_cache_on_the_device_is_that_in_memory():
         trainer(cache="device", cache_limit=1)
 
 
+def test_growing_reads_in_its_second_stage_what_its_first_has_kept_and_gives_the_rest_back():
+    run = trainer(cache="memory", schedule="growing", epochs=3, stages=3)  # cuts 2, 1 and none
+    size, cache = int(run.loader.data.lengths.sum()) * 16 * 4, run.engine.cache
+    assert cache.nbytes == 2 * size
+    run.fit()
+    stages = run.ledger.account()["stages"]
+    assert [(stage.cache_hits, stage.cache_misses) for stage in stages] == [(0, 40), (40, 0), (0, 0)]
+    assert [stage.cache_bytes for stage in stages] == [2 * size, size, 0]
+    planned = plan(TINY, run.schedule, 3, batch=1, length=1, tokens=int(run.loader.data.lengths.sum()))
+    assert [stage["cache_bytes"] for stage in planned["stages"]] == [stage.cache_bytes for stage in stages]
+    assert all(kept._states is None for kept in cache._caches.values())
+
+
 def test_a_refilled_cache_is_the_lost_one_bit_for_bit():
     class Stop(Exception):
         pass
@@ -249,15 +308,15 @@ def test_a_refilled_cache_is_the_lost_one_bit_for_bit():
     run.progress.log = stop
     with pytest.raises(Stop):
         run.fit()
-    lost, stage = run.engine.cache, run.engine.stage
+    lost, stage = run.engine.cache.now, run.engine.stage
     assert len(run.ledger.costs) == 3 and set(lost.levels) == {1, 2}
     state = {p: {key: value.clone() for key, value in s.items()} for p, s in run.optimizer.state.items()}
-    run.engine.cache = PrefixCache(run.loader.data.lengths, TINY.hidden_size)
+    run.engine.cache = shelves(run.loader.data.lengths, TINY.hidden_size)
     random = torch.get_rng_state()
     refill_cache(run, run.engine)
     assert run.engine.stage == stage and (run.engine.cache.levels == lost.levels).all()
     kept = torch.from_numpy(np.repeat(lost.levels > 0, lost.lengths))
-    assert torch.equal(run.engine.cache._states[kept], lost._states[kept])
+    assert torch.equal(run.engine.cache.now._states[kept], lost._states[kept])
     assert torch.equal(random, torch.get_rng_state())
     assert set(state) == set(run.optimizer.state)
     assert all(torch.equal(value, run.optimizer.state[p][key]) for p, s in state.items() for key, value in s.items())
@@ -267,7 +326,7 @@ def test_the_engine_refuses_a_cut_that_falls_and_a_prefix_that_drops_out():
     model = tiny_model()
     batch = tiny_batch(model.config)
     lengths = batch["attention_mask"].sum(1)
-    engine = CachedEngine(model, None, PrefixCache(lengths, 16))
+    engine = CachedEngine(model, None, shelves(lengths, 16))
     for boundary in (3, 1):
         engine.enter(Stage(0, 4, boundary, embeddings=False))
         if boundary == 1:
@@ -276,7 +335,7 @@ def test_the_engine_refuses_a_cut_that_falls_and_a_prefix_that_drops_out():
         expected = engine(**batch)
         if boundary == 3:
             torch.testing.assert_close(engine(**batch, rows=range(5)), expected)
-    other = CachedEngine(model, None, PrefixCache(lengths, 16), prefix_dropout=True)
+    other = CachedEngine(model, None, shelves(lengths, 16), prefix_dropout=True)
     other.enter(Stage(0, 4, 3, embeddings=False))
     with pytest.raises(ValueError, match="a prefix cache needs prefix_dropout=False"):
         other(**batch, rows=range(5))
@@ -289,7 +348,6 @@ def test_the_engine_refuses_a_cut_that_falls_and_a_prefix_that_drops_out():
         ({"cache_dtype": "fp16"}, "--cache-dtype must be one of fp32, bf16, got 'fp16'"),
         ({"cache_limit": 0}, "--cache-limit must be an integer of at least 1, got 0"),
         ({"cache": "disk", "prefix_dropout": True}, "--cache disk needs the same output of the frozen blocks in every"),
-        ({"cache": "memory", "schedule": "growing"}, "--cache memory keeps the output of blocks that stay frozen"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(change, message):
@@ -377,7 +435,7 @@ def test_memory_or_a_disk_that_cannot_hold_it_fails_the_run_in_one_line(tmp_path
 
 KILLED = """
 import os, signal
-from progtuning.speed.cache import CachedEngine, PrefixCache
+from progtuning.speed.cache import CachedEngine, PrefixCache, Shelves
 cache = PrefixCache([2**10], 16, "disk")
 cache._states.fill_(1.0)
 print("filled", flush=True)

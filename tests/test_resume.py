@@ -54,6 +54,7 @@ VARIANTS = {
     "bf16": {"precision": "bf16"},
     "constant rate": {"lr_schedule": "constant", "warmup": 0.5, "adam_epsilon": 1e-4},
     "cache": {"cache": "memory"},
+    "cache, growing": {"cache": "memory", "schedule": "growing"},
     "cache, adaptive": {"cache": "disk", "cache_dtype": "bf16", "schedule": "adaptive", "stages": 4},
 }
 

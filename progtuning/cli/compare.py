@@ -22,7 +22,7 @@ def add_compare_options(parser: Parser) -> None:
     add_task_options(parser)
     parser.add_argument("--output-dir", required=True, help="a new or empty folder, or with --resume that of before")
     text = "schedules, or calendars (2, or 0:2,4:1), each with +cache where it keeps what its frozen blocks give"
-    text += " (full shrinking+cache, and a third and a half of the blocks frozen, +cache)"
+    text += " (full, shrinking and growing, and a third and a half of the blocks frozen, all these +cache)"
     parser.add_argument("--schedules", nargs="+", metavar="SCHEDULE", help=text)
     text = "shares of the FLOPs of full fine-tuning for --epochs (0.5 1)"
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 1.0], metavar="B", help=text)

@@ -99,10 +99,10 @@ def settings_of(run: Run, base: TrainConfig) -> TrainConfig:
 
 
 def default_schedules(num_blocks: int, num_stages: int) -> tuple[str, ...]:
-    """Return full, shrinking where it has several stages, and the lowest third and half frozen throughout."""
+    """Return full, shrinking and growing where they have stages and blocks to divide, and a third and a half frozen."""
     frozen = dict.fromkeys(max(1, num_blocks // part) for part in (3, 2))
-    shrinking = ["shrinking" + CACHED] if num_stages > 1 else []
-    return "full", *shrinking, *(f"{blocks}{CACHED}" for blocks in frozen)
+    staged = ["shrinking" + CACHED, "growing" + CACHED] if min(num_blocks, num_stages) > 1 else []
+    return "full", *staged, *(f"{blocks}{CACHED}" for blocks in frozen)
 
 
 def default_rates(lr: float) -> tuple[float, ...]:

@@ -7,7 +7,7 @@
 Stages and the learning-rate line divide exactly those steps, so that C(N) is within a step of the budget.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -15,7 +15,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from progtuning.base.errors import InputError
-from progtuning.cost.closed_form import PLAIN, Units, prefix_flops, step_flops, units
+from progtuning.cost.closed_form import PLAIN, Units, kept_levels, prefix_flops, step_flops, units
 from progtuning.model.config import BertConfig
 from progtuning.settings.peft import PeftConfig
 from progtuning.stages import Schedule, Stage, make_schedule
@@ -46,9 +46,10 @@ class Forecast:
 
     def flops(self, schedule: Schedule, num_steps: int) -> int:
         """Return C(num_steps)."""
-        levels: dict[tuple[int, int], int] = {}  # (process, row) -> blocks that the kept entry has passed
+        kept = kept_levels([_cut(self.config, self.peft, stage) for stage in schedule.stages])
+        levels: dict[tuple[int, int, int], int] = {}  # (shelf, process, row) -> blocks that the kept entry has passed
         spans = _spans(schedule, num_steps)
-        return sum(self._cost(stage, step, levels) for stage, steps in spans for step in steps)
+        return sum(self._cost(stage, step, kept[stage.index], levels) for stage, steps in spans for step in steps)
 
     def full(self, num_epochs: int) -> int:
         """Return C_full."""
@@ -68,16 +69,16 @@ class Forecast:
             raise InputError(f"--budget {budget:g} pays no step of this run: give more, or more --epochs")
         return low
 
-    def _cost(self, stage: Stage, step: int, levels: dict[tuple[int, int], int]) -> int:
-        """Return the FLOPs of a step, and keep in `levels` what its passes make."""
-        cut = None if self.keeper is None else _cut(self.config, self.peft, stage)
+    def _cost(self, stage: Stage, step: int, kept: Mapping[int, int], levels: dict[tuple[int, int, int], int]) -> int:
+        """Return the FLOPs of a step of a stage that keeps `kept`, and keep in `levels` what its passes make."""
         total = 0
         for process, rows, length in self._batch(step):
             total += _step(self.config, self.peft, stage, len(rows), length)
-            for row in rows if cut else ():
-                total -= _prefix(self.config, self.peft, levels.get((process, row), 0), length)
+            for row in rows if kept and self.keeper is not None else ():
+                found = levels.get((min(kept), process, row), 0)
+                total -= _prefix(self.config, self.peft, found, length)
                 if self.keeper[row] == process:
-                    levels[process, row] = cut
+                    levels |= {(shelf, process, row): level for shelf, level in kept.items() if level > found}
         return total
 
     def _batch(self, step: int) -> Sequence[Piece]:

@@ -32,9 +32,10 @@ lowest active block needs no input gradient for its query, key and value; with L
 none for K either; and blocks below the boundary cost input gradients exactly where E trains beneath them.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import accumulate
 from math import prod
 
 from progtuning.base.checks import check_choice, check_number
@@ -432,10 +433,39 @@ def bytes_of(active: Units, trace: _Trace) -> dict[str, int]:
     }
 
 
+def kept_levels(cuts: Sequence[int | None]) -> list[dict[int, int]]:
+    """Return for each stage what a prefix cache keeps of an example that passes: shelf -> level, blocks passed.
+
+    `cuts` are those of the stages, in order. Stages whose cut does not fall share a shelf, on which an entry takes the
+    place of the one it was made from: the first of a stage's shelves is its own. What a later shelf begins with is kept
+    as soon as no stage before trains below it. So in `growing` each frozen block runs once an example too:
+
+    >>> kept_levels([None, 4, 8]), kept_levels([8, 4, None])
+    ([{}, {0: 4}, {0: 8}], [{0: 8, 1: 4}, {1: 4}, {}])
+    """
+    cuts = [cut or 0 for cut in cuts]
+    shelves = list(accumulate((before > after for before, after in zip(cuts, cuts[1:])), initial=0))
+    begins: dict[int, int] = {}  # shelf -> the first of its stages that keeps anything
+    for stage, (shelf, cut) in enumerate(zip(shelves, cuts)):
+        if cut:
+            begins.setdefault(shelf, stage)
+    return [
+        {shelves[stage]: cut}
+        | {
+            shelf: cuts[begin]
+            for shelf, begin in begins.items()
+            if shelf > shelves[stage] and cuts[begin] <= min(cuts[stage:begin])
+        }
+        if cut
+        else {}
+        for stage, cut in enumerate(cuts)
+    ]
+
+
 def cache_bytes(
     config: BertConfig, stage: Stage, tokens: int, cache_dtype: str = "fp32", peft: PeftConfig = PLAIN
 ) -> int:
-    """Return the bytes of a prefix cache at the cut of `stage`: D elements for each of `tokens` tokens (no padding).
+    """Return the bytes of a shelf of a prefix cache at the cut of `stage`: D elements for each of `tokens` tokens.
 
     0 where E trains or no block is frozen: there is no prefix to keep. Raises InputError for an unknown cache_dtype.
     """

@@ -10,6 +10,7 @@ from progtuning.cost.closed_form import (
     bytes_of,
     bytes_of_sums,
     cache_bytes,
+    kept_levels,
     planned_updates,
     run_trace,
     units,
@@ -49,6 +50,7 @@ def plan(
     updated = planned_updates(model, schedule, num_epochs)
     stages = []
     num_tokens = batch * length if tokens is None else tokens
+    shelves = kept_levels([model.during(kept).cut() for _, kept in schedule.planned])
     for (stage, kept), share, stage_updated in zip(schedule.planned, schedule.shares, updated):
         epochs = Fraction(num_epochs * share, sum(schedule.shares))
         active = model.during(stage)
@@ -67,7 +69,7 @@ def plan(
                 "share_of_full": backward / full_backward,
                 **bytes_of(active, trace),
                 "gradient_sum_bytes": bytes_of_sums(active) if schedule.sums_gradients else 0,
-                "cache_bytes": cache_bytes(config, kept, num_tokens, cache_dtype, peft),
+                "cache_bytes": len(shelves[stage.index]) * cache_bytes(config, kept, num_tokens, cache_dtype, peft),
             }
         )
     return {
@@ -101,13 +103,12 @@ def plan_calendars(forecast: Forecast, num_epochs: int, budget: float, embedding
     """Return for each named schedule, of T = 1, 2, 3, 4 and L stages, what share of full fine-tuning `num_epochs`
     epochs cost, whether that is within `budget`, and how many steps it pays.
 
-    Of "full" T is 1. With the cache of the forecast, schedules that unfreeze are left out.
+    Of "full" T is 1.
     """
     num_blocks, rows = forecast.config.num_hidden_layers, []
     for name, num_stages in product(SCHEDULES, sorted({1, 2, 3, 4, num_blocks})):
         schedule = make_schedule(name, num_blocks, num_stages, embeddings)
-        caching = forecast.keeper is not None and not schedule.only_freezes
-        if caching or (name == "full" and num_stages > 1) or num_stages > num_blocks:
+        if (name == "full" and num_stages > 1) or num_stages > num_blocks:
             continue
         share = plan_run(forecast, schedule, num_epochs)["flops_share_of_full"]
         paid = plan_run(forecast, schedule, num_epochs, budget)

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
 from progtuning.base.errors import InputError
 from progtuning.cost.budget import Forecast, Piece
-from progtuning.cost.closed_form import units
+from progtuning.cost.closed_form import kept_levels, units
 from progtuning.data.batching import EncodedRows
 from progtuning.engine import StageEngine
 from progtuning.methods.autofreeze import AdaptiveSchedule
@@ -17,7 +18,7 @@ from progtuning.model import heads
 from progtuning.model.bert import Model
 from progtuning.model.config import BertConfig
 from progtuning.settings.train import TrainConfig
-from progtuning.speed.cache import CachedEngine, PrefixCache
+from progtuning.speed.cache import CachedEngine, PrefixCache, Shelves
 from progtuning.speed.kernels import compile_blocks
 from progtuning.speed.unpad import unpad
 from progtuning.stages import Schedule, make_schedule
@@ -143,14 +144,17 @@ def build_engine(
     if settings.cache == "off":
         return StageEngine(model, optimizer, settings.drops_out_prefix)
     check_keeps(model.config, settings, schedule)
-    cache = PrefixCache(
+    own = units(model.config, settings.peft)
+    kept = kept_levels([own.during(stage).cut() for _, stage in schedule.planned])
+    make = partial(
+        PrefixCache,
         data.lengths,
         model.config.hidden_size,
         settings.cache,
         settings.cache_dtype,
         settings.cache_limit,
         kept=world.owns(len(data)),
-        num_sharing=world.local_size,
+        num_sharing=world.local_size * len(set().union(*kept)),
         device=device,
     )
-    return CachedEngine(model, optimizer, cache)
+    return CachedEngine(model, optimizer, Shelves(kept, make))

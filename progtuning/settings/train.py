@@ -8,7 +8,7 @@ from fractions import Fraction
 from progtuning.base.errors import InputError
 from progtuning.settings.options import Options, option
 from progtuning.settings.peft import PeftConfig
-from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES, make_schedule
+from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES
 
 DPS_MODES = ("off", "dense", "mix")
 PRECISIONS = ("fp32", "bf16")
@@ -57,13 +57,12 @@ class ScheduleKind:
 
     stages_an_epoch: int = 1
     fewest_stages: int = 1
-    only_freezes: bool = True  # no block trains again once it was frozen: so its output can be kept
     prefix_drops_out: bool = True
     is_planned: bool = True  # what trains in which step is known before the run
 
 
 SCHEDULE_KINDS = {
-    **{name: ScheduleKind(only_freezes=make_schedule(name, 2, 2).only_freezes) for name in SCHEDULES},
+    **dict.fromkeys(SCHEDULES, ScheduleKind()),
     "adaptive": ScheduleKind(stages_an_epoch=5, fewest_stages=3, prefix_drops_out=False, is_planned=False),
 }
 
@@ -157,16 +156,10 @@ class TrainConfig(Options):
                 f"--cache {self.cache} needs the same output of the frozen blocks in every epoch: "
                 "leave out --prefix-dropout"
             )
-        if not self.kind.only_freezes and self.cache != "off":
-            kept = "keeps the output of blocks that stay frozen"
-            raise InputError(f"--cache {self.cache} {kept}, and {self.named_schedule} unfreezes")
 
     @property
     def kind(self) -> ScheduleKind:
-        if self.calendar is not None:
-            frozen = [blocks for blocks, _ in parse_calendar(self.calendar)]
-            return ScheduleKind(only_freezes=frozen == sorted(frozen))
-        return SCHEDULE_KINDS[self.schedule]
+        return ScheduleKind() if self.calendar is not None else SCHEDULE_KINDS[self.schedule]
 
     @property
     def named_schedule(self) -> str:

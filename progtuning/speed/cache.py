@@ -12,7 +12,12 @@ Beside it stands each example's level: how many blocks its entry has passed; 0 s
 
 An entry takes the place of the one it was made from, so a stage needs no second buffer; and a level of its own for each
 example lets a stage begin in the middle of an epoch. A block's forward pass is paid once an example after it froze, not
-once an epoch. A cut can only rise: a block that trains again would make the entries above it wrong.
+once an epoch. Where a cut falls, a block trains that made the entries: the next stages have another buffer, a shelf of
+their own. What that begins with is kept on the way, as long as nothing below has trained. Cuts 8, 4, 0 (`growing`):
+
+    stage 1   an example's first use: E and blocks 0-3 run, kept on shelf 1; blocks 4-7 run, kept on shelf 0
+    stage 2   every use: read from shelf 1; shelf 0 is given back
+    stage 3   everything trains, nothing is kept
 
 A batch is read by one gather: token j of example i is row starts[i] + j of the buffer. That lies in memory, in a mapped
 file, or on the run's device, from where no entry crosses the bus.
@@ -24,7 +29,7 @@ The same batches make the same entries: so a resumed run gets its cache back (`C
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -34,6 +39,7 @@ from progtuning.base.errors import InputError, RunError
 from progtuning.cost.closed_form import ITEMSIZE
 from progtuning.engine import StageEngine
 from progtuning.model.bert import Model
+from progtuning.stages import Stage
 from progtuning.step.measure import free_disk, free_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -110,7 +116,7 @@ class PrefixCache:
             x = self._read(examples, length, device) if level else None
             if level < cut:
                 x = run(None if len(groups) == 1 else group, level, x).to(DTYPES[self.dtype])
-                self._keep(examples, x, cut)
+                self.keep(examples, x, cut)
             parts.append(x.float())
         if len(parts) == 1:
             return parts[0]
@@ -148,14 +154,15 @@ class PrefixCache:
         torch.index_select(self._states, 0, self._index(places), out=x)
         return x.view(*places.shape, -1).to(device, non_blocking=True).float()
 
-    def _keep(self, examples: np.ndarray, x: Tensor, cut: int) -> None:
-        """Store those entries of x (B', S, D), which has passed `cut` blocks, that are to be kept."""
+    def keep(self, examples: np.ndarray, x: Tensor, level: int) -> None:
+        """Store those entries of x (B', S, D), which has passed `level` blocks, that are to be kept."""
+        x = x.to(DTYPES[self.dtype])
         if not self.kept[examples].all():
             chosen = np.flatnonzero(self.kept[examples])
             examples, x = examples[chosen], x[torch.from_numpy(chosen).to(x.device, non_blocking=True)]
         if len(examples):
             self._store(examples, x)
-            self.levels[examples] = cut
+            self.levels[examples] = level
 
     def _store(self, examples: np.ndarray, x: Tensor) -> None:
         """Take the entries from x (B', S, D). From CUDA to memory they come while the device goes on, to be stored
@@ -188,6 +195,58 @@ class PrefixCache:
     def _index(self, places: np.ndarray) -> Tensor:
         """Return row numbers, in order, as a tensor beside the buffer."""
         return torch.from_numpy(places.reshape(-1)).to(self.device, non_blocking=True)
+
+
+class Shelves:
+    """The prefix caches of a run: one for each series of stages whose cut does not fall (`closed_form.kept_levels`).
+
+    `kept` is, by stage, what that returns; of a schedule that decides while it trains, the last stands for all that
+    follow. `make` returns a new cache. Between two steps one stage is on, whose own cache `now` is.
+    """
+
+    def __init__(self, kept: Sequence[Mapping[int, int]], make: Callable[[], PrefixCache]):
+        self._kept = kept
+        self._caches = {shelf: make() for shelf in sorted(set().union(*kept))}
+        self.now: PrefixCache | None = None
+        self.ahead: list[tuple[int, PrefixCache]] = []  # by level, what is kept on the way for stages to come
+
+    def enter(self, index: int) -> None:
+        """Let the stage of 0-based `index` be on. What no stage needs from here on is given back."""
+        kept = self._of(index)
+        self.now = self._caches[min(kept)] if kept else None
+        self.ahead = sorted(((kept[shelf], self._caches[shelf]) for shelf in sorted(kept)[1:]), key=lambda one: one[0])
+        needed = set().union(*(self._of(later) for later in range(index, max(len(self._kept), index + 1))))
+        for shelf in self._caches.keys() - needed:
+            self._caches[shelf].close()
+
+    def _of(self, index: int) -> Mapping[int, int]:
+        return self._kept[min(index, len(self._kept) - 1)]
+
+    @property
+    def levels(self) -> np.ndarray:
+        """(N,) blocks that the entries of the stage's own cache have passed; 0: nothing is kept."""
+        return self.now.levels
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of which an entry can be kept, the same in each cache."""
+        return next(iter(self._caches.values())).num_tokens
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all together."""
+        return sum(cache.nbytes for cache in self._caches.values())
+
+    def nbytes_of(self, index: int) -> int:
+        """Return the bytes of those that a stage reads or fills."""
+        return sum(self._caches[shelf].nbytes for shelf in self._of(index))
+
+    def __enter__(self) -> "Shelves":
+        return self
+
+    def __exit__(self, *error) -> None:
+        for cache in self._caches.values():
+            cache.close()
 
 
 def _check_limit(size: int, place: str, limit: int | None, device: torch.device) -> None:
@@ -229,7 +288,7 @@ def _on_disk(size: int) -> Tensor:
 
 
 class CachedEngine(StageEngine):
-    """A stage engine whose prefix is read from a cache where that has it, for stages whose cut never falls.
+    """A stage engine whose prefix is read from a cache where that has it.
 
     Pass the examples' numbers as `rows` with each batch; None goes past the cache.
     """
@@ -238,11 +297,15 @@ class CachedEngine(StageEngine):
         self,
         model: Model,
         optimizer: torch.optim.Optimizer | None,
-        cache: PrefixCache,
+        cache: Shelves,
         prefix_dropout: bool = False,
     ):
         super().__init__(model, optimizer, prefix_dropout)
         self.cache = cache
+
+    def enter(self, stage: Stage) -> None:
+        super().enter(stage)
+        self.cache.enter(stage.index)
 
     def forward(
         self,
@@ -265,26 +328,33 @@ class CachedEngine(StageEngine):
     ) -> Tensor:
         """Return what `prefix` does for the examples `rows`, running only the blocks that the cache has not kept.
 
-        Raises ValueError where the prefix drops out, or the cut has fallen.
+        Raises ValueError where the prefix drops out, or the cut has fallen within a shelf.
         """
         if self.prefix_dropout:
             raise ValueError("a prefix cache needs prefix_dropout=False, got True")
+        rows = np.asarray(rows)
 
         def run(chosen: np.ndarray | None, level: int, x: Tensor | None) -> Tensor:
-            inputs = (input_ids, attention_mask, token_type_ids)
+            inputs, examples = (input_ids, attention_mask, token_type_ids), rows
             if chosen is not None:
                 index = torch.from_numpy(chosen).to(input_ids.device, non_blocking=True)
-                inputs = (None if value is None else value[index] for value in inputs)
+                inputs, examples = [None if value is None else value[index] for value in inputs], rows[chosen]
+            for stop, later in self.cache.ahead:
+                if level < stop:
+                    x = self.prefix(*inputs, start=level, x=x, stop=stop)
+                    later.keep(examples, x, stop)
+                    level = stop
             return self.prefix(*inputs, start=level, x=x)
 
-        return self.cache.fetch(rows, self.cut, input_ids.shape[1], input_ids.device, run)
+        return self.cache.now.fetch(rows, self.cut, input_ids.shape[1], input_ids.device, run)
 
     def refill(self, rows: Sequence[int], inputs: dict[str, Tensor]) -> None:
         """Make the entries that a piece of a batch, `rows`, made in this stage: run its `inputs` again.
 
         For a run that is resumed: the frozen blocks still have the weights that they had then, and the same batches in
         the same order make the lost entries bit for bit. It costs what making them did, at most one forward pass of the
-        frozen blocks for each example.
+        frozen blocks for each example and shelf. Of a shelf that is given back by now the entries are others; those
+        that it made on the way, of blocks that have not trained since, are the same.
         """
-        if self.cut and self.cache.lacks(rows, self.cut):
+        if self.cut and self.cache.now.lacks(rows, self.cut):
             self.cached_prefix(**inputs, rows=rows)

@@ -18,7 +18,7 @@ from progtuning.step.processes import World
 
 if TYPE_CHECKING:  # what it is given, it does not import
     from progtuning.engine import StageEngine
-    from progtuning.speed.cache import PrefixCache
+    from progtuning.speed.cache import Shelves
 
 # What each process counts for itself, and `summary.json` has for all of them together.
 _OF_ALL_PROCESSES = ("forward_flops", "backward_flops", "cache_bytes", "cache_hits", "cache_misses")
@@ -98,7 +98,7 @@ class Ledger:
 
     engine: "StageEngine"
     schedule: Schedule
-    cache: "PrefixCache | None"
+    cache: "Shelves | None"
     peft: PeftConfig
     epochs: int
     steps_per_epoch: int
@@ -124,7 +124,7 @@ class Ledger:
         count = sum(self.engine.candidates[name].numel() for name in names)
         cost = StageCost(stage, names, count, Clock(self.device), gradient_sum_bytes=self.schedule.state_bytes(names))
         if self.cache and self.engine.cut_of(stage):
-            cost.cache_bytes = self.cache.nbytes
+            cost.cache_bytes = self.cache.nbytes_of(stage.index)
         self.costs.append(cost)
 
     def measure_peak(self) -> None:
