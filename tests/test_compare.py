@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from progtuning.base.errors import InputError, RunError
-from progtuning.compare import frontier
+from progtuning.base.errors import InputError, Interrupted, RunError
+from progtuning.compare import frontier, runs
 from progtuning.compare.grid import CHOICE, RESULT, Grid, Run, default_schedules, run_of, settings_of
 from progtuning.compare.runs import ROWS, side_by_side
 from progtuning.data import metrics
@@ -193,6 +193,25 @@ def test_a_run_that_diverges_is_a_row_and_the_others_go_on(tiny_folder, tiny_tas
     rows = rows_in(tmp_path / "out")
     assert [("error" in row, row["lr"]) for row in rows] == [(False, 1e-3), (True, 1e30), (False, 1e-3)]
     assert "Nothing stands beside full fine-tuning" in out
+
+
+def test_a_comparison_that_a_signal_stops_says_what_is_kept_and_how_to_go_on(
+    tiny_folder, tiny_task, tmp_path, monkeypatch
+):
+    made = []
+
+    def stopped(*arguments):
+        if made:
+            raise Interrupted("stopped by SIGTERM at step 3 of 9", 15)
+        made.append(fine_tune(*arguments))
+        return made[-1]
+
+    fine_tune = runs.fine_tune
+    monkeypatch.setattr(runs, "fine_tune", stopped)
+    status, _, err = call(*arguments(tiny_folder, tiny_task, tmp_path / "out"))
+    hint = f"1 runs are kept in {tmp_path / 'out'}; to go on: the same command with --resume"
+    assert status == 143 and err.splitlines()[-1] == f"progtuning: error: stopped by SIGTERM: {hint}"
+    assert len(rows_in(tmp_path / "out")) == 1 and not list((tmp_path / "out").glob(".run-*"))
 
 
 # Side by side

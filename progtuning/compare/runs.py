@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import lru_cache, partial
 from pathlib import Path
+from signal import Signals
 
 import torch
 
-from progtuning.base.errors import InputError, RunError
+from progtuning.base.errors import InputError, Interrupted, RunError
 from progtuning.base.files import check_new_folder, made_folder, read_json, write_json
 from progtuning.compare.grid import CHOICE, Grid, Run, run_of, settings_of, split_for_choice
 from progtuning.data.batching import EncodedRows
@@ -167,6 +168,9 @@ def compare(
         chosen = grid.choose(log.rows, splits.task.main_metric)
         make_missing(setup, grid.results(chosen), log, folder, jobs, "comparing", say)
         return log.rows
+    except Interrupted as error:
+        hint = f"{len(log.rows)} runs are kept in {folder}; to go on: the same command with --resume"
+        raise Interrupted(f"stopped by {Signals(error.signal).name}: {hint}", error.signal) from None
     finally:
         log.close()
 

@@ -125,8 +125,8 @@ def attention_backends(config: BertConfig, device: torch.device, precision: str)
 def free_memory(device: torch.device = torch.device("cpu")) -> int | None:
     """Return the bytes of memory that this process may still take, None where the system does not tell.
 
-    Of a GPU that is what CUDA calls free. Of the host Linux tells: what is available, or what a control group leaves where that is less, the process's own or one above
-    it, as SLURM, systemd and containers limit a job.
+    Of a GPU that is what CUDA calls free. Of the host Linux tells: what is available, or what a control group leaves
+    where that is less, the process's own or one above it, as SLURM, systemd and containers limit a job.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
