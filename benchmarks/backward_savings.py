@@ -161,16 +161,19 @@ def measure(group: Group, names: Mapping, stages: Mapping[Form, list[dict]], arg
                 "stages": stages[form],
                 "attention": backend,
                 **facts[form],
-                **cost(timings[form], timings[full], facts[form], facts[full], peak),
+                **cost(timings[form], timings[full], facts[form], facts[full], (group.batch, group.length), peak),
             }
             for form in stages
         ]
 
 
-def cost(timing: Timing, full: Timing, facts: Mapping, full_facts: Mapping, peak: float) -> dict:
-    """Return the measured part of a row."""
+def cost(
+    timing: Timing, full: Timing, facts: Mapping, full_facts: Mapping, shape: tuple[int, int], peak: float
+) -> dict:
+    """Return the measured part of a row; `shape` is (B, S) of its batch, without padding."""
     flops, milliseconds = facts["forward_flops"] + facts["backward_flops"], timing.milliseconds("forward", "backward")
     reached = None if milliseconds is None else 1000 * flops / milliseconds
+    tokens = shape[0] * shape[1]
     return {
         "rounds": len(timing.rounds),
         "out_of_memory": timing.out_of_memory,
@@ -182,6 +185,7 @@ def cost(timing: Timing, full: Timing, facts: Mapping, full_facts: Mapping, peak
         "peak_bytes": timing.peak_bytes,
         "flops_per_second": reached,
         "share_of_matmul_peak": reached and reached / peak,
+        "speed": harness.speed(timing, shape[0], tokens, tokens, flops, peak),
     }
 
 
@@ -221,7 +225,7 @@ def markdown(document: dict) -> str:
         "",
         "Ideal is the ratio of the FLOPs to those of the group's first row, measured that of the times: median over the"
         " rounds of the ratio within a round. T:t names schedules of T stages, and of these the stage, of this form."
-        " TFLOP/s and share of the peak are of forward and backward.",
+        " TFLOP/s and share of the peak are of forward and backward, tokens a second of the whole step.",
     ]
     for (model, length, method), group in groups_of(rows, "model", "length", "method").items():
         parts += ["", f"## {model}, {length} tokens, {method}", "", table(group)]
@@ -230,7 +234,13 @@ def markdown(document: dict) -> str:
 
 def table(rows: Sequence[dict]) -> str:
     header = ["T:t", "frozen", "form", "backward, ideal", "measured", "step, ideal", "measured"]
-    header += [f"{phase}, ms" for phase in tables.PHASES] + ["peak, MiB", "saved, MiB", "TFLOP/s", "of peak"]
+    header += [f"{phase}, ms" for phase in tables.PHASES] + [
+        "peak, MiB",
+        "saved, MiB",
+        "TFLOP/s",
+        "of peak",
+        "tokens/s",
+    ]
     return tables.table(header, [_cells(row) for row in rows])
 
 
@@ -254,6 +264,7 @@ def _cells(row: dict) -> list[str | None]:
         number(row["saved_bytes"] and row["saved_bytes"] / 2**20, ",.0f"),
         number(speed and speed / 1e12, ".3g"),
         number(row["share_of_matmul_peak"], ".2f"),
+        number(row.get("speed") and row["speed"]["tokens_per_second"], ",.0f"),
     ]
 
 
@@ -309,7 +320,7 @@ def main(arguments: Sequence[str]) -> Path:
     }
     document = harness.open_document(path, harness.environment(device, settings), harness.this_run(__file__, arguments))
     if "matmul_peak" not in document:
-        document["matmul_peak"] = harness.matmul_peak(device, args.precision)
+        document["matmul_peak"] = harness.measure.matmul_peak(device, args.precision)
     for model_name, length, method in itertools.product(args.models, args.lengths, args.methods):
         names = {"model": model_name, "length": length, "method": method}
         if not measure_group(document, path, names, args, end):

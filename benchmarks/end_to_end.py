@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import harness
@@ -205,6 +205,7 @@ def train_here(name: str, folder: Path, splits: Splits, settings: TrainConfig, d
         "flops": summary.flops,
         "steps": sum(stage.steps for stage in summary.stages),
         "phase_seconds": {phase: summary.seconds(phase) for phase in tables.PHASES},
+        "speed": asdict(summary.speed()),
     }
 
 
@@ -295,9 +296,10 @@ def table(rows: Sequence[dict]) -> str:
                 *(spread([100 * row["metrics"][metric] for row in group]) for metric in first["metrics"]),
                 tables.millions(round(statistics.mean(row["updated_parameters"] for row in group))),
                 tables.tera(round(statistics.mean(row["flops"] for row in group))),
+                spread([row["speed"]["tokens_per_second"] for row in group], ",.0f") if "speed" in first else None,
             ]
         )
-    header = ["run", "epochs", "seeds", "wall, s", *rows[0]["metrics"], "updated, M", "TFLOP"]
+    header = ["run", "epochs", "seeds", "wall, s", *rows[0]["metrics"], "updated, M", "TFLOP", "tokens/s"]
     return "\n".join([tables.table(header, lines), "", targets_table(groups)])
 
 

@@ -13,7 +13,7 @@ import statistics
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from progtuning.base.errors import InputError, RunError
 from progtuning.base.files import read_json
+from progtuning.report.summary import Speed
 from progtuning.report.tables import PHASES
 from progtuning.settings.train import PRECISIONS
 from progtuning.step import measure
@@ -115,6 +116,14 @@ def time_turn(
     return medians, peak_bytes(device) if device.type == "cuda" else None
 
 
+def speed(timing: Timing, batch: int, tokens: int, slots: int, flops: int | None, peak: float) -> dict | None:
+    """Return the speed of a whole step on `batch` examples, as `summary.json` has it; None without a measurement."""
+    milliseconds = timing.milliseconds(*PHASES)
+    if milliseconds is None or flops is None:
+        return None
+    return asdict(Speed.of(batch, tokens, slots, flops, milliseconds / 1000, peak))
+
+
 def train_step(variant: Variant, clock: Clock, device: torch.device, precision: str) -> None:
     """One step: forward, backward, and as "optimizer" the clipping, the update and the release of the gradients."""
     with clock.phase("forward"), autocast(device, precision):
@@ -192,18 +201,6 @@ def attention_backend(variant: Variant, device: torch.device, precision: str) ->
             return node.name().removeprefix("ScaledDotProduct").removesuffix("Backward0")
         stack.extend(following for following, _ in node.next_functions)
     return "math"
-
-
-def matmul_peak(device: torch.device, precision: str, size: int | None = None, repeats: int = 10) -> float:
-    """Return the FLOP/s of the fastest of `repeats` products of two square matrices, in the precision of the run."""
-    size = size or (8192 if device.type == "cuda" else 2048)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    clocks = [Clock(device) for _ in range(repeats + 1)]
-    for clock in clocks:
-        with clock.phase("matmul"):
-            a @ b
-    return 2 * size**3 / min(clock.seconds()["matmul"] for clock in clocks[1:])  # the first warms up
 
 
 def environment(device: torch.device, settings: Mapping) -> dict:

@@ -35,6 +35,7 @@ from progtuning.model.bert import build_model
 from progtuning.model.config import ARCHITECTURES, BertConfig
 from progtuning.model.names import BLOCK_LINEARS, EMBEDDINGS, HEAD, unit_of
 from progtuning.report import tables
+from progtuning.report.summary import Speed
 from progtuning.settings.peft import PeftConfig
 from progtuning.stages import Stage, make_schedule
 from progtuning.step.device import autocast, choose_device
@@ -173,9 +174,12 @@ def entries(config: BertConfig, num_stages: int, batch: Batch, precision: str, l
     return found
 
 
-def rows_of(entries: Mapping[str, Entry], facts: Mapping[str, dict], timings: Mapping[str, Timing]) -> list[dict]:
-    """Return a row for each variant: times, and their ratios beside those of the FLOPs."""
-    rows = []
+def rows_of(
+    entries: Mapping[str, Entry], facts: Mapping[str, dict], timings: Mapping[str, Timing], batch: Batch, peak: float
+) -> list[dict]:
+    """Return a row for each variant: times, and their ratios beside those of the FLOPs; and its speed."""
+    rows, slots = [], batch.input_ids.numel()
+    counts = (len(batch.labels), slots if batch.mask is None else int(batch.mask.sum()), slots)
     for name, entry in entries.items():
         timing, full = timings[name], timings[entry.full]
         flops, full_flops = facts[name]["counted_flops"], facts[entry.full]["counted_flops"]
@@ -194,6 +198,7 @@ def rows_of(entries: Mapping[str, Entry], facts: Mapping[str, dict], timings: Ma
                 "backward_of_full": timing.ratio(full, "backward"),
                 "backward_ideal": flops[1] / full_flops[1] if flops and full_flops else None,
                 "step_of_transformers": timing.ratio(timings[THEIRS_FULL], *tables.PHASES),
+                "speed": harness.speed(timing, *counts, flops and sum(flops), peak),
             }
         )
     return rows
@@ -252,6 +257,7 @@ def markdown(document: dict) -> str:
         harness.describe(document),
         f"- Attention in the blocks that train: {', '.join(attention)}",
         f"- Rounds: {document['rows'][0]['rounds']}",
+        f"- Matrix product, the fastest: {document['matmul_peak'] / 1e12:.3g} TFLOP/s",
         "",
         "Times are medians; a ratio is the median over the rounds of the ratio within a round. Peer: the same"
         " parameters train, by transformers or peft with requires_grad. Full: all blocks train, on the same side.",
@@ -264,7 +270,7 @@ def markdown(document: dict) -> str:
 
 def table(rows: Sequence[dict]) -> str:
     header = ["variant", "trainable, M", *(f"{phase}, ms" for phase in tables.PHASES), "step, of peer", "step, of full"]
-    header += ["step, of transformers", "backward, of full", "ideal", "peak, MiB", "saved, MiB"]
+    header += ["step, of transformers", "backward, of full", "ideal", "peak, MiB", "saved, MiB", *tables.SPEED]
     lines = []
     for row in rows:
         times = [number(row["milliseconds"][phase], ".1f") for phase in tables.PHASES]
@@ -280,6 +286,7 @@ def table(rows: Sequence[dict]) -> str:
                 number(row["backward_ideal"], ".3f"),
                 number(row["peak_bytes"] and row["peak_bytes"] / 2**20, ",.0f"),
                 number(row["saved_bytes"] and row["saved_bytes"] / 2**20, ",.0f"),
+                *tables.speed_cells(row["speed"] and Speed(**row["speed"])),
             ]
         )
     return tables.table(header, lines)
@@ -314,13 +321,14 @@ def main(arguments: Sequence[str]) -> Path:
         "attention": "sdpa",
     }
     document = {**harness.environment(device, settings), "runs": [harness.this_run(__file__, arguments)]}
+    document["matmul_peak"] = harness.measure.matmul_peak(device, args.precision)
     torch.manual_seed(SEED)
     batch = Batch.random(config, args.batch_size, args.length, args.padding, device)
     compared = entries(config, args.stages_of, batch, args.precision, lora=not args.without_lora)
     facts = {name: facts_of(entry, device, args.precision) for name, entry in compared.items()}
     variants = {name: entry.variant for name, entry in compared.items()}
     for timings in harness.take_turns(variants, args.rounds, args.steps, device, args.precision):
-        document["rows"] = rows_of(compared, facts, timings)
+        document["rows"] = rows_of(compared, facts, timings, batch, document["matmul_peak"])
         write_json(path, document)
         write_text(path.with_suffix(".md"), markdown(document))
         print(f"round {document['rows'][0]['rounds']} of {args.rounds}", flush=True)

@@ -37,7 +37,7 @@ def tiny_architecture(monkeypatch):
     """A model of 4 blocks that drops out, so that attention on a CPU is PyTorch's two products."""
     config = replace(TINY, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, head=None, labels=("no", "yes"))
     monkeypatch.setitem(ARCHITECTURES, "tiny", config)
-    monkeypatch.setattr(harness, "matmul_peak", partial(harness.matmul_peak, size=64))
+    monkeypatch.setattr(harness.measure, "matmul_peak", partial(harness.measure.matmul_peak, size=64))
 
 
 def read(path: Path) -> dict:
@@ -237,6 +237,10 @@ def test_both_sides_train_the_same_parameters_at_the_same_flops(peers, tmp_path,
         assert backward == peer_backward
         assert forward < peer_forward if row["variant"].endswith("cached") else forward == peer_forward
         assert row["step_of_peer"]["median"] > 0 and row["step_of_full"]["median"] > 0
+        speed = row["speed"]
+        missing = 1 - speed["tokens_per_second"] / speed["slots_per_second"]
+        assert missing == pytest.approx(4 * padding / (8 * 9))  # 8 rows lack half of `padding` on average
+        assert speed["share_of_matmul_peak"] == pytest.approx(speed["flops_per_second"] / document["matmul_peak"])
     assert "peft LoRA, stage 2, requires_grad" in {row["peer"] for row in compared}
     text = (tmp_path / f"peers_cpu_fp32{'_padded' if padding else ''}.md").read_text(encoding="utf-8")
     assert all(name in text for name in rows) and "at most" not in text  # targets are for BERT-base alone

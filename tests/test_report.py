@@ -3,10 +3,12 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 
 from progtuning.report import tables
+from progtuning.report.pages import speed_lines
 from progtuning.report.summary import SUMMARY, read_summary, write_summary
 from tests.test_cli import FAST, call, refused
 
@@ -116,6 +118,8 @@ WRONG = [  # place, what is wrong there, and how the message names it
         "stages[0].seconds",
     ),
     ("stages.0.peak_bytes", [DROPPED, "1", -1, True], "stages[0].peak_bytes"),
+    *((f"stages.0.{key}", ["1", -1, True, 1.5], f"stages[0].{key}") for key in ("examples", "tokens", "slots")),
+    ("matmul_peak", ["1", -1, True], "matmul_peak"),
 ]
 
 
@@ -147,12 +151,41 @@ def test_a_summary_without_the_keys_that_came_later_is_read_and_reported(runs, t
     for folder in (runs / "full", tmp_path / "old"):
         assert call("report", folder, "-o", tmp_path / f"{folder.name}.md")[0] == 0
         pages.append((tmp_path / f"{folder.name}.md").read_text().replace("old", "full"))
-    assert pages[0].splitlines()[6:] == pages[1].splitlines()[6:]
+    speed = "\n".join(speed_lines(read_summary(runs / "full"))) + "\n"
+    assert pages[0].replace(speed, "").splitlines()[6:] == pages[1].splitlines()[6:] and speed in pages[0]
     for key in needed:
         (tmp_path / SUMMARY).write_text(json.dumps(altered(old, key, DROPPED)))
         assert "expected the summary of a run of train" in refused(
             *call("report", tmp_path, "-o", tmp_path / "page.md")
         )
+
+
+def test_the_speed_of_stages_and_run_is_their_work_by_their_seconds_and_by_all_processes_peaks(runs):
+    summary = replace(read_summary(runs / "full"), matmul_peak=2e9, processes=2)
+    document = summary.to_json()
+    for speed, stages in ((document["speed"], summary.stages), (document["stages"][1]["speed"], summary.stages[1:2])):
+        seconds = sum(stage.seconds[phase] for stage in stages for phase in ("forward", "backward", "optimizer"))
+        flops = sum(stage.forward_flops + stage.backward_flops for stage in stages)
+        for name in ("examples", "tokens", "slots"):
+            assert speed[f"{name}_per_second"] == pytest.approx(sum(getattr(one, name) for one in stages) / seconds)
+        assert speed["flops_per_second"] == pytest.approx(flops / seconds)
+        assert speed["share_of_matmul_peak"] == pytest.approx(flops / seconds / 4e9)
+    assert 0 < summary.speed().tokens_per_second <= summary.speed().slots_per_second
+
+
+def test_a_stage_that_saves_flops_but_no_time_shows_both(runs):
+    summary = read_summary(runs / "shrinking")
+    first, *_, last = summary.stages
+    last = replace(last, backward_flops=0, forward_flops=first.flops // 2, seconds=first.seconds)
+    last = replace(last, examples=first.examples)
+    header, _, *lines = tables.speed_table(replace(summary, stages=[first, last], matmul_peak=1e12)).splitlines()
+    assert re.sub(" +", " ", header).endswith("| TFLOP/s | of peak | FLOPs, of stage 1 | time, of stage 1 |")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [(row[0], *row[-2:]) for row in cells] == [
+        ("1", "1.00", "1.00"),
+        (str(last.stage), "0.50", "1.00"),
+        ("all", "0.75", "1.00"),
+    ]
 
 
 def test_adaptive_decisions_stand_in_the_summary_with_their_scores(runs):

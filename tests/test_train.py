@@ -1,6 +1,8 @@
 """The training loop: Algorithm 1 runs as written, learns, and accounts for what it did."""
 
+import io
 import math
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
@@ -89,6 +91,19 @@ def test_the_log_counts_epochs_and_stages_from_1_and_each_end_of_a_stage_is_told
     assert [(row["step"], row["epoch"], row["stage"]) for row in log] == [(10, 2, 2), (15, 3, 3)]
     between = [(step, False) for step in range(1, 15)]
     assert sorted(ends) == sorted([*between, (5, True), (10, True), (15, True)])
+
+
+def test_on_a_terminal_the_bar_has_the_speed_of_the_stage_so_far(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for peak, shown in ((None, r"TFLOP/s=[\d.e-]+\]"), (0.001, r"TFLOP/s=[\d.e-]+, of peak=\d\.\d\d\]")):
+        terminal = Terminal()
+        monkeypatch.setattr("sys.stderr", terminal)
+        trainer(matmul_peak=peak).fit()
+        last = terminal.getvalue().split("\r")[-1]
+        assert re.search(rf"stage=3, loss=\d\.\d+, tokens/s=[\d,]+, padding=\d+%, {shown}", last), last
 
 
 def test_gradients_are_summed_over_processes_after_the_last_piece_alone_and_their_bytes_are_added_up():
@@ -194,17 +209,20 @@ def test_the_account_of_a_run_is_the_closed_form_over_its_batches(policy, epochs
     num_stages = stages or epochs
     assert [stage.stage for stage in account["stages"]] == list(range(1, num_stages + 1))
     assert sum(stage.steps for stage in account["stages"]) == epochs * 5
-    forward = backward = step = 0
+    forward = backward = step = slots = 0
     for epoch in range(epochs):
         for batch in run.loader.batches.epoch(epoch):
             stage = run.schedule.at_step(step, run.num_steps)
             for piece in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
                 shape = (len(piece), int(run.loader.data.lengths[piece].max()))
+                slots += shape[0] * shape[1]
                 forward += closed_form.forward_flops(TINY, PeftConfig(), *shape)
                 backward += closed_form.backward_flops(TINY, stage, PeftConfig(), *shape)
             step += 1
     assert sum(stage.forward_flops for stage in account["stages"]) == forward
     assert sum(stage.backward_flops for stage in account["stages"]) == backward
+    counts = [sum(getattr(stage, name) for stage in account["stages"]) for name in ("examples", "tokens", "slots")]
+    assert counts == [epochs * 40, epochs * run.loader.data.lengths.sum(), slots]
     if run.num_steps % num_stages == 0:
         assert account["updated_parameters"] == closed_form.updated_parameters(TINY, run.schedule, epochs)
     for stage in account["stages"]:

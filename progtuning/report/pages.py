@@ -6,7 +6,7 @@ from pathlib import Path
 from progtuning.base.files import plain_place
 from progtuning.report.pictures import draw_metric, draw_run
 from progtuning.report.summary import Summary
-from progtuning.report.tables import PHASES, millions, stages_table, table, tera
+from progtuning.report.tables import PHASES, SPEED, millions, speed_cells, speed_table, stages_table, table, tera
 
 
 def card(summary: Summary) -> str:
@@ -33,11 +33,25 @@ def card(summary: Summary) -> str:
             "",
             stages_table(summary),
             "",
+            *speed_lines(summary),
             f"Updated parameters (summed over epochs): {millions(summary.updated_parameters)} M, of "
             f"{millions(summary.updated_parameters_full)} M in full fine-tuning.",
             "",
         ]
     )
+
+
+def speed_lines(summary: Summary) -> list[str]:
+    """Return the lines on how fast a run was, none where its version did not count it."""
+    fast = speed_table(summary)
+    if fast is None:
+        return []
+    peak = summary.matmul_peak
+    of = "" if peak is None else f" The peak is {peak / 1e12:,.3g} TFLOP/s, of the device's fastest matrix product."
+    said = (
+        "Per second of forward, backward and optimizer, tokens without padding. FLOPs and time are those of an example."
+    )
+    return [fast, "", said + of, ""]
 
 
 def compare(runs: Sequence[tuple[str, Summary]], path: Path) -> str:
@@ -59,17 +73,28 @@ def compare(runs: Sequence[tuple[str, Summary]], path: Path) -> str:
             millions(run.updated_parameters),
             tera(run.flops),
             *(f"{run.seconds(phase):.1f}" for phase in PHASES),
+            *speed_cells(run.speed()),
         ]
         for title, run in runs
     ]
-    header = ["run", "task", "schedule", "peft", *names, "updated, M", "TFLOP", *(f"{phase}, s" for phase in PHASES)]
+    header = [
+        "run",
+        "task",
+        "schedule",
+        "peft",
+        *names,
+        "updated, M",
+        "TFLOP",
+        *(f"{phase}, s" for phase in PHASES),
+        *SPEED,
+    ]
     parts = ["# Runs", table(header, rows)]
     pictures = {f"{path.stem}-{i + 1}.png": (draw_run, run) for i, (_, run) in enumerate(runs)}
     pictures[f"{path.stem}-metric.png"] = (draw_metric, runs)
     is_plain = plain_place(path) is not None
     drawn = {name: is_plain and draw(subject, path.with_name(name)) for name, (draw, subject) in pictures.items()}
     for i, (title, run) in enumerate(runs):
-        parts += [f"## {title}", stages_table(run)]
+        parts += [f"## {title}", stages_table(run), *(["\n".join(lines[:-1])] if (lines := speed_lines(run)) else [])]
         name = f"{path.stem}-{i + 1}.png"
         parts += [f"![stages of {title}]({name})"] if drawn[name] else []
     name = f"{path.stem}-metric.png"

@@ -1,7 +1,7 @@
 """The document of a run, `summary.json`: what it is, written and read."""
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import get_args, get_origin
@@ -20,9 +20,38 @@ def _key(low: float = 0, high: float = 1e30, called: str | None = None):
     return field(metadata={"low": low, "high": high, "called": called})
 
 
-def _maybe():
-    """A key that some runs, or versions that wrote less, leave out: then it is None."""
-    return field(default=None)
+def _maybe(checked: bool = False):
+    """A key that some runs, or versions that wrote less, leave out: then it is None.
+
+    Where it is there, its type is checked if `checked`.
+    """
+    return field(default=None, metadata={"checked": checked})
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a second of forward, backward and optimizer does; loading, evaluating and saving have no part in it."""
+
+    examples_per_second: float
+    tokens_per_second: float  # real ones
+    slots_per_second: float  # tokens and padding
+    flops_per_second: float
+    share_of_matmul_peak: float | None  # None where the peak is not known
+
+    @classmethod
+    def of(
+        cls, examples: int, tokens: int, slots: int, flops: int, seconds: float, peak: float | None
+    ) -> "Speed | None":
+        """Return the speed of so much work; `peak` in FLOP/s. None where there was none."""
+        if not seconds or not slots:
+            return None
+        share = flops / seconds / peak if peak else None
+        return cls(examples / seconds, tokens / seconds, slots / seconds, flops / seconds, share)
+
+    @property
+    def padding(self) -> float:
+        """The share of the slots that hold no token."""
+        return 1 - self.tokens_per_second / self.slots_per_second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +76,13 @@ class StageSummary:
     allreduced_bytes: int | None = _maybe()
     allreduced_bytes_per_step: float | None = _maybe()
     gradient_bytes: int | None = _maybe()
+    examples: int | None = _maybe(checked=True)
+    tokens: int | None = _maybe(checked=True)  # real ones
+    slots: int | None = _maybe(checked=True)  # tokens and padding
+
+    @property
+    def flops(self) -> int:
+        return self.forward_flops + self.backward_flops
 
     def to_json(self) -> dict:
         return _written(self)
@@ -76,6 +112,7 @@ class Summary:
     processor: str | None = _maybe()
     versions: dict[str, str] | None = _maybe()
     attention_backends: dict[str, dict[str, str]] | None = _maybe()
+    matmul_peak: float | None = _maybe(checked=True)  # FLOP/s of a device's fastest product of matrices
 
     @property
     def forward_flops(self) -> int:
@@ -97,8 +134,19 @@ class Summary:
     def seconds(self, phase: str) -> float:
         return sum(stage.seconds.get(phase, 0.0) for stage in self.stages)
 
+    def speed(self, *stages: StageSummary) -> Speed | None:
+        """Return the speed of these stages together, of the run where none is given; None where it is not known."""
+        stages = stages or tuple(self.stages)
+        if any(None in (stage.examples, stage.tokens, stage.slots) for stage in stages):
+            return None
+        counts = (sum(getattr(one, name) for one in stages) for name in ("examples", "tokens", "slots", "flops"))
+        seconds = sum(sum(stage.seconds.values()) for stage in stages)
+        return Speed.of(*counts, seconds, self.matmul_peak and self.matmul_peak * (self.processes or 1))
+
     def to_json(self) -> dict:
-        return _written(self) | {"stages": [stage.to_json() for stage in self.stages]}
+        """Return the document; "speed", of the run and of each stage, follows from the rest and is not read again."""
+        stages = [stage.to_json() | _speed(self.speed(stage)) for stage in self.stages]
+        return _written(self) | {"stages": stages} | _speed(self.speed())
 
 
 @dataclass(frozen=True)
@@ -168,6 +216,10 @@ def _written(document: Summary | StageSummary) -> dict:
     return {one.name: value for one, value in values if value is not one.default}
 
 
+def _speed(speed: Speed | None) -> dict:
+    return {} if speed is None else {"speed": asdict(speed)}
+
+
 def _known(kind: type, values: dict) -> dict:
     return {one.name: values[one.name] for one in fields(kind) if one.name in values}
 
@@ -191,10 +243,11 @@ def _wrong_value(values: dict) -> str | None:
 
 
 def _wrong_key(kind: type, values: dict) -> str | None:
-    """Return the name of the first key without a default that is missing or not of its type, None where all are."""
+    """Return the name of the first key that is not of its type, or missing without a default; None where all fit."""
     for one in fields(kind):
         low, high = one.metadata.get("low", 0), one.metadata.get("high", 1e30)
-        if one.default is MISSING and not (one.name in values and _fits(values[one.name], one.type, low, high)):
+        is_due = one.default is MISSING or one.name in values and one.metadata["checked"]
+        if is_due and not (one.name in values and _fits(values[one.name], one.type, low, high)):
             return one.metadata.get("called") or one.name
     return None
 

@@ -4,10 +4,11 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from progtuning.report.summary import Summary
+from progtuning.report.summary import Speed, Summary
 
 _NUMBER = re.compile(r"[-+]?[\d.,]*(e[-+]?\d+)?")
 PHASES = ("forward", "backward", "optimizer")
+SPEED = ("examples/s", "tokens/s", "padding", "TFLOP/s", "of peak")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence]) -> str:
@@ -48,6 +49,36 @@ def stages_table(summary: Summary) -> str:
         )
     header = ["stage", "trains", "steps", "updated, M", "forward, TFLOP", "backward, TFLOP"]
     return table([*header, "forward, s", "backward, s", "optimizer, s", "peak, MiB"], rows)
+
+
+def speed_table(summary: Summary) -> str | None:
+    """Return how fast each stage was, and what an example of it took of one of stage 1, by FLOPs and by the clock.
+
+    None where the run's version did not count it.
+    """
+    found = [(stage.stage, summary.speed(stage)) for stage in summary.stages] + [("all", summary.speed())]
+    if None in (speed for _, speed in found):
+        return None
+    first, rows = found[0][1], []
+    for name, speed in found:
+        seconds = first.examples_per_second / speed.examples_per_second
+        flops = speed.flops_per_second / first.flops_per_second * seconds
+        rows.append([name, *speed_cells(speed), f"{flops:.2f}", f"{seconds:.2f}"])
+    return table(["stage", *SPEED, "FLOPs, of stage 1", "time, of stage 1"], rows)
+
+
+def speed_cells(speed: Speed | None) -> list[str | None]:
+    """Return the cells of the columns SPEED."""
+    if speed is None:
+        return [None] * len(SPEED)
+    share = speed.share_of_matmul_peak
+    return [
+        f"{speed.examples_per_second:,.1f}",
+        f"{speed.tokens_per_second:,.0f}",
+        f"{speed.padding:.2f}",
+        f"{speed.flops_per_second / 1e12:,.3g}",
+        None if share is None else f"{share:.2f}",
+    ]
 
 
 def comparison_table(full: Summary, other: Summary) -> str:

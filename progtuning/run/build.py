@@ -26,6 +26,7 @@ from progtuning.step.guard import FiniteCheck, Guard
 from progtuning.step.ledger import Ledger
 from progtuning.step.loader import Loader, make_batches
 from progtuning.step.masks import NoMasks
+from progtuning.step.measure import matmul_peak
 from progtuning.step.optim import build_optimizer, learning_rate_schedule
 from progtuning.step.processes import Replica, World
 from progtuning.step.progress import Progress
@@ -62,9 +63,20 @@ def build_trainer(
         compile_blocks(model)
     if settings.unpadded:
         unpad(model, device)
-    progress = Progress(log, quiet=not world.is_main)
     cache = engine.cache if isinstance(engine, CachedEngine) else None
-    ledger = Ledger(engine, schedule, cache, settings.peft, settings.epochs, len(loader), device, world)
+    ledger = Ledger(
+        engine=engine,
+        schedule=schedule,
+        cache=cache,
+        peft=settings.peft,
+        epochs=settings.epochs,
+        steps_per_epoch=len(loader),
+        lengths=loader.batches.lengths,
+        device=device,
+        matmul_peak=peak_of(settings, device),
+        world=world,
+    )
+    progress = Progress(log, ledger, quiet=not world.is_main)
     # A GPU is asked for what was not finite when the loss is read; until then nothing is saved.
     at_once = device.type == "cpu" or settings.skip_nonfinite
     guard = Guard(FiniteCheck(device), settings.skip_nonfinite, at_once, loader, ledger, progress, world)
@@ -107,6 +119,13 @@ def check_keeps(config: BertConfig, settings: TrainConfig, schedule: Schedule | 
             f"--cache {settings.cache} has nothing to keep: under {settings.named_schedule}, --embeddings "
             f"{settings.embeddings} and {len(schedule.planned)} stages no block is ever frozen below all that trains"
         )
+
+
+def peak_of(settings: TrainConfig, device: torch.device) -> float | None:
+    """Return the FLOP/s of the fastest product of matrices: as the settings say, on CUDA else measured, else None."""
+    if settings.matmul_peak is not None:
+        return 1e12 * settings.matmul_peak
+    return matmul_peak(device, settings.precision) if device.type == "cuda" else None
 
 
 def forecast(config: BertConfig, loader: Loader, settings: TrainConfig) -> Forecast:

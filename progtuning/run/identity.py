@@ -31,7 +31,7 @@ def identify(
 ) -> dict:
     """Return what two runs must share for one to go on from the other's checkpoint. `model` is as it starts."""
     values = asdict(settings)
-    del values["cache_limit"]  # changes no result
+    del values["cache_limit"], values["matmul_peak"]  # they change no result
     return {
         "settings": values,
         "task": {"name": task.name, "labels": list(task.labels)},

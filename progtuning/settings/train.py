@@ -118,6 +118,13 @@ class TrainConfig(Options):
         None, "largest cache, in GB or with a unit: 500MB (half of what is free)", at_least=1, is_text=True
     )
     group_by_length: bool = option(True, "batches of like lengths")
+    matmul_peak: float | None = option(  # TFLOP/s
+        None,
+        "the device's fastest matrix product, to say what share is reached (on CUDA measured)",
+        metavar="TFLOPS",
+        at_least=1e-6,
+        at_most=1e6,
+    )
     evaluate: str = option("epoch", "after every epoch, or at the end", choices=("epoch", "end"))
     skip_nonfinite: bool = option(False, "pass over batches whose loss or gradient is not finite")
     seed: int = option(42, "of the data order, what is drawn afresh, and dropout", at_least=0, at_most=2**63 - 1)

@@ -6,11 +6,12 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from progtuning.cost import closed_form
 from progtuning.model.config import BertConfig
-from progtuning.report.summary import StageSummary
+from progtuning.report.summary import Speed, StageSummary
 from progtuning.settings.peft import PeftConfig
 from progtuning.stages import Schedule, Stage, make_schedule
 from progtuning.step.measure import Clock, peak_bytes, reset_peak_bytes
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # what it is given, it does not import
     from progtuning.speed.cache import Shelves
 
 # What each process counts for itself, and `summary.json` has for all of them together.
-_OF_ALL_PROCESSES = ("forward_flops", "backward_flops", "cache_bytes", "cache_hits", "cache_misses")
+_OF_ALL_PROCESSES = "forward_flops backward_flops cache_bytes cache_hits cache_misses examples tokens slots".split()
 
 
 @dataclass
@@ -42,6 +43,9 @@ class StageCost:
     cache_hits: int = 0  # times that an example's whole prefix was read
     cache_misses: int = 0  # times that blocks of it ran
     allreduced_bytes: int = 0  # of gradients that each process gave to be summed over all; 0 where it is alone
+    examples: int = 0
+    tokens: int = 0  # real ones
+    slots: int = 0  # tokens and padding
 
     def measure_peak(self, device: torch.device) -> None:
         peak = peak_bytes(device)
@@ -83,6 +87,9 @@ class StageCost:
             allreduced_bytes=self.allreduced_bytes,
             allreduced_bytes_per_step=self.allreduced_bytes / (self.steps + self.skipped_steps or 1),
             gradient_bytes=4 * self.trainable_parameters,  # fp32: the closed form of the line above
+            examples=self.examples,
+            tokens=self.tokens,
+            slots=self.slots,
         )
 
 
@@ -93,7 +100,8 @@ _COUNTS = tuple(one.name for one in fields(StageCost) if one.name not in ("stage
 class Ledger:
     """The account of a run, a StageCost for each stage so far in `costs`; the last is that of the stage that is on.
 
-    What trains is what the engine says of a stage. `cache` is that of the engine, where it has one.
+    What trains is what the engine says of a stage. `cache` is that of the engine, where it has one. `lengths` has the
+    tokens of each training row, `matmul_peak` is the FLOP/s of the device's fastest product, None where not known.
     """
 
     engine: "StageEngine"
@@ -102,7 +110,9 @@ class Ledger:
     peft: PeftConfig
     epochs: int
     steps_per_epoch: int
+    lengths: np.ndarray
     device: torch.device
+    matmul_peak: float | None
     world: World = World()
     costs: list[StageCost] = field(default_factory=list)
 
@@ -137,12 +147,21 @@ class Ledger:
         forward, backward = _flops(config, peft, cost.names, len(rows), length)
         cost.forward_flops += forward
         cost.backward_flops += backward
+        cost.examples += len(rows)
+        cost.tokens += int(self.lengths[rows].sum())
+        cost.slots += len(rows) * length
         if self.cache and self.engine.cut:
             levels = self.cache.levels[rows].tolist()  # of each row, how many of its lowest blocks are kept and spared
             cost.forward_flops -= sum(_prefix_flops(config, peft, level, 1, length) for level in levels)
             hits = levels.count(self.engine.cut)
             cost.cache_hits += hits
             cost.cache_misses += len(rows) - hits
+
+    def speed(self) -> Speed | None:
+        """Return this process's speed in the stage that is on, so far; on CUDA the host waits for the device."""
+        cost, seconds = self.now, sum(self.clock.seconds().values())
+        flops = cost.forward_flops + cost.backward_flops
+        return Speed.of(cost.examples, cost.tokens, cost.slots, flops, seconds, self.matmul_peak)
 
     def stage_of(self, step: int) -> int:
         """Return the stage, counted from 1, of a 0-based step so far."""
@@ -164,6 +183,7 @@ class Ledger:
         stages = [_of_all(stage, of_stage) for stage, *of_stage in zip(own, *of_ranks)]
         return {
             "processes": self.world.size,
+            "matmul_peak": self.matmul_peak,
             "stages": stages,
             **self.schedule.summary(),
             "updated_parameters": sum(updated),

@@ -78,6 +78,22 @@ def peak_bytes(device: torch.device) -> int | None:
     return int(line.split()[1]) * 1024 if line else None
 
 
+def matmul_peak(device: torch.device, precision: str, size: int | None = None, repeats: int = 10) -> float:
+    """Return the FLOP/s of the fastest of `repeats` products of two square matrices, in the precision of a run.
+
+    It takes less than a second of a GPU, and draws nothing from the global generators.
+    """
+    size = size or (8192 if device.type == "cuda" else 2048)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, generator=generator, device=device, dtype=dtype) for _ in range(2))
+    clocks = [Clock(device) for _ in range(repeats + 1)]
+    for clock in clocks:
+        with clock.phase("matmul"):
+            a @ b
+    return 2 * size**3 / min(clock.seconds()["matmul"] for clock in clocks[1:])  # the first warms up
+
+
 def environment(device: torch.device) -> dict:
     """Return what a reader must know of figures that were taken here: device, processor and versions.
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from typing import Iterator
+from typing import TYPE_CHECKING, Iterator
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+if TYPE_CHECKING:  # what it is given, it does not import
+    from progtuning.step.ledger import Ledger
 
 LOG_EVERY = 10  # optimizer steps; the loss is read from the device only then
 
@@ -14,11 +17,13 @@ LOG_EVERY = 10  # optimizer steps; the loss is read from the device only then
 class Progress:
     """Takes the loss of each step, and every LOG_EVERY steps writes their mean; only then does the host wait for it.
 
-    `log` takes a row of `metrics.jsonl`. Where `quiet` there is no bar.
+    `log` takes a row of `metrics.jsonl`. Where `quiet` there is no bar. Of `ledger` the bar has how fast this process
+    was in the stage so far.
     """
 
-    def __init__(self, log: Callable[[Mapping], None], quiet: bool):
+    def __init__(self, log: Callable[[Mapping], None], ledger: "Ledger", quiet: bool):
         self.log = log
+        self.ledger = ledger
         self.quiet = quiet
         self.losses: list[Tensor] = []  # of the steps since the last row of the log
         self._bar: tqdm | None = None
@@ -41,5 +46,18 @@ class Progress:
             return
         loss = torch.stack(self.losses).mean().item()
         self.log({"step": step, "epoch": epoch, "stage": stage, "loss": loss, "lr": lr})
-        self._bar.set_postfix(stage=stage, loss=f"{loss:.3f}")
+        if not self._bar.disable:
+            self._bar.set_postfix({"stage": stage, "loss": f"{loss:.3f}"} | self._speed())
         self.losses.clear()
+
+    def _speed(self) -> dict[str, str]:
+        speed = self.ledger.speed()
+        if speed is None:
+            return {}
+        shown = {
+            "tokens/s": f"{speed.tokens_per_second:,.0f}",
+            "padding": f"{speed.padding:.0%}",
+            "TFLOP/s": f"{speed.flops_per_second / 1e12:.3g}",
+        }
+        share = speed.share_of_matmul_peak
+        return shown if share is None else shown | {"of peak": f"{share:.2f}"}
