@@ -33,6 +33,7 @@ from progtuning.base.errors import InputError
 from progtuning.base.sources import model_folder
 from progtuning.compare.frontier import bootstrap, percentiles, points
 from progtuning.compare.runs import predictions, side_by_side
+from progtuning.data.glue import FOLDERS
 from progtuning.data.registry import load_splits
 from progtuning.data.task import Splits, limit_train
 from progtuning.report import tables
@@ -142,7 +143,6 @@ STUDIES = {
         **_SMALL,
     },
 }
-FOLDERS = {"cola": "CoLA", "sst-2": "SST-2", "sts-b": "STS-B", "mrpc": "MRPC", "rte": "RTE"}
 MODEL = "minilm-l6"
 
 

@@ -20,6 +20,7 @@ from progtuning.cli.options import (
 )
 from progtuning.cli.plan import run_paper, run_plan, run_report
 from progtuning.cli.predict import run_evaluate, run_predict
+from progtuning.cli.reproduce import add_reproduce_options, run_reproduce
 from progtuning.cli.streams import fail, let_first_speak, several_processes, standard_streams
 from progtuning.cli.train import run_demo, run_probe, run_train
 from progtuning.model.config import ARCHITECTURES, HEADS
@@ -105,6 +106,14 @@ def build_parser() -> Parser:
     for settings in (PeftConfig, DPSConfig, SquadConfig):
         add_options(compare, settings)
     add_run_options(compare)
+
+    reproduce = add_command(
+        commands, "reproduce", run_reproduce, "a table or figure of the paper: its printed figures beside ours"
+    )
+    add_reproduce_options(reproduce)
+    for settings in (PeftConfig, DPSConfig, SquadConfig):
+        add_options(reproduce, settings, only=options(settings).keys() - {"method"})
+    add_run_options(reproduce)
 
     evaluate = add_command(commands, "evaluate", run_evaluate, "measure a fine-tuned model on a task's held-out rows")
     add_checkpoint_options(evaluate)

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import lru_cache, partial
@@ -58,7 +59,7 @@ class Setup:
     @property
     def splits(self) -> Splits:
         """The rows of the task. Raises InputError."""
-        return _splits(self.task, self.data, self.max_train_rows)
+        return splits_of(self.task, self.data, self.max_train_rows)
 
     def splits_of(self, run: Run) -> Splits:
         """Return the rows that a run trains and is measured on: to choose, both are training rows."""
@@ -101,7 +102,8 @@ class Setup:
 
 
 @lru_cache(maxsize=1)
-def _splits(task: str, data: str | None, max_train_rows: int | None) -> Splits:
+def splits_of(task: str, data: str | None, max_train_rows: int | None) -> Splits:
+    """Return the rows of a task, the last that were asked for without reading them again. Raises InputError."""
     splits = load_splits(task, data)
     return splits if max_train_rows is None else limit_train(splits, max_train_rows)
 
@@ -144,30 +146,36 @@ def compare(
     `output` is a new or empty folder, or to resume that of a comparison with the same setup; schedules, budgets,
     learning rates and seeds may be more than it had. Raises InputError before the first run where anything is amiss.
     """
-    folder = check_folder(output, resume)
     splits = setup.splits
     what = account(setup, grid)
-    identity = identify(setup)
-    folder = made_folder(folder, "--output-dir")
-    document = {
-        "format": FORMAT,
-        "identity": identity,
-        "versions": environment(choose_device(setup.device))["versions"],
-    }
+    with rows_of(output, resume, identify(setup), setup.device) as (folder, log):
+        say(what)
+        make_missing(setup, grid.choices(), log, folder, jobs, "choosing learning rates", say)
+        chosen = grid.choose(log.rows, splits.task.main_metric)
+        make_missing(setup, grid.results(chosen), log, folder, jobs, "comparing", say)
+        return log.rows
+
+
+@contextmanager
+def rows_of(output: str | Path, resume: bool, identity: dict, device: str | None) -> Iterator[tuple[Path, RunLog]]:
+    """Open the folder of a series of runs and its `rows.jsonl`; what a run that was killed left there is removed.
+
+    `output` is new or empty, or to resume has a series of the same `identity`. Raises InputError. Where a signal stops
+    a run, Interrupted says how to go on.
+    """
+    folder = check_folder(output, resume)
+    document = {"format": FORMAT, "identity": identity, "versions": environment(choose_device(device))["versions"]}
+    document = json.loads(json.dumps(document))  # tuples become lists, as they are in the file
     if (folder / RUN).exists():
-        check_same(read_json(folder / RUN), json.loads(json.dumps(document)), folder)
+        check_same(read_json(folder / RUN), document, folder)
     else:
-        write_json(folder / RUN, document)
-    say(what)
+        write_json(made_folder(folder, "--output-dir") / RUN, document)
     log = RunLog(folder, ROWS)
     try:
         log.rewind((folder / ROWS).read_bytes().rfind(b"\n") + 1)
         for left in folder.glob(f"{_TEMPORARY}*"):
             shutil.rmtree(left, ignore_errors=True)
-        make_missing(setup, grid.choices(), log, folder, jobs, "choosing learning rates", say)
-        chosen = grid.choose(log.rows, splits.task.main_metric)
-        make_missing(setup, grid.results(chosen), log, folder, jobs, "comparing", say)
-        return log.rows
+        yield folder, log
     except Interrupted as error:
         hint = f"{len(log.rows)} runs are kept in {folder}; to go on: the same command with --resume"
         raise Interrupted(f"stopped by {Signals(error.signal).name}: {hint}", error.signal) from None
@@ -176,11 +184,11 @@ def compare(
 
 
 def check_folder(output: str | Path, resume: bool) -> Path:
-    """Return the folder of a comparison. Raises InputError where it cannot be one."""
+    """Return the folder of a series of runs. Raises InputError where it cannot be one."""
     path = Path(output)
     if not (resume and (path / RUN).is_file() and (path / ROWS).is_file()):
         if resume and path.is_dir() and any(path.iterdir()):
-            raise InputError(f"--resume needs the output folder of a comparison, got {path} without {RUN} or {ROWS}")
+            raise InputError(f"--resume needs the output folder of this command, got {path} without {RUN} or {ROWS}")
         check_new_folder(output)
     return path
 
@@ -229,16 +237,34 @@ def make_missing(
 ) -> None:
     """Make the runs that `log` has no row of."""
     done = {run_of(row) for row in log.rows}
-    missing = [run for run in runs if run not in done]
-    start, metric = time.monotonic(), setup.splits.task.main_metric
-    for count, row in enumerate(side_by_side([partial(setup.row, run, folder) for run in missing], jobs), start=1):
+    calls = [partial(setup.row, run, folder) for run in runs if run not in done]
+    append(
+        calls, jobs, log, lambda row: f"{describe(run_of(row))}: {got(row, setup.splits.task.main_metric)}", what, say
+    )
+
+
+def append(
+    calls: Sequence[Callable[[], dict]],
+    jobs: int,
+    log: RunLog,
+    text: Callable[[dict], str],
+    what: str,
+    say: Callable[[str], None],
+) -> None:
+    """Make the runs, log their rows as they end, and say how long the rest will take."""
+    start = time.monotonic()
+    for count, row in enumerate(side_by_side(calls, jobs), start=1):
         log(row)
-        rest = (time.monotonic() - start) / count * (len(missing) - count) / 60
-        left = f"{count} of {len(missing)}, about {rest:.0f} min left"
-        values = row.get("metrics", {})
-        found = values.get(metric, next(iter(values.values()), None))
-        got = f"failed: {row['error']}" if "error" in row else f"{metric} {found:.4f}"
-        say(f"{what} ({left}): {describe(run_of(row))}: {got}")
+        rest = (time.monotonic() - start) / count * (len(calls) - count) / 60
+        say(f"{what} ({count} of {len(calls)}, about {rest:.0f} min left): {text(row)}")
+
+
+def got(row: dict, metric: str) -> str:
+    """Return what came out of a run: a metric, the first where that one has several splits, or why it failed."""
+    if "error" in row:
+        return f"failed: {row['error']}"
+    values = row["metrics"]
+    return f"{metric} {values.get(metric, next(iter(values.values()))):.4f}"
 
 
 def describe(run: Run) -> str:

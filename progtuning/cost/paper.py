@@ -74,7 +74,7 @@ _METHODS = {
 _CLASSES = {"MNLI-m": 3, "MNLI-mm": 3, "STS-B": 1}  # 2 elsewhere; 1: a number
 
 ONE_ANSWER = "what one answer for all rows scores in accuracy; the other rows of the column are an F1"
-_NOTES = {
+METRIC_NOTES = {
     ("Table 5", "Progtuning without low blocks", "MRPC"): ONE_ANSWER,
     ("Table 5", "Progtuning from high blocks", "MRPC"): ONE_ANSWER,
 }
@@ -93,7 +93,7 @@ def metric_cells() -> list[dict]:
     for table, rows in PRINTED_METRICS.items():
         for row, figures in rows.items():
             for task, figure in zip(METRIC_COLUMNS[table], figures, strict=True):
-                note = _NOTES.get((table, row, task))
+                note = METRIC_NOTES.get((table, row, task))
                 cell = {"table": table, "row": row, "task": task, "paper": figure}
                 cells.append(cell | {"note": note} if note else cell)
     return cells

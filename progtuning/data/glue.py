@@ -130,6 +130,10 @@ def glue_task(name: str, tests: bool = False) -> GlueTask:
     return tasks[known]
 
 
+# The official folder of each task, beside one another.
+FOLDERS = {name: {"cola": "CoLA"}.get(name, name.upper()) for name in TASKS}
+
+
 def load_glue(name: str, folder: str | Path) -> Splits:
     """Read train.tsv and dev.tsv (MNLI: dev_matched.tsv and dev_mismatched.tsv) of a task's official folder.
 

@@ -1,0 +1,101 @@
+"""The command `reproduce`: a table or figure of the paper, its printed figures beside ours."""
+
+import argparse
+from pathlib import Path
+
+from progtuning.base.checks import check_choices, check_number
+from progtuning.base.errors import InputError
+from progtuning.base.files import write_text
+from progtuning.cli.options import Parser, train_config
+from progtuning.cli.streams import print_json, put_line, say, tell
+from progtuning.compare.grid import seeds_of
+from progtuning.compare.presets import COLUMNS, PRESETS, Method, preset
+from progtuning.cost.paper import paper_rows
+from progtuning.model.config import BertConfig
+from progtuning.report import tables
+from progtuning.settings.options import add_options, given, options
+from progtuning.settings.train import TrainConfig
+
+CLOSED_FORMS = {"table3": "Table 3", "figure4": "Figure 4"}
+NAMES = (*PRESETS[:2], "table3", *PRESETS[2:], "figure1", "figure4")
+FIGURE_1 = Method("E, one block and the head", "full", "none", "")
+_OF_THE_TABLE = {"schedule", "stages", "calendar", "seed", "evaluate"}
+
+
+def add_reproduce_options(parser: Parser) -> None:
+    """Add what the command has beside the options of a run."""
+    parser.add_argument("name", choices=NAMES, metavar="TABLE", help=f"{', '.join(NAMES[:-1])} or {NAMES[-1]}")
+    parser.add_argument("--model", help="as for train (bert-base-uncased); of closed forms, as for plan")
+    parser.add_argument("--glue", help="folder of the GLUE tasks' official folders, or hub")
+    parser.add_argument("--squad", help="folder of SQuAD's files, or hub")
+    tasks = dict.fromkeys(task for task, _ in COLUMNS.values())
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"of {', '.join(tasks)} (all of the table)")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each, from --seed on (%(default)s)")
+    parser.add_argument("--max-train-rows", type=int, metavar="N", help="train on a sample of N rows")
+    parser.add_argument("--output-dir", help="a new or empty folder, or with --resume that of before")
+    parser.add_argument("--resume", action="store_true", help="go on with the runs in --output-dir, or add to them")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (%(default)s)")
+    add_options(parser, TrainConfig, only=options(TrainConfig).keys() - _OF_THE_TABLE | {"seed"})
+
+
+def run_reproduce(args: argparse.Namespace) -> None:
+    if args.name in CLOSED_FORMS:
+        rows = [row for row in paper_rows() if row["table"] == CLOSED_FORMS[args.name]]
+        print_json(rows) if args.json else put_line(tables.paper_table(rows))
+        return
+    from progtuning.base.sources import model_folder
+    from progtuning.compare.reproduce import Blocks, Trial, blocks_page, cells, page, reproduce
+    from progtuning.data.glue import FOLDERS
+    from progtuning.step.device import choose_device
+    from progtuning.step.measure import environment
+
+    check_number("--jobs", args.jobs, int, 1, 1000)
+    if args.output_dir is None:
+        raise InputError(f"reproduce {args.name} needs --output-dir, the folder of its runs")
+    model = args.model or "bert-base-uncased"
+    of_paper = None if args.name == "figure1" else preset(args.name, model)
+    methods, tasks = (of_paper.methods, of_paper.tasks) if of_paper else ((FIGURE_1,), ("sst-2",))
+    if args.tasks is not None:
+        check_choices("--tasks", args.tasks, tasks if of_paper else [*FOLDERS])
+        tasks = args.tasks
+    places = {task: data_of(task, args) for task in tasks}
+    device, folder = choose_device(args.device), model_folder(model)
+    num_blocks = BertConfig.from_json(folder / "config.json", keep_head=False).num_hidden_layers
+    trials = []
+    for seed in seeds_of(args.seeds, getattr(args, "seed", TrainConfig.seed)):
+        for method in methods:
+            for task in tasks:
+                settings = settings_of(args, method, task, seed, num_blocks)
+                kind = Trial if of_paper else Blocks
+                which = (method.row, task, places[task], args.max_train_rows)
+                trials.append(kind(model, folder, *which, settings, args.device))
+    shared = {key: value for key, value in given(args, TrainConfig).items() if key != "seed"}
+    identity = {"settings": shared, "task": {"name": args.name}, "model": model, "device": device.type}
+    identity |= {"size of the training sample": args.max_train_rows}
+    rows = reproduce(trials, identity, args.output_dir, args.resume, args.jobs, say)
+    here = environment(device)
+    account = [f"{model}, by --recipe paper" + (f" but {shared}" if shared else ""), f"{here['device']}"]
+    text = page(of_paper, cells(of_paper, rows), account) if of_paper else blocks_page(rows, account)
+    output = Path(args.output_dir) / "README.md"
+    write_text(output, text)
+    if args.json:
+        print_json([cell._asdict() for cell in cells(of_paper, rows)] if of_paper else rows)
+        return
+    tell(f"{text}\nWritten: {output}")
+
+
+def data_of(task: str, args: argparse.Namespace) -> str:
+    """Return where a task's files are. Raises InputError that names the option which says so."""
+    from progtuning.data.glue import FOLDERS
+
+    option = "glue" if task in FOLDERS else "squad"
+    place = getattr(args, option)
+    if place is None:
+        raise InputError(f"the task {task} needs --{option}, the folder of its files, or hub")
+    return place if place == "hub" or option == "squad" else str(Path(place) / FOLDERS[task])
+
+
+def settings_of(args: argparse.Namespace, method: Method, task: str, seed: int, num_blocks: int) -> TrainConfig:
+    """Return the authors' settings of a method on a task, with what was given on the command line in their place."""
+    of_method = {"schedule": method.schedule, "peft": method.peft, "seed": seed, "evaluate": "end"}
+    return train_config(argparse.Namespace(**vars(args) | of_method, recipe="paper"), num_blocks, task)

@@ -1,0 +1,125 @@
+"""`progtuning reproduce`: the paper's tables as series of runs, its printed figures beside ours."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from progtuning.compare.presets import COLUMNS, PRESETS, preset
+from progtuning.compare.reproduce import cells
+from progtuning.cost.paper import metric_cells, paper_rows
+from progtuning.data.glue import FOLDERS
+from tests.test_cli import call, refused
+
+MODELS = {"table1": ("bert-base-uncased", "bert-large-uncased", "FacebookAI/roberta-base")}
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory) -> Path:
+    """Small official folders of CoLA, SST-2 and MRPC, of the words that the tiny model knows."""
+    folder = tmp_path_factory.mktemp("glue")
+    for name in ("CoLA", "SST-2", "MRPC"):
+        (folder / name).mkdir()
+    for split, count in (("train", 12), ("dev", 6)):
+        sides = [("good film", 1), ("bad film", 0)] * (count // 2)
+        (folder / "CoLA" / f"{split}.tsv").write_text("".join(f"x\t{label}\t\t{text}\n" for text, label in sides))
+        rows = "".join(f"{text}\t{label}\n" for text, label in sides)
+        (folder / "SST-2" / f"{split}.tsv").write_text("sentence\tlabel\n" + rows)
+        rows = "".join(f"{label}\t1\t2\t{text}\ta good cast\n" for text, label in sides)
+        (folder / "MRPC" / f"{split}.tsv").write_text("Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n" + rows)
+    return folder
+
+
+def arguments(name, tiny_folder, glue, output, *more) -> list:
+    options = "--seeds 2 --epochs 2 --batch-size 4 --max-length 8 --device cpu"
+    return ["reproduce", name, "--model", tiny_folder, "--glue", glue, "--output-dir", output, *options.split(), *more]
+
+
+def test_every_metric_that_the_paper_prints_is_a_cell_but_for_its_averages():
+    printed = [cell for cell in metric_cells() if cell["task"] != "average"]
+    found = [
+        (of.table, cell.row, cell.column, cell.printed)
+        for name in PRESETS
+        for model in MODELS.get(name, ("bert-base-uncased",))
+        for of in [preset(name, model)]
+        for cell in cells(of, [])
+    ]
+    assert sorted(found) == sorted((cell["table"], cell["row"], cell["task"], cell["paper"]) for cell in printed)
+    assert len(found) == 140 - 12
+
+
+def test_beside_a_model_that_the_paper_does_not_have_stand_the_figures_of_bert_base():
+    mine, theirs = (preset("table1", model) for model in ("org/mine", "bert-base-cased"))
+    assert [method.row for method in mine.methods] == ["mine", "mine + Progtuning"]
+    assert [cell.printed for cell in cells(mine, [])] == [cell.printed for cell in cells(theirs, [])]
+
+
+def test_the_folders_of_glue_are_the_official_ones(shared_data):
+    assert {name.name for name in (shared_data / "glue").iterdir()} <= set(FOLDERS.values())
+    assert {task for task, _ in COLUMNS.values()} <= {*FOLDERS, "squad", "squad_v2"}
+
+
+def test_a_table_has_runs_by_the_authors_settings_and_more_tasks_join_it(tiny_folder, glue, tmp_path):
+    output = tmp_path / "new" / "table5"
+    status, out, err = call(*arguments("table5", tiny_folder, glue, output, "--tasks", "cola"))
+    assert status == 0, err
+    begun = (output / "rows.jsonl").read_text()
+    rows = [json.loads(line) for line in begun.splitlines()]
+    assert [(row["row"].rpartition("/")[2], row["task"], row["seed"]) for row in rows] == [
+        (row, "cola", seed)
+        for seed in (42, 43)
+        for row in (
+            f"{tiny_folder.name} + Progtuning",
+            "Progtuning without low blocks",
+            "Progtuning from high blocks",
+        )
+    ]
+    assert all(row["lr"] == 2e-5 and row["epochs"] == 2 and row["train_rows"] == 12 for row in rows)
+    # E in every stage, as the paper counts: growing trains as many as shrinking, without-low-blocks fewer.
+    updated = [row["updated_parameters"] for row in rows[:3]]
+    assert updated[0] == updated[2] > updated[1]
+    status, _, err = call(*arguments("table5", tiny_folder, glue, output, "--tasks", "cola", "mrpc", "--resume"))
+    assert status == 0 and err.count("reproducing (") == 6
+    assert (output / "rows.jsonl").read_text().startswith(begun)
+    page = (output / "README.md").read_text()
+    rows = [json.loads(line) for line in (output / "rows.jsonl").read_text().splitlines()]
+    assert "6 of 12 cells have runs of ours." in page
+    assert "Progtuning without low blocks, MRPC: the paper's 68.5 is what one answer for all rows scores" in page
+    own = [100 * row["metrics"]["f1"] for row in rows if row["task"] == "mrpc" and "high" in row["row"]]
+    assert f"{sum(own) / 2:.1f} ± " in page and "(2) / 67.9" in page
+    more = ("--tasks", "cola", "--lr", "1e-3", "--resume")
+    line = refused(*call(*arguments("table5", tiny_folder, glue, output, *more)))
+    assert line.endswith(f"--resume: {output} is of another run: --lr was 2e-05, now 0.001")
+
+
+def test_figure_1_trains_each_block_alone_with_each_seed(tiny_folder, glue, tmp_path):
+    status, out, err = call(*arguments("figure1", tiny_folder, glue, tmp_path / "run", "--json"))
+    assert status == 0, err
+    rows = json.loads(out)
+    assert [row["seed"] for row in rows] == [42, 43] and all(row["task"] == "sst-2" for row in rows)
+    assert all(len(row["blocks"]) == 4 for row in rows)
+    page = (tmp_path / "run" / "README.md").read_text()
+    assert [line.split("|")[2].strip() for line in page.splitlines() if line.startswith("| sst-2")] == list("1234")
+
+
+@pytest.mark.parametrize("name, where", [("table3", "Table 3"), ("figure4", "Figure 4")])
+def test_closed_forms_need_no_run(name, where):
+    status, out, _ = call("reproduce", name, "--json")
+    assert status == 0 and json.loads(out) == [row for row in paper_rows() if row["table"] == where]
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["table9"], "argument TABLE: invalid choice: 'table9'"),
+        (["table1"], "reproduce table1 needs --output-dir, the folder of its runs"),
+        (["table1", "--output-dir", "out", "--tasks", "mrpc"], "the task mrpc needs --glue, the folder of its files"),
+        (["table2", "--output-dir", "out", "--tasks", "mrpc"], "--tasks must be among squad, squad_v2, got mrpc"),
+        (["table2", "--output-dir", "out"], "the task squad needs --squad, the folder of its files, or hub"),
+        (["table1", "--output-dir", "out", "--jobs", "0"], "--jobs must be an integer in 1..1000, got 0"),
+    ],
+)
+def test_wrong_use_is_one_line(given, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(*call("reproduce", *given))
+    assert not (tmp_path / "out").exists()
