@@ -68,7 +68,11 @@ def test_a_schedule_is_a_named_one_or_a_calendar_with_or_without_a_cache():
         assert (found.schedule, found.calendar, found.cache, found.stages) == (schedule, calendar, cache, stages)
         assert (found.budget, found.lr, found.seed, found.epochs) == (0.5, 1e-4, 7, 2)
     assert settings_of(run._replace(schedule="2+cache"), replace(base, cache="disk")).cache == "disk"
-    for name in ("fastest", "4:0"):
+    found = settings_of(run._replace(schedule="full+never"), base)
+    assert (found.schedule, found.embeddings, found.cache) == ("full", "never", "off")
+    found = settings_of(run._replace(schedule="1+eval+always"), base)
+    assert (found.embeddings, found.prefix_dropout, found.cache) == ("always", False, "off")
+    for name in ("fastest", "4:0", "2+cash", "2+"):
         with pytest.raises(InputError):
             settings_of(run._replace(schedule=name), base)
 

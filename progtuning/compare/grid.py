@@ -11,11 +11,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from progtuning.base.checks import check_number
+from progtuning.base.checks import check_choices, check_number
 from progtuning.base.errors import InputError
 from progtuning.settings.train import SCHEDULE_KINDS, TrainConfig
 
 CACHED = "+cache"
+# What can stand behind a schedule, and what it changes in the settings.
+SUFFIXES = {
+    "cache": {"cache": "memory", "prefix_dropout": False},  # keeps what the frozen blocks give
+    "eval": {"prefix_dropout": False},  # the frozen blocks do not drop out
+    "never": {"embeddings": "never"},  # E is frozen throughout
+    "always": {"embeddings": "always"},  # E trains in every stage, as in the paper
+}
 CHOICE, RESULT = "choice", "result"
 
 
@@ -33,7 +40,7 @@ class Run(NamedTuple):
 class Grid:
     """The schedules, budgets, learning rates and seeds that are compared. Raises InputError where one is amiss.
 
-    A schedule is a named one or a calendar, with "+cache" where it keeps the output of its frozen blocks.
+    A schedule is a named one or a calendar, with the SUFFIXES that it has: shrinking, 2+cache, full+never.
     """
 
     schedules: tuple[str, ...]
@@ -89,13 +96,14 @@ def run_of(row: Mapping) -> Run:
 
 def settings_of(run: Run, base: TrainConfig) -> TrainConfig:
     """Return the settings of a run; `base` has what all share. Raises InputError where they do not go together."""
-    name = run.schedule.removesuffix(CACHED)
+    name, *suffixes = run.schedule.split("+")
     changes = {"schedule": name} if name in SCHEDULE_KINDS else {"calendar": name, "stages": None}
-    if name != run.schedule:
-        changes |= {"cache": base.cache if base.cache != "off" else "memory", "prefix_dropout": False}
-    else:
-        changes |= {"cache": "off"}
-    return replace(base, **changes, budget=run.budget, lr=run.lr, seed=run.seed, evaluate="end")
+    check_choices(f"what stands behind {name} in --schedules", suffixes or SUFFIXES, SUFFIXES)
+    for suffix in suffixes:
+        changes |= SUFFIXES[suffix]
+    place = {"cache": base.cache} if "cache" in suffixes and base.cache != "off" else {}
+    common = {"cache": "off", "budget": run.budget, "lr": run.lr, "seed": run.seed, "evaluate": "end"}
+    return replace(base, **common | changes | place)
 
 
 def default_schedules(num_blocks: int, num_stages: int) -> tuple[str, ...]:
