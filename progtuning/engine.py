@@ -16,59 +16,50 @@ Progtuning (arXiv 2506.21119), Section 3. With block b the lowest active one:
 Where E trains while low blocks are frozen (embeddings "always"), its gradient crosses every block, so there is no cut.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from progtuning.model.bert import Model
 from progtuning.model.names import EMBEDDINGS, HEAD, unit_of
 from progtuning.stages import Stage
 
 
-class StageEngine(nn.Module):
-    """A model under stages: `enter(stage)`, then call it as one would call the model.
+class StagedModel(nn.Module):
+    """What trains: a model, and an optimizer over it, of whose parameters `enter(stage)` leaves just the stage's.
 
-    The candidates for training are the parameters of `model` that require a gradient when the engine is built: all of
-    them in full fine-tuning, those that a PEFT method selected or added otherwise (Algorithm 1). A stage trains the
-    candidates that sit in its blocks, in E if it trains E, and in H.
+    The candidates for training are the parameters of `model` that require a gradient when this is built: all of them
+    in full fine-tuning, those that a PEFT method selected or added otherwise (Algorithm 1). A stage trains the
+    candidates that sit in its blocks, in E if it trains E, and in H; `unit_of` says by its name where each sits.
 
     `optimizer` (any torch optimizer over the candidates, or None) is kept in step: on entering a stage, parameters that
     leave lose their gradient and optimizer state, those that stay keep their moments, those that join start fresh.
-
-    With `prefix_dropout=False` everything below the cut runs in eval mode: faster, and its output depends on the
-    example alone.
     """
 
     def __init__(
-        self,
-        model: Model,
-        optimizer: torch.optim.Optimizer | None = None,
-        prefix_dropout: bool = True,
+        self, model: nn.Module, optimizer: Optimizer | None, num_blocks: int, unit_of: Callable[[str], int | str]
     ):
         super().__init__()
         self.model = model
         self.optimizer = optimizer
-        self.prefix_dropout = prefix_dropout
+        self.num_blocks = num_blocks
+        self.unit_of = unit_of
         self.candidates = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.groups = [list(group["params"]) for group in optimizer.param_groups] if optimizer else []
         self.stage: Stage | None = None
-        # E and the blocks below this index run without grad; None: E runs with grad, no cut.
-        self.cut: int | None = None
+        self.cut: int | None = None  # E and the blocks below it run without grad; None: E runs with grad, no cut
 
     def trainable_names(self, stage: Stage) -> set[str]:
         """Return the names of the parameters that train in `stage`."""
         active = {HEAD, *stage.blocks, *([EMBEDDINGS] if stage.embeddings else [])}
-        return {name for name in self.candidates if unit_of(name) in active}
-
-    def units(self, stage: Stage) -> set[int | str]:
-        """Return the units (as `unit_of` says) that have a parameter which trains in `stage`."""
-        return {unit_of(name) for name in self.trainable_names(stage)}
+        return {name for name in self.candidates if self.unit_of(name) in active}
 
     def cut_of(self, stage: Stage) -> int | None:
         """Return the index below which E and the blocks run without grad in `stage`; None where E trains: no cut."""
-        units = self.units(stage)
-        lowest = min((unit for unit in units if isinstance(unit, int)), default=self.model.num_blocks)
+        units = {self.unit_of(name) for name in self.trainable_names(stage)}
+        lowest = min((unit for unit in units if isinstance(unit, int)), default=self.num_blocks)
         return None if EMBEDDINGS in units else lowest
 
     def enter(self, stage: Stage) -> None:
@@ -76,8 +67,8 @@ class StageEngine(nn.Module):
 
         Raises ValueError where the stage was built for another number of blocks.
         """
-        if stage.num_blocks != self.model.num_blocks:
-            raise ValueError(f"stage must be of {self.model.num_blocks} blocks, got one of {stage.num_blocks}")
+        if stage.num_blocks != self.num_blocks:
+            raise ValueError(f"stage must be of {self.num_blocks} blocks, got one of {stage.num_blocks}")
         active = self.trainable_names(stage)
         for name, parameter in self.candidates.items():
             parameter.requires_grad_(name in active)
@@ -87,6 +78,21 @@ class StageEngine(nn.Module):
             keep_only(self.optimizer, self.groups, {self.candidates[name] for name in active})
         self.cut = self.cut_of(stage)
         self.stage = stage
+
+
+class StageEngine(StagedModel):
+    """A model under stages: `enter(stage)`, then call it as one would call the model.
+
+    With `prefix_dropout=False` everything below the cut runs in eval mode: faster, and its output depends on the
+    example alone.
+    """
+
+    def __init__(self, model: Model, optimizer: Optimizer | None = None, prefix_dropout: bool = True):
+        super().__init__(model, optimizer, model.num_blocks, unit_of)
+        self.prefix_dropout = prefix_dropout
+
+    def enter(self, stage: Stage) -> None:
+        super().enter(stage)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "StageEngine":
@@ -134,7 +140,7 @@ class StageEngine(nn.Module):
         return self.suffix(self.prefix(input_ids, attention_mask, token_type_ids), attention_mask)
 
 
-def keep_only(optimizer: torch.optim.Optimizer, groups: list[list[nn.Parameter]], kept: set[nn.Parameter]) -> None:
+def keep_only(optimizer: Optimizer, groups: list[list[nn.Parameter]], kept: set[nn.Parameter]) -> None:
     """Make `optimizer` hold exactly the parameters of `groups` (one list a group) that are in `kept`.
 
     What leaves loses its state, so that its memory returns and no moment or weight decay moves it any more. What stays
