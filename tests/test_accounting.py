@@ -22,7 +22,7 @@ from progtuning.cost.plan import plan
 from progtuning.engine import StageEngine
 from progtuning.methods.apply import apply_peft
 from progtuning.model.bert import ACTIVATIONS, Model
-from progtuning.model.config import ARCHITECTURES, HEADS, BertConfig
+from progtuning.model.config import ARCHITECTURES, FAMILIES, HEADS, BertConfig
 from progtuning.model.names import BLOCK_LINEARS
 from progtuning.settings.peft import PEFT_METHODS, PeftConfig
 from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES, Stage, make_schedule
@@ -77,7 +77,7 @@ def configs(draw) -> BertConfig:
         num_attention_heads=heads,
         intermediate_size=draw(st.integers(1, 9)),
         max_position_embeddings=8,
-        model_type=draw(st.sampled_from(("bert", "roberta"))),
+        model_type=draw(st.sampled_from(tuple(FAMILIES))),
         type_vocab_size=draw(st.integers(1, 2)),
         hidden_act=draw(st.sampled_from(tuple(ACTIVATIONS))),
         hidden_dropout_prob=draw(probability),
@@ -158,8 +158,8 @@ def peer(config: BertConfig, **changes):
     transformers = pytest.importorskip("transformers")
     values = config.to_dict() | changes
     name = values.pop("architectures")[0]
-    family = transformers.BertConfig if config.model_type == "bert" else transformers.RobertaConfig
-    return getattr(transformers, name)._from_config(family(**values), attn_implementation="eager").train()
+    theirs = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    return getattr(transformers, name)._from_config(theirs, attn_implementation="eager").train()
 
 
 class Logits(nn.Module):

@@ -11,16 +11,14 @@ from hypothesis import strategies as st
 
 import progtuning.model.bert
 from progtuning.model.bert import ACTIVATIONS, build_model
-from progtuning.model.config import BertConfig
+from progtuning.model.config import FAMILIES, BertConfig
 from tests.models import TINY, tiny_batch, tiny_model
 
-HF_CLASSES = {
-    ("bert", "classification"): "BertForSequenceClassification",
-    ("bert", "regression"): "BertForSequenceClassification",
-    ("bert", "question-answering"): "BertForQuestionAnswering",
-    ("roberta", "classification"): "RobertaForSequenceClassification",
-    ("roberta", "regression"): "RobertaForSequenceClassification",
-    ("roberta", "question-answering"): "RobertaForQuestionAnswering",
+HF_CLASSES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert"}
+HF_HEADS = {
+    "classification": "ForSequenceClassification",
+    "regression": "ForSequenceClassification",
+    "question-answering": "ForQuestionAnswering",
 }
 
 
@@ -28,7 +26,7 @@ HF_CLASSES = {
 def configs(draw) -> BertConfig:
     heads = draw(st.integers(1, 4))
     head = draw(st.sampled_from(["classification", "regression", "question-answering"]))
-    model_type = draw(st.sampled_from(["bert", "roberta"]))
+    model_type = draw(st.sampled_from(list(FAMILIES)))
     config = BertConfig(
         vocab_size=draw(st.integers(10, 80)),
         hidden_size=heads * draw(st.integers(1, 12)),
@@ -54,10 +52,10 @@ def transformers_twin(config: BertConfig, model: torch.nn.Module):
     values = config.to_dict()
     values.pop("architectures")
     hf_config = transformers.AutoConfig.for_model(values.pop("model_type"), **values, attn_implementation="eager")
-    twin = getattr(transformers, HF_CLASSES[config.model_type, config.head])(hf_config)
+    twin = getattr(transformers, HF_CLASSES[config.model_type] + HF_HEADS[config.head])(hf_config)
     state = model.state_dict()
     own = {
-        name: state[name.removeprefix(f"{config.model_type}.")]
+        name: state[name.removeprefix(f"{config.family.prefix}.")]
         for name in twin.state_dict()
         if "position_ids" not in name
     }
@@ -87,7 +85,7 @@ def test_logits_and_all_gradients_equal_transformers_over_random_configurations(
         weights = torch.randn(theirs[real].shape, generator=torch.Generator().manual_seed(seed)) / theirs[real].numel()
         (ours[real] * weights).sum().backward()
         (theirs[real] * weights).sum().backward()
-        expected = {name.removeprefix(f"{config.model_type}."): p.grad for name, p in twin.named_parameters()}
+        expected = {name.removeprefix(f"{config.family.prefix}."): p.grad for name, p in twin.named_parameters()}
         worst = (ours - theirs)[real].abs().max().item()
         for name, parameter in model.named_parameters():
             worst = max(worst, (parameter.grad - expected[name]).abs().max().item())
@@ -99,7 +97,7 @@ def test_logits_and_all_gradients_equal_transformers_over_random_configurations(
     print(f"\nlargest parity error over {len(errors)} random configurations: {max(errors):.1e}")
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_padding_does_not_change_the_logits_of_a_row(model_type):
     model = tiny_model(model_type=model_type)
     batch = tiny_batch(model.config)

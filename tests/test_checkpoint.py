@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from progtuning.base.errors import InputError
 from progtuning.model.bert import ACTIVATIONS, build_model
-from progtuning.model.config import BertConfig
+from progtuning.model.config import FAMILIES, BertConfig
 from progtuning.model.weights import load_model, save_pretrained
 from tests.models import TINY, tiny_batch, tiny_model
+from tests.test_bert import HF_CLASSES
 
 SAVED_CLASS = {
     "classification": "AutoModelForSequenceClassification",
@@ -46,7 +47,7 @@ def assert_same_weights(a, b):
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("head", sorted(SAVED_CLASS))
 def test_transformers_loads_what_is_saved_with_equal_logits(model_type, head, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -69,11 +70,11 @@ def test_transformers_loads_what_is_saved_with_equal_logits(model_type, head, tm
         assert twin.config.id2label == {0: "sad", 1: "glad"}
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("kind", ["Model", "ForMaskedLM", "ForSequenceClassification", "ForQuestionAnswering"])
 def test_what_transformers_saves_is_loaded_with_equal_hidden_states(model_type, kind, tmp_path):
     transformers = pytest.importorskip("transformers")
-    name = "Bert" if model_type == "bert" else "Roberta"
+    name = HF_CLASSES[model_type]
     values = replace(TINY, model_type=model_type, pad_token_id=1).to_dict()
     for key in ("architectures", "model_type", "problem_type", "id2label", "label2id"):
         del values[key]
@@ -86,7 +87,7 @@ def test_what_transformers_saves_is_loaded_with_equal_hidden_states(model_type, 
     assert set(report.fresh) == (set() if kind == "ForQuestionAnswering" else {"qa_outputs.weight", "qa_outputs.bias"})
     batch = tiny_batch(config)
     ours = model.encoder(model.embeddings(batch["input_ids"], batch["token_type_ids"]), batch["attention_mask"])
-    base = twin if kind == "Model" else getattr(twin, model_type)
+    base = twin if kind == "Model" else twin.base_model
     theirs = base(**{key: value.long() for key, value in batch.items()}).last_hidden_state
     torch.testing.assert_close(ours[batch["attention_mask"]], theirs[batch["attention_mask"]], atol=1e-5, rtol=0)
 
@@ -269,7 +270,7 @@ def test_a_truncated_or_missing_file_is_an_error_that_names_it(folder):
         ({"vocab_size": True}, "vocab_size must be an integer"),
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps must be a number"),
         ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob must be a number in 0..1"),
-        ({"model_type": "gpt2"}, "model_type must be one of bert, roberta, got 'gpt2'"),
+        ({"model_type": "gpt2"}, "model_type must be one of bert, roberta, xlm-roberta, camembert, got 'gpt2'"),
         ({"id2label": {"0": "a", "2": "b"}}, "'id2label' must map 0..1 to names"),
         ({"id2label": ["a", "b"]}, "'id2label' must map"),
         ({"problem_type": "multi_label_classification"}, "'multi_label_classification' is not supported"),
@@ -319,9 +320,7 @@ def test_a_config_of_berts_first_release_is_a_bert_as_transformers_reads_it(fold
     torch.testing.assert_close(ours[real], theirs.last_hidden_state[real], atol=1e-5, rtol=0)
 
 
-FAMILIES = {
-    "XLMRoberta": {},
-    "Camembert": {},
+OTHERS = {
     "RobertaPreLayerNorm": {},
     "Electra": {"embedding_size": 8},
     "Albert": {"embedding_size": 8},
@@ -332,11 +331,11 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OTHERS)
 def test_a_bare_encoder_of_another_family_is_never_taken_for_a_bert(family, tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = SMALL if family != "DistilBert" else {"vocab_size": 50}
-    theirs = getattr(transformers, f"{family}Config")(**sizes, **FAMILIES[family], max_position_embeddings=24)
+    theirs = getattr(transformers, f"{family}Config")(**sizes, **OTHERS[family], max_position_embeddings=24)
     getattr(transformers, f"{family}Model")(theirs).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     whole = json.loads(path.read_text())
@@ -436,3 +435,17 @@ def test_a_failed_save_leaves_the_old_file(model, folder, monkeypatch):
         save_pretrained(model, folder)
     assert (folder / "model.safetensors").read_bytes() == before
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("family", ["XLMRoberta", "Camembert"])
+def test_an_encoder_of_robertas_kin_is_known_by_its_architecture_and_without_one_not_taken_for_a_bert(family, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = getattr(transformers, f"{family}Config")(**SMALL, max_position_embeddings=24)
+    getattr(transformers, f"{family}Model")(theirs).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in whole.items() if key != "model_type"}))
+    assert load_model(tmp_path)[0].config.model_type == whole["model_type"]
+    path.write_text(json.dumps({k: v for k, v in whole.items() if k not in ("model_type", "architectures")}))
+    with pytest.raises(InputError, match="model_type"):
+        load_model(tmp_path)

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from progtuning.engine import StageEngine
+from progtuning.model.config import FAMILIES
 from progtuning.model.names import EMBEDDINGS, HEAD, unit_of
 from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES, Stage, make_schedule
 from progtuning.step.optim import build_optimizer
@@ -113,7 +114,7 @@ def test_embeddings_that_always_train_are_reached_through_every_frozen_block():
     assert sum("LayerNorm" in node for node in nodes) == 2 * 4 + 1
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("boundary", range(5))
 def test_active_gradients_are_bit_identical_to_those_of_the_uncut_model(boundary, model_type):
     uncut, cut = tiny_model(model_type=model_type), tiny_model(model_type=model_type)

@@ -117,7 +117,7 @@ def rewrite(path, change, metadata=None):
 # LoRA and the library peft
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "xlm-roberta"])
 @pytest.mark.parametrize("head", sorted(HEADS))
 @pytest.mark.parametrize(
     "targets", [("query", "value"), ("output",), ("attention-output",), ("intermediate", "key"), ALL_TARGETS]

@@ -6,7 +6,7 @@ from torch import nn
 
 from progtuning.engine import StageEngine
 from progtuning.methods.apply import apply_peft
-from progtuning.model.config import HEADS
+from progtuning.model.config import FAMILIES, HEADS
 from progtuning.model.names import EMBEDDINGS, HEAD, HEAD_MODULES, prefix_of, unit_of
 from progtuning.settings.peft import PEFT_METHODS, PeftConfig
 from progtuning.stages import Stage
@@ -22,7 +22,7 @@ def units_by_module(model: nn.Module) -> dict[str, int | str]:
 
 
 @pytest.mark.parametrize("method", ["none", "adapter", "lora"])
-@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("head", [*HEADS, None])
 def test_every_parameter_is_in_the_unit_whose_module_holds_it_and_begins_with_the_units_prefix(
     method, model_type, head
@@ -36,7 +36,7 @@ def test_every_parameter_is_in_the_unit_whose_module_holds_it_and_begins_with_th
 
 
 def test_the_modules_of_the_head_are_those_that_the_models_heads_are_made_of():
-    models = [tiny_model(model_type=kind, head=head) for kind in ("bert", "roberta") for head in HEADS]
+    models = [tiny_model(model_type=kind, head=head) for kind in FAMILIES for head in HEADS]
     names = {
         name.partition(".")[0] for model in models for name, unit in units_by_module(model).items() if unit == HEAD
     }

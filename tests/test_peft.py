@@ -14,7 +14,7 @@ from progtuning.cost.closed_form import units
 from progtuning.engine import StageEngine
 from progtuning.methods.apply import apply_peft, trainable_names
 from progtuning.model.bert import Model
-from progtuning.model.config import ARCHITECTURES, HEADS
+from progtuning.model.config import ARCHITECTURES, FAMILIES, HEADS
 from progtuning.model.names import BLOCK_LINEARS
 from progtuning.settings.peft import PEFT_METHODS, PeftConfig
 from progtuning.settings.recipes import recipe
@@ -162,7 +162,7 @@ VARIATIONS = [
 
 
 @pytest.mark.parametrize("peft", VARIATIONS, ids=str)
-@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("head", [*HEADS, None])
 def test_names_shapes_and_trainable_parameters_are_those_of_the_closed_forms(peft, model_type, head):
     model = tiny_model(model_type=model_type, head=head)

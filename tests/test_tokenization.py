@@ -81,11 +81,27 @@ def byte_level_bpe():
     return tokenizer
 
 
+def sentencepiece_unigram(first: list[str]):
+    """A SentencePiece model as its tokenizer.json has it: words of the corpus and its characters, the best cut wins."""
+    words = sorted({f"▁{word}" for text in CORPUS for word in text.split()})
+    characters = sorted({"▁", *"".join(words)})
+    pieces = [(token, 0.0) for token in first] + [(word, -2.0 - len(word) / 8) for word in words]
+    pieces += [(character, -9.0) for character in characters if character not in words]
+    tokenizer = LibraryTokenizer(models.Unigram(pieces, unk_id=first.index("<unk>")))
+    metaspace = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace])
+    ids = [(token, first.index(token)) for token in ("<s>", "</s>")]
+    pair = "<s> $A </s> </s> $B </s>"
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", pair, ids)
+    tokenizer.add_special_tokens([token for token in first if token.startswith("<") and "NOT" not in token])
+    return tokenizer
+
+
 def config_for(vocab_size, model_type="bert", **changes):
     values = dict(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, max_position_embeddings=66
     )
-    types = {"type_vocab_size": 1} if model_type == "roberta" else {}
+    types = {} if model_type == "bert" else {"type_vocab_size": 1}
     return BertConfig(vocab_size=vocab_size, model_type=model_type, **{**values, **types, **changes})
 
 
@@ -148,6 +164,21 @@ FORMS = {
     "tokenizer.json, RoBERTa with prefix space": lambda folder: tokenizer_json(
         folder, byte_level_bpe(), "roberta", add_prefix_space=True
     ),
+    "tokenizer.json, XLM-RoBERTa": lambda folder: tokenizer_json(
+        folder, sentencepiece_unigram(["<s>", "<pad>", "</s>", "<unk>", "<mask>"]), "xlm-roberta"
+    ),
+    "tokenizer.json, XLM-RoBERTa, class named": lambda folder: tokenizer_json(
+        folder,
+        sentencepiece_unigram(["<s>", "<pad>", "</s>", "<unk>", "<mask>"]),
+        "xlm-roberta",
+        tokenizer_class="XLMRobertaTokenizer",
+    ),
+    "tokenizer.json, CamemBERT": lambda folder: tokenizer_json(
+        folder,
+        sentencepiece_unigram(["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<s>NOTUSED"]),
+        "camembert",
+        tokenizer_class="CamembertTokenizer",
+    ),
     "vocab.json and merges.txt": lambda folder: vocab_and_merges(folder),
     "vocab.json and merges.txt with prefix space": lambda folder: vocab_and_merges(folder, add_prefix_space=True),
 }
@@ -204,6 +235,23 @@ def test_a_saved_folder_gives_transformers_the_same_ids(both, tmp_path):
             assert (tmp_path / name).exists() == (folder / name).exists()
             assert not (folder / name).exists() or (tmp_path / name).read_bytes() == (folder / name).read_bytes()
     assert {path.name for path in tmp_path.iterdir()} <= {*TOKENIZER_FILES, "config.json"}  # no temporary file
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: setattr(t, "normalizer", normalizers.NFKC()), "the normalizer NFKC"),
+        (lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Metaspace()), "the pre_tokenizer Metaspace"),
+        (lambda t: setattr(t, "post_processor", None), "other special tokens around a text"),
+        (lambda t: setattr(t, "model", models.BPE()), "another model"),
+    ],
+)
+def test_a_sentencepiece_file_that_transformers_would_not_take_as_it_is_is_refused(change, message, tmp_path):
+    tokenizer = sentencepiece_unigram(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    change(tokenizer)
+    folder, config = tokenizer_json(tmp_path / "model", tokenizer, "xlm-roberta")
+    with pytest.raises(InputError, match=f"got {message} for tokenizer_class XLMRobertaTokenizer, which has its own"):
+        load_tokenizer(folder, config)
 
 
 def test_complete_files_are_saved_byte_for_byte(tmp_path):

@@ -89,8 +89,9 @@ OLD_NAMES = {
             bert-large-uncased-whole-word-masking bert-large-uncased-whole-word-masking-finetuned-squad
             bert-large-cased-whole-word-masking bert-large-cased-whole-word-masking-finetuned-squad
         """,
-        "FacebookAI": "roberta-base roberta-large roberta-large-mnli",
+        "FacebookAI": "roberta-base roberta-large roberta-large-mnli xlm-roberta-base xlm-roberta-large",
         "distilbert": "distilroberta-base",
+        "almanach": "camembert-base",
     }.items()
     for name in names.split()
 }

@@ -67,6 +67,8 @@ _BERT_CLASSES = (
     *("MobileBertTokenizer", "SqueezeBertTokenizer"),
 )
 _ROBERTA_CLASSES = ("RobertaTokenizer", "BartTokenizer", "LEDTokenizer", "LongformerTokenizer", "MvpTokenizer")
+# Those that cut words by a SentencePiece model, which a tokenizer.json holds.
+_UNIGRAM_CLASSES = ("XLMRobertaTokenizer", "CamembertTokenizer")
 # Names of classes that split words by rules of their own, written in Python, and read no tokenizer.json.
 _PYTHON_CLASSES = (
     *("BertGenerationTokenizer", "BertJapaneseTokenizer", "BertweetTokenizer", "CanineTokenizer", "EsmTokenizer"),
@@ -303,7 +305,7 @@ def _class_name(folder: Path, settings: dict, config: BertConfig) -> str:
         values = read_json(path)
         name = values.get("tokenizer_class") if isinstance(values, dict) else None
     if name is None:
-        return "RobertaTokenizer" if config.model_type == "roberta" else "BertTokenizer"
+        return config.family.tokenizer_class
     if not isinstance(name, str) or not name:
         raise InputError(f"{path}: got {shorten(name)} for tokenizer_class, expected a name")
     if name.removesuffix("Fast") in _PYTHON_CLASSES:
@@ -351,10 +353,33 @@ def _from_json(
     _check_growth(file, source)
     if _is_class(class_name, (*_BERT_CLASSES, *_ROBERTA_CLASSES)):
         return _own_class(source, settings, class_name, vocab_size, file), side
+    if _is_class(class_name, _UNIGRAM_CLASSES):
+        _check_unigram(file, settings, source, class_name)
     if not _is_class(class_name, _ANY_CLASSES):
         _check_settings(file, settings, source, class_name)
     _add_tokens(file, _read_tokens(source, settings, {"pad_token": pad}, file), vocab_size)
     return file, side
+
+
+def _check_unigram(file: tokenizers.Tokenizer, settings: dict, source: Path, class_name: str) -> None:
+    """Raise InputError where a tokenizer.json has another model or other parts than the class builds."""
+    if not isinstance(file.model, models.Unigram) or _state(file.model).get("byte_fallback"):
+        raise _unlike(source, "another model", class_name)
+    backend = tokenizers.Tokenizer(models.Unigram())
+    prepend = "always" if settings.get("add_prefix_space", True) else "never"
+    metaspace = pre_tokenizers.Metaspace("\u2581", prepend_scheme=prepend)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace])
+    if _state(file.pre_tokenizer) != _state(backend.pre_tokenizer):
+        raise _unlike(source, f"the pre_tokenizer {_state(file.pre_tokenizer).get('type')}", class_name)
+    if _state(file.normalizer).get("type", "Precompiled") != "Precompiled":
+        raise _unlike(source, f"the normalizer {_state(file.normalizer)['type']}", class_name)
+    cls, sep = ((token, file.token_to_id(token) or 0) for token in ("<s>", "</s>"))
+    pair = [cls[0], "$A", sep[0], sep[0], "$B", sep[0]]
+    backend.post_processor = processors.TemplateProcessing([cls[0], "$A", sep[0]], pair, [cls, sep])
+    for pairs in (False, True):
+        got, expected = (_around(_template(one, source, pairs), has_types=False) for one in (file, backend))
+        if got != expected:
+            raise _unlike(source, "other special tokens around a text", class_name)
 
 
 def _check_settings(file: tokenizers.Tokenizer, settings: dict, source: Path, class_name: str) -> None:

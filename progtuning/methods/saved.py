@@ -276,7 +276,7 @@ def _head_of_peft(values: Mapping, path: Path, otherwise: str | None) -> str | N
 def _saved_outputs(file: "TensorFile", config: BertConfig) -> int | None:
     """Return how many outputs the classifier has that a file of peft holds; None where it holds none."""
     keys = internal_names(file.tensors.keys(), config, file.path, prefix=_LORA_PREFIX)
-    key = keys.get("classifier.weight" if config.model_type == "bert" else "classifier.out_proj.weight")
+    key = keys.get("classifier.weight" if config.family.has_pooler else "classifier.out_proj.weight")
     if key is None:
         return None
     shape = file.tensors.get_slice(key).get_shape()

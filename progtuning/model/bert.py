@@ -1,11 +1,13 @@
 """Encoders in plain PyTorch: BERT (Devlin et al. 2019, arXiv 1810.04805), RoBERTa (Liu et al. 2019, arXiv 1907.11692).
 
+XLM-RoBERTa (Conneau et al. 2020, arXiv 1911.02116) and CamemBERT (Martin et al. 2020, arXiv 1911.03894) are RoBERTa.
+
     M = E . B1 ... BL . H      Model = embeddings, encoder (L blocks), head
 
     B  batch    S  sequence    D  hidden_size    H  heads    F  intermediate_size    C  num_outputs
 
 The modules carry the names that Hugging Face checkpoints give their tensors, so `state_dict` needs no table of names:
-the keys of a file are these, under a prefix `bert.` or `roberta.` for embeddings, encoder and pooler. The file reads
+the keys of a file are these, under a prefix (`config.FAMILIES`) for embeddings, encoder and pooler. The file reads
 from the inside outwards: attention, block, encoder, embeddings, model; the heads stand in `heads`. Nothing here knows
 of stages, cuts or fine-tuning methods: the encoder offers a run over a range of its blocks, and modules can be wrapped
 from outside.
@@ -124,13 +126,12 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: BertConfig):
         super().__init__()
-        roberta = config.model_type == "roberta"
         pad = config.pad_token_id
-        self.first_position = pad + 1 if roberta else 0
+        self.first_position = config.first_position
         self.pad_token_id = pad
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=pad)
         self.position_embeddings = nn.Embedding(
-            config.max_position_embeddings, config.hidden_size, padding_idx=pad if roberta else None
+            config.max_position_embeddings, config.hidden_size, padding_idx=pad if self.first_position else None
         )
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

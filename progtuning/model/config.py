@@ -44,6 +44,25 @@ class Head:
         return self.num_outputs is None
 
 
+@dataclass(frozen=True)
+class Family:
+    """What tells a family of encoders from another whose blocks are BERT's; what transformers calls it."""
+
+    class_prefix: str  # begins the names of its classes, for config.json
+    prefix: str  # of its tensors' names in a file, before embeddings, encoder and pooler
+    pad_token_id: int = 1  # where config.json names none
+    pads_positions: bool = True  # positions count from the padding's id + 1, else from 0
+    has_pooler: bool = False  # its head for sequences begins with a pooler, else it brings a dense layer of its own
+    tokenizer_class: str = "RobertaTokenizer"  # where no file names one
+
+
+FAMILIES = {  # by model_type
+    "bert": Family("Bert", "bert", 0, pads_positions=False, has_pooler=True, tokenizer_class="BertTokenizer"),
+    "roberta": Family("Roberta", "roberta"),
+    "xlm-roberta": Family("XLMRoberta", "roberta", tokenizer_class="XLMRobertaTokenizer"),
+    "camembert": Family("Camembert", "roberta", tokenizer_class="CamembertTokenizer"),
+}
+
 _SEQUENCE = ("ForSequenceClassification", "SEQ_CLS")
 HEADS = {
     "classification": Head(*_SEQUENCE, problem_type="single_label_classification"),
@@ -113,7 +132,7 @@ _REQUIRED = (
 
 @dataclass(frozen=True)
 class BertConfig:
-    """The architecture of a BERT or RoBERTa encoder and its head, in the names of Hugging Face's config.json.
+    """The architecture of an encoder of BERT's family and its head, in the names of Hugging Face's config.json.
 
     `head` is one of HEADS, or None for an encoder whose file names no head. `labels` are the class names in order; a
     regression head has one, and a question-answering head none. Raises InputError where a value is out of range.
@@ -125,7 +144,7 @@ class BertConfig:
     num_attention_heads: int  # H
     intermediate_size: int  # F
     max_position_embeddings: int
-    model_type: str = "bert"  # or "roberta"
+    model_type: str = "bert"  # one of FAMILIES
     type_vocab_size: int = 2
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.1
@@ -133,14 +152,14 @@ class BertConfig:
     classifier_dropout: float | None = None  # None: hidden_dropout_prob
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
-    pad_token_id: int | None = None  # None: 0 for BERT, 1 for RoBERTa
+    pad_token_id: int | None = None  # None: that of the family
     head: str | None = None
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
 
     def __post_init__(self):
-        check_choice("model_type", self.model_type, ("bert", "roberta"))
+        check_choice("model_type", self.model_type, FAMILIES)
         if self.pad_token_id is None:
-            object.__setattr__(self, "pad_token_id", 0 if self.model_type == "bert" else 1)
+            object.__setattr__(self, "pad_token_id", self.family.pad_token_id)
         for name in (*_REQUIRED, "type_vocab_size"):
             check_number(name, getattr(self, name), int, low=1, high=1000 if name == "num_hidden_layers" else 2**24)
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
@@ -156,16 +175,24 @@ class BertConfig:
         if self.head is not None:
             check_choice("head", self.head, HEADS)
         if self.max_length < 1:
-            raise InputError(
-                f"max_position_embeddings must exceed pad_token_id + 1 for roberta, got {self.max_position_embeddings}"
-            )
+            least = f"pad_token_id + 1 for {self.model_type}"
+            raise InputError(f"max_position_embeddings must exceed {least}, got {self.max_position_embeddings}")
         if len(set(self.labels)) != len(self.labels) or (self.has_labels and len(self.labels) < 2):
             raise InputError(f"labels must be two or more distinct names, got {list(self.labels)}")
 
     @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
+    def first_position(self) -> int:
+        """The position of the first token: 0, and of RoBERTa and its kin pad_token_id + 1."""
+        return self.pad_token_id + 1 if self.family.pads_positions else 0
+
+    @property
     def max_length(self) -> int:
-        """The longest sequence in tokens. RoBERTa's first position is pad_token_id + 1."""
-        return self.max_position_embeddings - (self.pad_token_id + 1 if self.model_type == "roberta" else 0)
+        """The longest sequence in tokens."""
+        return self.max_position_embeddings - self.first_position
 
     @property
     def num_outputs(self) -> int:
@@ -180,7 +207,7 @@ class BertConfig:
     @property
     def has_pooler(self) -> bool:
         """Whether the head begins with BERT's pooler (RoBERTa's classification head brings its own dense layer)."""
-        return self.model_type == "bert" and self.head is not None and not HEADS[self.head].per_token
+        return self.family.has_pooler and self.head is not None and not HEADS[self.head].per_token
 
     def with_head(self, head: str | None, labels: tuple[str, ...] = ()) -> "BertConfig":
         """Return this architecture under another head. `labels` are the class names, for classification."""
@@ -244,7 +271,7 @@ class BertConfig:
         }
         head = None if self.head is None else HEADS[self.head]
         suffix = "Model" if head is None else head.architecture
-        values["architectures"] = [("Bert" if self.model_type == "bert" else "Roberta") + suffix]
+        values["architectures"] = [self.family.class_prefix + suffix]
         if head and head.problem_type:
             values["problem_type"] = head.problem_type
         if head and (head.problem_type or head.has_labels):
@@ -263,21 +290,23 @@ def _architecture(values: Mapping) -> str:
 def _model_type(values: Mapping) -> str:
     """Return the family of a config.json: what it says, or where it says nothing what its architecture or keys are."""
     if values.get("model_type") is not None:
-        check_choice("model_type", values["model_type"], ("bert", "roberta"))
+        check_choice("model_type", values["model_type"], FAMILIES)
         return values["model_type"]
-    architecture = _architecture(values)
-    if match := re.fullmatch(r"(Bert|Roberta)(Model|LMHeadModel|For[A-Z]\w*)", architecture):
-        return match[1].lower()
+    architecture, prefixes = _architecture(values), {family.class_prefix: name for name, family in FAMILIES.items()}
+    if match := re.fullmatch(rf"({'|'.join(prefixes)})(Model|LMHeadModel|For[A-Z]\w*)", architecture):
+        return prefixes[match[1]]
     if architecture:
-        expected = "a Bert or Roberta model where model_type is missing"
+        expected = f"a {' or '.join(prefixes)} model where model_type is missing"
         raise InputError(f"architectures must name {expected}, got {architecture!r}")
     if found := sorted(set(values) & set(_OF_OTHER_FAMILIES)):
         family = _OF_OTHER_FAMILIES[found[0]]
-        raise InputError(f"key 'model_type' must be bert or roberta, got none and {found[0]!r}, a key of {family}")
+        raise InputError(
+            f"key 'model_type' must be one of {', '.join(FAMILIES)}, got none and {found[0]!r}, a key of {family}"
+        )
     for key, of_bert in _OF_FIRST_BERT.items():
         if values.get(key) not in (None, of_bert):
             got = f"none, and {key} {values[key]!r} where BERT has {of_bert}"
-            raise InputError(f"key 'model_type' must be bert or roberta, got {got}")
+            raise InputError(f"key 'model_type' must be one of {', '.join(FAMILIES)}, got {got}")
     return "bert"
 
 
@@ -342,6 +371,7 @@ def _labels(values: Mapping) -> tuple[str, ...]:
 _BERT_BASE = BertConfig(30522, 768, 12, 12, 3072, 512)
 _BERT_LARGE = BertConfig(30522, 1024, 24, 16, 4096, 512)
 _ROBERTA = {"model_type": "roberta", "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+_XLM_ROBERTA = _ROBERTA | {"model_type": "xlm-roberta"}
 ARCHITECTURES = {
     "bert-base-uncased": _BERT_BASE,
     "bert-base-cased": replace(_BERT_BASE, vocab_size=28996),
@@ -352,6 +382,9 @@ ARCHITECTURES = {
     "bert-base-chinese": replace(_BERT_BASE, vocab_size=21128),
     "roberta-base": BertConfig(50265, 768, 12, 12, 3072, 514, **_ROBERTA),
     "roberta-large": BertConfig(50265, 1024, 24, 16, 4096, 514, **_ROBERTA),
+    "xlm-roberta-base": BertConfig(250002, 768, 12, 12, 3072, 514, **_XLM_ROBERTA),
+    "xlm-roberta-large": BertConfig(250002, 1024, 24, 16, 4096, 514, **_XLM_ROBERTA),
+    "camembert-base": BertConfig(32005, 768, 12, 12, 3072, 514, **_ROBERTA | {"model_type": "camembert"}),
     "minilm-l6": BertConfig(30522, 384, 6, 12, 1536, 512),
 }
 

@@ -163,7 +163,7 @@ def _check_encoder(keys: Mapping[str, str], model: Model, folder: Path) -> None:
             kind = f"is none of a {model.config.model_type} encoder, which computes without it"
             raise InputError(f"{folder}: tensor {keys[name]!r} {kind}")
     row = model.embeddings.position_embeddings.weight[1:2]
-    if model.config.model_type == "bert" and len(row) and not row.any():
+    if not model.config.first_position and len(row) and not row.any():
         raise InputError(f"{folder}: position 1 has a zero embedding, as in a RoBERTa, expected a BERT by its {CONFIG}")
 
 
@@ -203,7 +203,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 
 def key_of(name: str, config: BertConfig) -> str:
     """Map our parameter's name to the key that it has in a file; `_internal_name` is the way back."""
-    return f"{config.model_type}.{name}" if config.head and name.startswith(_BACKBONE) else name
+    return f"{config.family.prefix}.{name}" if config.head and name.startswith(_BACKBONE) else name
 
 
 def read_object(path: Path) -> dict:
@@ -218,7 +218,7 @@ def _internal_name(key: str, config: BertConfig) -> str:
 
     BERT's first release had other names for LayerNorm's parameters; they are mapped too.
     """
-    name = ".".join(part for part in key.split(".") if part not in _WRAPPERS).removeprefix(f"{config.model_type}.")
+    name = ".".join(part for part in key.split(".") if part not in _WRAPPERS).removeprefix(f"{config.family.prefix}.")
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
