@@ -237,12 +237,15 @@ def test_a_saved_folder_gives_transformers_the_same_ids(both, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} <= {*TOKENIZER_FILES, "config.json"}  # no temporary file
 
 
+ONE_END_IN_A_PAIR = processors.TemplateProcessing("<s> $A </s>", "<s> $A </s> $B </s>", [("<s>", 0), ("</s>", 2)])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         (lambda t: setattr(t, "normalizer", normalizers.NFKC()), "the normalizer NFKC"),
         (lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Metaspace()), "the pre_tokenizer Metaspace"),
-        (lambda t: setattr(t, "post_processor", None), "other special tokens around a text"),
+        (lambda t: setattr(t, "post_processor", ONE_END_IN_A_PAIR), "other special tokens around a text"),
         (lambda t: setattr(t, "model", models.BPE()), "another model"),
     ],
 )
