@@ -1,9 +1,12 @@
 """Fixtures that several test modules share."""
 
+import os
 from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from progtuning.base.errors import RunError
 from progtuning.model.weights import save_pretrained
@@ -13,8 +16,27 @@ from tests.models import tiny_model
 hypothesis.settings.register_profile("seeded", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("seeded")
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic so; read when CUDA begins
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 WORDS = "good fine great nice bad poor awful sad film story cast plot the a was is and very not".split()
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Each device that is here. On CUDA PyTorch takes deterministic algorithms where it has them, of attention "math".
+
+    It warns of kthvalue, whose index alone may change; only the value is used here.
+    """
+    if request.param == "cpu":
+        yield torch.device("cpu")
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield torch.device("cuda")
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

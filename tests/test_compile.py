@@ -16,6 +16,7 @@ from progtuning.run.build import build_trainer
 from progtuning.settings.peft import PeftConfig
 from progtuning.speed.kernels import check_compiler, compile_blocks, reporting_compiler
 from progtuning.stages import Stage, make_schedule
+from progtuning.step.loader import to_device
 from progtuning.step.optim import build_optimizer
 from tests.models import gradients, tiny_batch, tiny_model
 from tests.test_cli import call, refused
@@ -35,8 +36,8 @@ def no_graphs():
     counters.clear()
 
 
-def engine_of(method: str, prefix_dropout: bool) -> StageEngine:
-    model = tiny_model()
+def engine_of(method: str, prefix_dropout: bool, device: torch.device) -> StageEngine:
+    model = tiny_model().to(device)
     apply_peft(model, METHODS[method])
     return StageEngine(model, build_optimizer(model, lr=1e-3), prefix_dropout)
 
@@ -54,19 +55,23 @@ def engine_of(method: str, prefix_dropout: bool) -> StageEngine:
     ],
 )
 def test_after_every_stage_change_active_parameters_get_gradients_and_frozen_none_as_eager(
-    schedule, embeddings, method, prefix_dropout, most_graphs, backend
+    schedule, embeddings, method, prefix_dropout, most_graphs, backend, device
 ):
-    eager, compiled = (engine_of(method, prefix_dropout) for _ in range(2))
+    """By "aot_eager", which runs AOTAutograd, too: under it freezing has stopped training in silence elsewhere, and
+    "eager" cannot show that (pytorch #139476).
+    """
+    eager, compiled = (engine_of(method, prefix_dropout, device) for _ in range(2))
     compile_blocks(compiled.model, backend)
     for stage in make_schedule(schedule, 4, 3, embeddings).stages:
         for engine in (eager, compiled):
             engine.enter(stage)
             engine.train()
         for seed, (batch, length) in enumerate([(5, 9), (3, 6), (5, 7)]):
-            inputs = tiny_batch(eager.model.config, batch, length, seed)
+            inputs, _ = to_device(tiny_batch(eager.model.config, batch, length, seed), device)
             if seed == 2:
                 inputs["attention_mask"] = None
-            losses = [F.cross_entropy(engine(**inputs), torch.arange(batch) % 3) for engine in (eager, compiled)]
+            labels = torch.arange(batch, device=device) % 3
+            losses = [F.cross_entropy(engine(**inputs), labels) for engine in (eager, compiled)]
             torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
             for loss in losses:
                 loss.backward()
@@ -100,14 +105,14 @@ def test_a_compiled_run_with_a_cache_has_the_losses_of_the_run_without_either(mo
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is no g++")
 @torch._inductor.config.patch({"compile_threads": 1})  # for one graph no pool of compilers need be started
-def test_generated_code_computes_the_same():
-    eager, compiled = (StageEngine(tiny_model(num_hidden_layers=1)) for _ in range(2))
+def test_generated_code_computes_the_same(device):
+    eager, compiled = (StageEngine(tiny_model(num_hidden_layers=1).to(device)) for _ in range(2))
     compile_blocks(compiled.model)
     counters.clear()  # of the check for a compiler
-    inputs = tiny_batch(eager.model.config)
+    inputs, _ = to_device(tiny_batch(eager.model.config), device)
     for engine in (eager, compiled):
         engine.enter(Stage(0, 1, 0, embeddings=False))
-        F.cross_entropy(engine(**inputs), torch.arange(5) % 3).backward()
+        F.cross_entropy(engine(**inputs), torch.arange(5, device=device) % 3).backward()
     for name, gradient in gradients(eager.model).items():
         torch.testing.assert_close(gradients(compiled.model)[name], gradient, rtol=1e-4, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == 1
