@@ -70,7 +70,7 @@ def make_inputs(folder: Path) -> list[str]:
     model_folder.mkdir(parents=True)
     data_folder.mkdir()
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    config = BertConfig(len(vocabulary), 16, 4, 2, 24, 24, head="classification", initializer_range=0.1)
+    config = BertConfig(len(vocabulary), 16, 4, 2, 24, 128, head="classification", initializer_range=0.1)
     save_pretrained(build_model(config, seed=1), model_folder)
     (model_folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     generator = random.Random(0)

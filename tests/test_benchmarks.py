@@ -2,9 +2,12 @@
 
 import gc
 import json
+import os
 import re
 import subprocess
 import sys
+import tarfile
+import time
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -27,6 +30,7 @@ sys.path.insert(0, str(BENCHMARKS))  # the scripts import one another as their f
 
 import backward_savings  # noqa: E402
 import gather  # noqa: E402
+import gpu  # noqa: E402
 import harness  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -388,6 +392,57 @@ def test_the_other_scripts_refuse_a_wrong_option(peers, end_to_end):
         peers.main(["--padding", "128"])
     with pytest.raises(InputError, match="^--epochs must be at least 1, got 0$"):
         end_to_end.main(["--epochs", "0"])
+
+
+# gpu.py
+
+
+def steps_of(*codes: tuple[str, str]) -> list[gpu.Step]:
+    def figures():
+        yield gpu.Figure("lines", "1", "1")
+
+    return [gpu.Step(name, 1, [sys.executable, "-c", code], figures) for name, code in codes]
+
+
+def test_a_step_that_fails_or_is_late_stops_no_other_and_only_what_is_done_is_not_repeated(tmp_path):
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    count = f"open({str(tmp_path / 'count')!r}, 'a').write('x')"
+    steps = steps_of(("fails", "print('why'); 1 / 0"), ("is late", child), ("counts", count))
+    begin = time.monotonic()
+    for _ in range(2):
+        gpu.run(steps, tmp_path / "out", 1, dict(os.environ))
+    assert 2 < time.monotonic() - begin < 20
+    rows = harness.read_rows(tmp_path / "out" / "steps.jsonl")
+    found = [(row["step"], row["status"]) for row in rows]
+    assert found[:3] == [("fails", "failed"), ("is late", gpu.LATE), ("counts", "done")] and found[3:] == found[:2]
+    assert (tmp_path / "count").read_text() == "x" and "why" in (tmp_path / "out" / "fails.log").read_text()
+    page = gpu.table(steps, tmp_path / "out").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in page]
+    assert cells[0] == ["step", "seconds", "of what", "figure", "ideal"]
+    assert [row[3] for row in cells[2::2]] == ["failed", gpu.LATE, "done"]
+    assert all(row[2:] == ["lines", "1", "1"] for row in cells[3::2])
+    with tarfile.open(tmp_path / "out" / "results.tgz") as archive:
+        assert {"steps.jsonl", "steps.md", "fails.log", "counts.log"} <= set(archive.getnames())
+
+
+def test_a_step_for_which_half_of_its_time_is_not_left_is_not_begun_and_a_shorter_one_is(tmp_path):
+    (long,) = steps_of(("long", "1 / 0"))
+    gpu.run([replace(long, limit=99), replace(long, name="short", command=["true"])], tmp_path, 0.15, {})
+    rows = [(row["step"], row["status"]) for row in harness.read_rows(tmp_path / "steps.jsonl")]
+    assert rows == [("long", gpu.NOT_BEGUN), ("short", "done")]
+
+
+def test_a_rehearsal_of_two_steps_gives_their_figures_beside_the_ideal(tmp_path, capsys):
+    arguments = ["--rehearse", "--device", "cpu", "--minutes", "2", "--output", str(tmp_path), "--only"]
+    gpu.main([*arguments, "plain", "cache in memory"])
+    rows = {row["step"]: row for row in harness.read_rows(tmp_path / "steps.jsonl")}
+    assert [row["status"] for row in rows.values()] == ["done", "done"]
+    figures = {what: (value, ideal) for what, value, ideal in rows["cache in memory"]["figures"]}
+    assert list(figures) == ["tokens/s", *(f"stage {number}, of stage 1" for number in (1, 2, 3))]
+    plain = {what: ideal for what, _, ideal in rows["plain"]["figures"]}
+    assert plain["tokens/s"] is None and figures["tokens/s"][1] is not None
+    assert float(figures["stage 3, of stage 1"][1]) < float(plain["stage 3, of stage 1"]) < 1
+    assert "| cache in memory |" in capsys.readouterr().out
 
 
 # squad.py
