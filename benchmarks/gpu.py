@@ -265,6 +265,7 @@ def steps_of(args: argparse.Namespace, work: Path) -> list[Step]:
     study = [python, "-m", "progtuning", "compare", *options, "--output-dir", str(args.output / "compare"), "--resume"]
     study += "--schedules full shrinking+cache --budgets 1 --lrs 1e-4 --seeds 1".split() if tiny else ["--jobs", "8"]
     steps.append(Step("study", 150, study, lambda: study_figures(args.output / "compare")))
+    steps.sort(key=lambda step: step.name == "compile")  # last: it takes minutes where no code is kept yet
     return [step for step in steps if not args.only or step.name in args.only]
 
 

@@ -1,9 +1,10 @@
 """What is promised of stages, cut, cache, methods and resuming, on every device that is here.
 
-A CPU is always one, CUDA where there is one. On CUDA some sums are taken in an order that changes from run to run; under
-deterministic algorithms, which the fixture asks for, what is bit for bit on a CPU is bit for bit there too. Between two
-devices, and where products have other shapes (a cache), it is equal within the bound that is stated. Compiled blocks are
-tested so in test_compile.py; unpadded ones and synchronisation have CUDA tests in test_unpad.py and test_train.py.
+A CPU is always one, CUDA where there is one. On CUDA some sums are taken in an order that changes from run to run.
+Under deterministic algorithms, which the fixture asks for, what is bit for bit on a CPU is bit for bit there too.
+Between two devices, and where products have other shapes (a cache), it is equal within the bound that is stated.
+Compiled blocks are tested so in test_compile.py; unpadded ones and synchronisation have CUDA tests in test_unpad.py and
+test_train.py.
 """
 
 from dataclasses import replace
