@@ -1,22 +1,27 @@
 """Fixtures that several test modules share."""
 
 import os
-from pathlib import Path
 
-import hypothesis
-import pytest
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+# Before torch is imported, here and in the processes that tests start: the models are tiny, and several processes at a
+# time would otherwise have more threads than the machine has cores. With this workspace cuBLAS is deterministic.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-from progtuning.base.errors import RunError
-from progtuning.model.weights import save_pretrained
-from tests.models import tiny_model
+from pathlib import Path  # noqa: E402
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+
+from progtuning.base.errors import RunError  # noqa: E402
+from progtuning.model.weights import save_pretrained  # noqa: E402
+from tests.models import tiny_model  # noqa: E402
 
 # What a property is tried on is the same in every run of the suite.
 hypothesis.settings.register_profile("seeded", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("seeded")
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic so; read when CUDA begins
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 WORDS = "good fine great nice bad poor awful sad film story cast plot the a was is and very not".split()

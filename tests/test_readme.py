@@ -52,7 +52,7 @@ def write_mrpc(folder: Path) -> None:
     """Write a small folder in MRPC's format."""
     folder.mkdir(parents=True)
     names = "Ann Bob Cleo Dan Eve Finn Gus Hal".split()
-    for split, count in (("train", 32), ("dev", 16)):
+    for split, count in (("train", 16), ("dev", 8)):
         lines = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"]
         for i in range(count):
             first, second = names[i % 8], names[(i + i % 2) % 8]
@@ -66,7 +66,7 @@ def write_mrpc(folder: Path) -> None:
 def test_the_commands_run_in_order_as_they_stand(minilm, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_mrpc(tmp_path / "glue_data" / "MRPC")
-    write_squad(tmp_path / "squad", "v1.1", train=16, dev=8)
+    write_squad(tmp_path / "squad", "v1.1", train=8, dev=4)
     (tmp_path / "questions.jsonl").write_text('{"question": "Who left?", "context": "Ann left the house early."}\n')
     (tmp_path / "pairs.tsv").write_text("text\ttext_pair\nHe left .\tHe went away .\nIt rains .\tShares rose .\n")
     ran = set()
