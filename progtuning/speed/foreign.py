@@ -49,7 +49,8 @@ class ForeignEngine(StagedModel):
     a state, it holds all parameters, and `stage` is None, until the next `enter`.
 
     Raises InputError where a path leads nowhere, a parameter lies in none of the three or in several, or two blocks
-    share one; and in the forward pass, where a parameter that trains is found to run below the cut.
+    share one, or another engine has the model; and in the forward pass, where a parameter that trains is found to run
+    below the cut.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class ForeignEngine(StagedModel):
         layers = module_at(model, blocks)
         if not isinstance(layers, (nn.ModuleList, nn.Sequential)) or not len(layers):
             raise InputError(f"blocks must be the path of a list of modules, got {blocks!r}: {type(layers).__name__}")
+        if any(getattr(hook, "__module__", "") == __name__ for hook in layers[0]._forward_pre_hooks.values()):
+            raise InputError("the model is in an engine already, or is a copy of one that is: release that first")
         units, both = place(model, blocks, {EMBEDDINGS: embeddings, HEAD: head}, tied)
         super().__init__(model, optimizer, len(layers), units.__getitem__)
         self.prefix_dropout = prefix_dropout
