@@ -1,11 +1,15 @@
 """Small models and batches that several test modules use."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 
 from progtuning.model.bert import Model, build_model
-from progtuning.model.config import BertConfig
+from progtuning.model.config import FAMILIES, BertConfig
+from progtuning.model.names import BLOCK_LINEARS
+from progtuning.model.weights import key_of
 
 TINY = BertConfig(
     vocab_size=60,
@@ -16,6 +20,8 @@ TINY = BertConfig(
     max_position_embeddings=24,
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
+    classifier_dropout=0.0,
+    qa_dropout=0.0,
     head="classification",
     labels=("no", "yes", "maybe"),
     initializer_range=0.3,  # far from zero, so that every gradient counts
@@ -35,13 +41,25 @@ def tiny_model(**changes) -> Model:
     return model
 
 
+def config_of(model_type: str, **values) -> BertConfig:
+    """Return a configuration of a family, from which the fields are left out that the family does not have."""
+    fixed = FAMILIES[model_type].fixed
+    return BertConfig(model_type=model_type, **{name: value for name, value in values.items() if name not in fixed})
+
+
+def linear_pattern(targets: Iterable[str], config: BertConfig) -> str:
+    """Return the expression by which peft finds the layers `targets` of every block in a model of transformers."""
+    names = [key_of(f"encoder.layer.N.{BLOCK_LINEARS[target]}", config) for target in targets]
+    return "|".join(re.escape(name).replace("N", r"\d+") for name in names)
+
+
 def tiny_batch(config: BertConfig, rows: int = 5, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
     """Return random inputs with padding: row i is i tokens shorter than row 0, but keeps at least one."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.clamp(length - torch.arange(rows), min=1)
     mask = torch.arange(length)[None, :] < lengths[:, None]
     ids = torch.randint(config.pad_token_id + 1, config.vocab_size, (rows, length), generator=generator)
-    types = torch.randint(0, config.type_vocab_size, (rows, length), generator=generator)
+    types = torch.randint(0, max(1, config.type_vocab_size), (rows, length), generator=generator)
     return {
         "input_ids": ids.masked_fill(~mask, config.pad_token_id),
         "attention_mask": mask,

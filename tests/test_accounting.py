@@ -5,6 +5,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from math import prod
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,9 +25,11 @@ from progtuning.methods.apply import apply_peft
 from progtuning.model.bert import ACTIVATIONS, Model
 from progtuning.model.config import ARCHITECTURES, FAMILIES, HEADS, BertConfig
 from progtuning.model.names import BLOCK_LINEARS
+from progtuning.model.weights import internal_names, key_of
 from progtuning.settings.peft import PEFT_METHODS, PeftConfig
 from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES, Stage, make_schedule
 from progtuning.step.optim import build_optimizer
+from tests.models import config_of
 
 BERT_BASE = ARCHITECTURES["bert-base-uncased"].with_head("classification", ("no", "yes"))
 ALL = Stage(0, num_blocks=12, boundary=0, embeddings=True)  # BERT-base, everything trains
@@ -70,19 +73,21 @@ def measure(model: nn.Module, batch: int, length: int, *mask: torch.Tensor) -> t
 def configs(draw) -> BertConfig:
     heads = draw(st.integers(1, 3))
     probability = st.sampled_from((0.0, 0.25))
-    config = BertConfig(
+    config = config_of(
+        draw(st.sampled_from(tuple(FAMILIES))),
         vocab_size=draw(st.integers(3, 7)),
         hidden_size=heads * draw(st.integers(1, 4)),
         num_hidden_layers=draw(st.integers(1, 3)),
         num_attention_heads=heads,
         intermediate_size=draw(st.integers(1, 9)),
         max_position_embeddings=8,
-        model_type=draw(st.sampled_from(tuple(FAMILIES))),
         type_vocab_size=draw(st.integers(1, 2)),
+        embedding_size=draw(st.integers(1, 4)),
         hidden_act=draw(st.sampled_from(tuple(ACTIVATIONS))),
         hidden_dropout_prob=draw(probability),
         attention_probs_dropout_prob=draw(probability),
         classifier_dropout=draw(st.none() | probability),
+        qa_dropout=draw(probability),
     )
     return config.with_head(draw(st.sampled_from(list(HEADS))), ("a", "b", "c")[: draw(st.integers(2, 3))])
 
@@ -174,11 +179,11 @@ class Logits(nn.Module):
         return out.logits if "logits" in out else torch.stack((out.start_logits, out.end_logits), dim=-1)
 
 
-def own_name(name: str) -> str:
+def own_name(name: str, config: BertConfig) -> str:
     """The name in bert.py of a parameter of a transformers model, or of one that peft has wrapped."""
     for affix in ("base_model.model.", "modules_to_save.default.", "base_layer.", "default."):
         name = name.replace(affix, "")
-    return name.removeprefix("bert.").removeprefix("roberta.")
+    return next(iter(internal_names([name], config, Path())))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -187,7 +192,7 @@ def test_parameters_of_every_named_architecture_are_those_of_transformers(name, 
     config = ARCHITECTURES[name].with_head(head, ("a", "b", "c"))
     with torch.device("meta"):
         model = peer(config)
-    theirs = {own_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    theirs = {own_name(name, config): tuple(parameter.shape) for name, parameter in model.named_parameters()}
     ours = units(config)
     assert {unit.prefix + name: shape for unit in ours for name, shape in unit.shapes.items()} == theirs
     assert ours.num_parameters == ours.num_trainable == sum(prod(shape) for shape in theirs.values())
@@ -202,7 +207,7 @@ def test_flops_equal_those_of_transformers_with_a_prefix_that_requires_no_grad(d
     model = Logits(peer(config))
     active = units(config, peft).during(now).trainable
     for name, parameter in model.model.named_parameters():
-        parameter.requires_grad_(own_name(name) in active)
+        parameter.requires_grad_(own_name(name, config) in active)
     assert measure(model, 2, 5)[:2] == (forward_flops(config, peft, 2, 5), backward_flops(config, now, peft, 2, 5))
 
 
@@ -215,9 +220,17 @@ def test_lora_trains_and_costs_what_pefts_lora_does(data):
     peft = PeftConfig("lora", lora_r=1, lora_targets=tuple(sorted(targets)))
     now = data.draw(st.sampled_from(data.draw(schedules(config.num_hidden_layers)).stages))
     task = "QUESTION_ANS" if config.head == "question-answering" else "SEQ_CLS"
-    modules = [BLOCK_LINEARS[target] for target in targets]
-    model = library.get_peft_model(peer(config), library.LoraConfig(task_type=task, r=1, target_modules=modules))
-    trained = {own_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    settings = {
+        "task_type": task,
+        "r": 1,
+        "target_modules": [
+            key_of(f"encoder.layer.0.{BLOCK_LINEARS[target]}", config).partition("layer.0.")[2] for target in targets
+        ],
+    }
+    if config.model_type == "distilbert" and task == "SEQ_CLS":  # peft's own list is ["classifier"]
+        settings["modules_to_save"] = ["pre_classifier"]
+    model = library.get_peft_model(peer(config), library.LoraConfig(**settings))
+    trained = {own_name(name, config): p for name, p in model.named_parameters() if p.requires_grad}
     assert set(trained) == units(config, peft).trainable
 
     active = units(config, peft).during(now).trainable
@@ -309,12 +322,8 @@ def test_the_heads_of_roberta_and_of_question_answering_train_whole_under_every_
 
 def test_spafit_bounds_default_to_4_and_9_of_24_blocks_and_scale_with_depth():
     peft = PeftConfig("spafit")
-    found = {name: peft.bounds(config.num_hidden_layers) for name, config in ARCHITECTURES.items()}
-    assert found == {
-        **dict.fromkeys((name for name in ARCHITECTURES if "-base-" in name or name == "roberta-base"), (2, 4)),
-        **dict.fromkeys(("bert-large-uncased", "bert-large-cased", "roberta-large"), (4, 9)),
-        "minilm-l6": (1, 2),
-    }
+    found = {config.num_hidden_layers: peft.bounds(config.num_hidden_layers) for config in ARCHITECTURES.values()}
+    assert found == {6: (1, 2), 12: (2, 4), 24: (4, 9)}
 
 
 # DESIGN.md, section 6 and 7

@@ -7,7 +7,7 @@ from progtuning.base.errors import InputError
 from progtuning.engine import StageEngine
 from progtuning.methods.apply import apply_peft
 from progtuning.model.bert import Model
-from progtuning.model.config import ARCHITECTURES
+from progtuning.model.config import ARCHITECTURES, FAMILIES
 from progtuning.model.names import EMBEDDINGS, HEAD, unit_of
 from progtuning.settings.peft import PeftConfig
 from progtuning.stages import EMBEDDING_POLICIES, Stage, embeddings_train
@@ -19,7 +19,7 @@ def trainable(model) -> set[str]:
 
 
 @pytest.mark.parametrize("head", ["classification", "regression", "question-answering", None])
-@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_bias_and_the_last_layers_of_the_head_train(model_type, head):
     model = tiny_model(model_type=model_type, pad_token_id=1, head=head)
     names = {name for name, _ in model.named_parameters()}

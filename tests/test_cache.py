@@ -60,11 +60,12 @@ def rows(count: int = 40, spans: bool = False) -> EncodedRows:
 
 def trainer(**changes) -> Trainer:
     """A trainer of a model that drops out, by a PEFT method of METHODS where `changes` has a "peft", with their
-    "head".
+    "head" and "model_type".
     """
     changes = changes | {"peft": METHODS.get(changes.get("peft"), PeftConfig())}
     head = changes.pop("head", "classification")
-    model = tiny_model(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.1, head=head)
+    kind = {"model_type": changes.pop("model_type", "bert"), "head": head}
+    model = tiny_model(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.1, **kind)
     apply_peft(model, changes["peft"])
     return build_trainer(model, rows(spans=head == "question-answering"), replace(SETTINGS, **changes), CPU)
 
@@ -101,6 +102,8 @@ CASES = {
     "LoRA, embeddings always": {"peft": "lora", "embeddings": "always"},
     "BitFit": {"peft": "bitfit"},
     "SPAFIT, every stage": {"peft": "spafit", "schedule": "full"},
+    "DistilBERT": {"model_type": "distilbert"},
+    "ELECTRA with a projection of E": {"model_type": "electra", "embeddings": "never"},
     "DPS dense": {"dps": DPSConfig("dense", update_ratio=0.1)},
     "DPS mix": {"dps": DPSConfig("mix", update_ratio=0.1)},
 }

@@ -208,6 +208,7 @@ class Run:
     [
         ({}, HEAD_WEIGHTS),
         ({"model_type": "roberta"}, {"classifier.dense.weight", "classifier.out_proj.weight"}),
+        ({"model_type": "electra"}, {"classifier.dense.weight", "classifier.out_proj.weight"}),  # not E's projection
         ({"head": "question-answering"}, {"qa_outputs.weight"}),
     ],
 )

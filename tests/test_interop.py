@@ -24,7 +24,7 @@ from progtuning.run.saved import load_checkpoint
 from progtuning.settings.peft import PeftConfig
 from progtuning.settings.train import TrainConfig
 from tests.conftest import WORDS
-from tests.models import TINY, tiny_batch, tiny_model
+from tests.models import TINY, linear_pattern, tiny_batch, tiny_model
 
 ALL_TARGETS = tuple(BLOCK_LINEARS)
 HEADS = {
@@ -117,7 +117,7 @@ def rewrite(path, change, metadata=None):
 # LoRA and the library peft
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "xlm-roberta"])
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "xlm-roberta", "distilbert", "electra"])
 @pytest.mark.parametrize("head", sorted(HEADS))
 @pytest.mark.parametrize(
     "targets", [("query", "value"), ("output",), ("attention-output",), ("intermediate", "key"), ALL_TARGETS]
@@ -136,7 +136,7 @@ def test_peft_loads_what_we_write_with_equal_logits(model_type, head, targets, f
     assert not torch.allclose(before, logits(model), atol=1e-2)  # it is the file that made them equal
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "electra"])
 @pytest.mark.parametrize("head", sorted(HEADS))
 @pytest.mark.parametrize("targets", [("query", "value"), ALL_TARGETS])
 def test_what_peft_writes_loads_here_with_equal_logits(model_type, head, targets, folders):
@@ -144,7 +144,7 @@ def test_what_peft_writes_loads_here_with_equal_logits(model_type, head, targets
     base, tuned = folders
     model = base_model(model_type=model_type, pad_token_id=1, head=head)
     save_pretrained(model, base)
-    modules = r".*encoder\.layer\.\d+\.(" + "|".join(BLOCK_LINEARS[target] for target in targets) + ")"
+    modules = linear_pattern(targets, model.config)
     config = peft.LoraConfig(task_type=HEADS[head][0], r=3, lora_alpha=5, lora_dropout=0.1, target_modules=modules)
     twin = peft.get_peft_model(their_base(base, head), config)
     generator = torch.Generator().manual_seed(6)

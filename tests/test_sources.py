@@ -128,7 +128,7 @@ def test_the_old_name_of_a_model_is_asked_for_by_that_of_today(name, repository,
 
 
 def test_the_old_names_are_those_of_berts_and_robertas_with_an_organisation_before_each():
-    assert len(OLD_NAMES) == 22 and all(name.rpartition("/")[2] == old for old, name in OLD_NAMES.items())
+    assert len(OLD_NAMES) == 29 and all(name.rpartition("/")[2] == old for old, name in OLD_NAMES.items())
     organisations = {name.partition("/")[0] for name in OLD_NAMES.values()}
     assert organisations == {"google-bert", "FacebookAI", "distilbert", "almanach"}
 

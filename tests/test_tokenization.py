@@ -18,6 +18,7 @@ from progtuning.data import tokenization
 from progtuning.data.glue import load_glue
 from progtuning.data.tokenization import TOKENIZER_FILES, load_tokenizer
 from progtuning.model.config import BertConfig
+from tests.models import config_of
 
 seeded = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -101,20 +102,20 @@ def config_for(vocab_size, model_type="bert", **changes):
     values = dict(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, max_position_embeddings=66
     )
-    types = {} if model_type == "bert" else {"type_vocab_size": 1}
-    return BertConfig(vocab_size=vocab_size, model_type=model_type, **{**values, **types, **changes})
+    types = {} if model_type in ("bert", "electra") else {"type_vocab_size": 1}
+    return config_of(model_type, vocab_size=vocab_size, **{**values, **types, **changes})
 
 
 def write_json(path, value):
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
-def vocab_txt(folder, **tokenizer_config):
+def vocab_txt(folder, model_type="bert", **tokenizer_config):
     folder.mkdir(exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n", encoding="utf-8")
     if tokenizer_config:
         write_json(folder / "tokenizer_config.json", tokenizer_config)
-    return finish(folder, config_for(len(VOCAB)))
+    return finish(folder, config_for(len(VOCAB), model_type))
 
 
 def tokenizer_json(folder, tokenizer, model_type, **tokenizer_config):
@@ -152,6 +153,8 @@ FORMS = {
     "vocab.txt, cased": lambda folder: vocab_txt(folder, do_lower_case=False),
     "vocab.txt, lower case with accents": lambda folder: vocab_txt(folder, do_lower_case=True, strip_accents=False),
     "vocab.txt, Chinese not split": lambda folder: vocab_txt(folder, do_lower_case=False, tokenize_chinese_chars=False),
+    "vocab.txt, DistilBERT": lambda folder: vocab_txt(folder, "distilbert"),
+    "vocab.txt, ELECTRA": lambda folder: vocab_txt(folder, "electra"),
     "vocab.txt, cut on the left": lambda folder: vocab_txt(folder, truncation_side="left"),
     "tokenizer.json with padding and truncation": padded_and_truncated,
     "tokenizer.json, overruled by tokenizer_config.json": lambda folder: tokenizer_json(
@@ -196,7 +199,8 @@ def assert_equal(ours, theirs, texts, pairs, max_length):
     expected = theirs(texts, pairs, truncation="longest_first", max_length=max_length)
     encodings = ours.encode(texts, pairs, max_length=max_length)
     assert [e.input_ids.tolist() for e in encodings] == expected["input_ids"]
-    types = expected.get("token_type_ids") or [[0] * len(ids) for ids in expected["input_ids"]]
+    given = ours.config.type_vocab_size and expected.get("token_type_ids")  # a model without types reads none
+    types = given or [[0] * len(ids) for ids in expected["input_ids"]]
     assert [e.token_type_ids.tolist() for e in encodings] == types
 
 

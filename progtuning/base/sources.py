@@ -90,7 +90,11 @@ OLD_NAMES = {
             bert-large-cased-whole-word-masking bert-large-cased-whole-word-masking-finetuned-squad
         """,
         "FacebookAI": "roberta-base roberta-large roberta-large-mnli xlm-roberta-base xlm-roberta-large",
-        "distilbert": "distilroberta-base",
+        "distilbert": """
+            distilroberta-base distilbert-base-uncased distilbert-base-cased distilbert-base-multilingual-cased
+            distilbert-base-german-cased distilbert-base-uncased-distilled-squad distilbert-base-cased-distilled-squad
+            distilbert-base-uncased-finetuned-sst-2-english
+        """,
         "almanach": "camembert-base",
     }.items()
     for name in names.split()

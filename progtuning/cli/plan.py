@@ -56,9 +56,9 @@ def architecture(name: str) -> BertConfig:
 
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path
-    short = name.rpartition("/")[2]
-    if not path.exists() and short in ARCHITECTURES and name in (short, today_name(short)):
-        return ARCHITECTURES[short]
+    known = next((known for known in ARCHITECTURES if name in (known, today_name(known))), None)
+    if known and not path.exists():
+        return ARCHITECTURES[known]
     if not path.is_file():
         names = ", ".join(ARCHITECTURES)
         raise InputError(f"--model must be one of {names}, a config.json or its folder, got {name!r}")

@@ -25,6 +25,7 @@ and Q K^T and P V likewise, with an activation on either side. The products of o
     output.dense                      1     N     F     D
     LoRA beside any of these linear layers, of shape k by n: lora_A 1, N, k, r and lora_B 1, N, r, n
     adapters after either output.dense: adapter.down 1, N, D, A and adapter.up 1, N, A, D
+    where E is narrower than D: embeddings.project 1, N, embedding_size, D
 
 What needs a gradient is not written down for each method and stage but derived: `_Trace` runs the model over symbols,
 in bert.py's order, and passes on from each operation to the next whether autograd would track its result. So the
@@ -149,13 +150,16 @@ def _unit(unit: int | str, shapes: Mapping[str, tuple[int, ...]], peft: PeftConf
 
 
 def _embedding_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
-    d = config.hidden_size
+    d, width = config.hidden_size, config.embedding_width
+    types = {"token_type_embeddings.weight": (config.type_vocab_size, width)} if config.type_vocab_size else {}
+    project = {"project.weight": (d, width), "project.bias": (d,)} if width != d else {}
     return {
-        "word_embeddings.weight": (config.vocab_size, d),
-        "position_embeddings.weight": (config.max_position_embeddings, d),
-        "token_type_embeddings.weight": (config.type_vocab_size, d),
-        "LayerNorm.weight": (d,),
-        "LayerNorm.bias": (d,),
+        "word_embeddings.weight": (config.vocab_size, width),
+        "position_embeddings.weight": (config.max_position_embeddings, width),
+        **types,
+        "LayerNorm.weight": (width,),
+        "LayerNorm.bias": (width,),
+        **project,
     }
 
 
@@ -282,8 +286,9 @@ class _Trace:
 
     def embeddings(self, unit: Unit) -> _Symbol:
         tables = any(name.endswith("_embeddings.weight") for name in unit.trainable)
-        x = _Symbol(self.batch * self.length * self.config.hidden_size, tables)  # look-ups multiply nothing
-        return self.dropout(self.layer_norm(unit, "LayerNorm", x), self.config.hidden_dropout_prob)
+        x = _Symbol(self.batch * self.length * self.config.embedding_width, tables)  # look-ups multiply nothing
+        x = self.dropout(self.layer_norm(unit, "LayerNorm", x), self.config.hidden_dropout_prob)
+        return self.linear(unit, "project", x) if "project.weight" in unit.shapes else x
 
     def block(self, unit: Unit, x: _Symbol) -> _Symbol:
         config, s = self.config, self.length
@@ -295,12 +300,12 @@ class _Trace:
         scores = self.matmul(f"{unit.prefix}Q K^T", query, key, heads, s, width, s)
         probabilities = self.dropout(self.elementwise("softmax", scores), config.attention_probs_dropout_prob)
         context = self.matmul(f"{unit.prefix}P V", probabilities, value, heads, s, s, width)
-        x = self.output(unit, "attention.output", context, residual=x)
+        x = self.output(unit, "attention.output", context, x, config.attention_dropout_prob)
         widened = self.elementwise(config.hidden_act, self.linear(unit, "intermediate.dense", x))
-        return self.output(unit, "output", widened, residual=x)
+        return self.output(unit, "output", widened, x, config.hidden_dropout_prob)
 
-    def output(self, unit: Unit, name: str, x: _Symbol, residual: _Symbol) -> _Symbol:
-        x = self.dropout(self.linear(unit, f"{name}.dense", x), self.config.hidden_dropout_prob)
+    def output(self, unit: Unit, name: str, x: _Symbol, residual: _Symbol, dropout_prob: float) -> _Symbol:
+        x = self.dropout(self.linear(unit, f"{name}.dense", x), dropout_prob)
         if f"{name}.adapter.down.weight" in unit.shapes:
             down = self.linear(unit, f"{name}.adapter.down", x)
             up = self.linear(unit, f"{name}.adapter.up", self.elementwise(self.peft.adapter_activation, down))
@@ -308,16 +313,16 @@ class _Trace:
         return self.layer_norm(unit, f"{name}.LayerNorm", _Symbol(x.size, x.grad or residual.grad))
 
     def head(self, unit: Unit, x: _Symbol) -> None:
-        config = self.config
-        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        config, dropout = self.config, self.config.head_dropout_prob
         first = _Symbol(self.batch * config.hidden_size, x.grad, base=x)  # of each sequence its first token
         if config.head is not None and HEADS[config.head].per_token:
-            self.linear(unit, HEADS[config.head].layer, x)
+            self.linear(unit, HEADS[config.head].layer, self.dropout(x, dropout))
         elif config.has_pooler:
             pooled = self.elementwise("tanh", self.linear(unit, "pooler.dense", first))
             self.linear(unit, "classifier", self.dropout(pooled, dropout))
         elif config.head is not None:
-            hidden = self.elementwise("tanh", self.linear(unit, "classifier.dense", self.dropout(first, dropout)))
+            first = self.dropout(first, dropout) if config.family.drops_out_head_input else first
+            hidden = self.elementwise(config.family.head_act, self.linear(unit, "classifier.dense", first))
             self.linear(unit, "classifier.out_proj", self.dropout(hidden, dropout))
 
     def linear(self, unit: Unit, name: str, x: _Symbol) -> _Symbol:
@@ -345,7 +350,8 @@ class _Trace:
     def layer_norm(self, unit: Unit, name: str, x: _Symbol) -> _Symbol:
         y = _Symbol(x.size, x.grad or not unit.trainable.isdisjoint((f"{name}.weight", f"{name}.bias")))
         self.keep(x, y.grad)
-        self.keep(_Symbol(2 * x.size // self.config.hidden_size, False), y.grad)  # a token's mean and 1 / deviation
+        (width,) = unit.shapes[f"{name}.weight"]
+        self.keep(_Symbol(2 * x.size // width, False), y.grad)  # a token's mean and 1 / deviation
         return y
 
     def dropout(self, x: _Symbol, probability: float) -> _Symbol:

@@ -235,7 +235,7 @@ class Tokenizer:
                 f"expected less than the model's vocab_size {config.vocab_size}"
             )
         largest = max(map(self._type_id, parts))
-        if largest >= config.type_vocab_size:
+        if largest >= max(1, config.type_vocab_size):  # a model without types is given zeros
             raise InputError(
                 f"{self.source}: got token type {largest}, expected less than the model's {config.type_vocab_size}"
             )

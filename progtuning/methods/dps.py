@@ -23,10 +23,10 @@ step that drew few columns, the whole matrix trains.
 
 and dL/dW is m * dL/dM, without the factor 1 / (1 - p), in the code of both papers and here.
 
-The matrices are those of every linear layer: query, key, value, attention output, both of the feed-forward network, the
-pooler's and the classifier's. Biases, LayerNorms and embeddings train in every step. A matrix that is frozen, as below
-the boundary of a stage, is neither scored nor masked. One that joins in a window that trains a subnetwork has no score
-yet, and trains whole until that window ends.
+The matrices are those of every linear layer above E: query, key, value, attention output, both of the feed-forward
+network, the pooler's and the classifier's. Biases, LayerNorms and embeddings train in every step. A matrix that is
+frozen, as below the boundary of a stage, is neither scored nor masked. One that joins in a window that trains a
+subnetwork has no score yet, and trains whole until that window ends.
 
 An entry that a step does not train does not move in that step by a single bit. (In the authors' code its gradient is
 zero, but AdamW's weight decay and momentum move it.) Its moments do see the zero gradient, and decay.
@@ -69,7 +69,8 @@ class DPS(NoMasks):
         if settings.mode == "off":
             raise ValueError("DPS needs mode dense or mix, got off")
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-        self.weights = {f"{name}.weight": layer.weight for name, layer in layers.items()}
+        above = {name: layer for name, layer in layers.items() if not name.startswith("embeddings.")}
+        self.weights = {f"{name}.weight": layer.weight for name, layer in above.items()}
         frozen = next((name for name, weight in self.weights.items() if not weight.requires_grad), None)
         if frozen is not None:
             raise InputError(f"--dps needs every weight matrix to train (--peft none), got {frozen} frozen")

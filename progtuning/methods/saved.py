@@ -195,7 +195,7 @@ def load_peft(model: Model, folder: str | Path, absent: Iterable[str] = ()) -> P
 def base_digest(model: Model, held: Iterable[str]) -> str:
     """Return the SHA-256, in hexadecimal, of the model's base without the parameters `held`, which a file holds.
 
-    Hashed are, in the order of their Hugging Face names (without the prefix of the model's type), of every other
+    Hashed are, in the order of their names in `bert.Model`, of every other
     parameter the line "name dtype shape" and its bytes. Wrapping and merging change nothing, nor does training.
     """
     merged = {f"{name}.weight": layer.base_weight for name, layer in lora_layers(model) if layer.merged}
@@ -211,9 +211,12 @@ def base_digest(model: Model, held: Iterable[str]) -> str:
 def _lora_config(config: BertConfig, peft: PeftConfig, with_pooler: bool) -> dict:
     """Return the adapter_config.json with which peft rebuilds the model, but for the base model's name."""
     head = HEADS[config.head] if config.head else None
+    names = [key_of(name, config) for name in units(config).head.shapes if not name.startswith("pooler.")]
+    modules = sorted({name.partition(".")[0] for name in names})
     targets = []
     for target in sorted(peft.lora_targets):
-        name = BLOCK_LINEARS[target]  # peft adapts every layer whose name ends with one of these
+        # peft adapts every layer whose name ends with one of these
+        name = key_of(f"encoder.layer.0.{BLOCK_LINEARS[target]}", config).partition(".layer.0.")[2]
         if target == "output":  # as attention.output.dense does
             targets += [f"layer.{index}.{name}" for index in range(config.num_hidden_layers)]
         else:
@@ -225,7 +228,7 @@ def _lora_config(config: BertConfig, peft: PeftConfig, with_pooler: bool) -> dic
         "lora_alpha": peft.lora_alpha,
         "lora_dropout": peft.lora_dropout,
         "target_modules": targets,
-        "modules_to_save": [head.layer, *(["pooler"] if with_pooler else [])] if head else None,
+        "modules_to_save": [*modules, *(["pooler"] if with_pooler else [])] if head else None,
         "bias": "none",
         "inference_mode": True,
     }
@@ -244,7 +247,7 @@ def _load_lora(model: Model, config_path: Path, path: Path, absent: Iterable[str
         if values.get("use_rslora"):  # alpha / sqrt(r) is (alpha sqrt(r)) / r
             peft = replace(peft, lora_alpha=peft.lora_alpha * math.sqrt(peft.lora_r))
         held = {name: shape for name, shape in held.items() if ".lora_" in name}
-        held |= _saved_head(units(model.config, peft).head.shapes, keys, values.get("modules_to_save"))
+        held |= _saved_head(model.config, keys, values.get("modules_to_save"))
         _check_whole(absent, held, path)
         if digest := (file.tensors.metadata() or {}).get(_DIGEST):  # peft writes none
             _check_base(model, held, digest, path.parent)
@@ -285,9 +288,7 @@ def _saved_outputs(file: "TensorFile", config: BertConfig) -> int | None:
     return shape[0]
 
 
-def _saved_head(
-    shapes: Mapping[str, tuple[int, ...]], names: Iterable[str], modules: object
-) -> dict[str, tuple[int, ...]]:
+def _saved_head(config: BertConfig, names: Iterable[str], modules: object) -> dict[str, tuple[int, ...]]:
     """Return which of the head's parameters a file of peft must hold, for the rest is the base's.
 
     They are the whole of each layer of which it has a tensor, and of each module that `modules_to_save` names.
@@ -296,8 +297,8 @@ def _saved_head(
     modules = {module for module in modules if isinstance(module, str)} if isinstance(modules, list) else set()
     return {
         name: shape
-        for name, shape in shapes.items()
-        if name.rpartition(".")[0] in layers or modules & set(name.split("."))
+        for name, shape in units(config).head.shapes.items()
+        if name.rpartition(".")[0] in layers or modules & set(key_of(name, config).split("."))
     }
 
 

@@ -1,16 +1,18 @@
 """Encoders in plain PyTorch: BERT (Devlin et al. 2019, arXiv 1810.04805), RoBERTa (Liu et al. 2019, arXiv 1907.11692).
 
 XLM-RoBERTa (Conneau et al. 2020, arXiv 1911.02116) and CamemBERT (Martin et al. 2020, arXiv 1911.03894) are RoBERTa.
+DistilBERT (Sanh et al. 2019, arXiv 1910.01108) and ELECTRA (Clark et al. 2020, arXiv 2003.10555) are BERT with other
+heads; DistilBERT without token types and dropout of attention's output, a small ELECTRA with narrower embeddings.
 
     M = E . B1 ... BL . H      Model = embeddings, encoder (L blocks), head
 
     B  batch    S  sequence    D  hidden_size    H  heads    F  intermediate_size    C  num_outputs
 
-The modules carry the names that Hugging Face checkpoints give their tensors, so `state_dict` needs no table of names:
-the keys of a file are these, under a prefix (`config.FAMILIES`) for embeddings, encoder and pooler. The file reads
-from the inside outwards: attention, block, encoder, embeddings, model; the heads stand in `heads`. Nothing here knows
-of stages, cuts or fine-tuning methods: the encoder offers a run over a range of its blocks, and modules can be wrapped
-from outside.
+The modules carry the names that Hugging Face checkpoints of BERT give their tensors, so `state_dict` needs no table of
+names: the keys of a file are these, under a prefix (`config.FAMILIES`) for embeddings, encoder and pooler. What another
+family calls otherwise is said in its row. The file reads from the inside outwards: attention, block, encoder,
+embeddings, model; the heads stand in `heads`. Nothing here knows of stages, cuts or fine-tuning methods: the encoder
+offers a run over a range of its blocks, and modules can be wrapped from outside.
 """
 
 import torch
@@ -54,10 +56,10 @@ class SelfAttention(nn.Module):
 class Output(nn.Module):
     """How both halves of a block end: projection to D, dropout, residual sum, LayerNorm (after the sum, as in BERT)."""
 
-    def __init__(self, config: BertConfig, in_features: int):
+    def __init__(self, config: BertConfig, in_features: int, dropout_prob: float):
         super().__init__()
         self.dense = nn.Linear(in_features, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(dropout_prob)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ class Attention(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.self = SelfAttention(config)
-        self.output = Output(config, config.hidden_size)
+        self.output = Output(config, config.hidden_size, config.attention_dropout_prob)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         return self.output(self.self(x, mask), residual=x)
@@ -95,7 +97,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(config)
         self.intermediate = Intermediate(config)
-        self.output = Output(config, config.intermediate_size)
+        self.output = Output(config, config.intermediate_size, config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = self.attention(x, mask)
@@ -122,20 +124,24 @@ class Encoder(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """E: word, position and token type embeddings, summed, then LayerNorm and dropout: (B, S) int64 -> (B, S, D)."""
+    """E: word, position and token type embeddings, summed, then LayerNorm and dropout: (B, S) int64 -> (B, S, D).
+
+    DistilBERT has no token types. The tables of a small ELECTRA have fewer columns than D, and a projection follows.
+    """
 
     def __init__(self, config: BertConfig):
         super().__init__()
-        pad = config.pad_token_id
+        pad, width = config.pad_token_id, config.embedding_width
         self.first_position = config.first_position
         self.pad_token_id = pad
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=pad)
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=pad)
         self.position_embeddings = nn.Embedding(
-            config.max_position_embeddings, config.hidden_size, padding_idx=pad if self.first_position else None
+            config.max_position_embeddings, width, padding_idx=pad if self.first_position else None
         )
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width) if config.type_vocab_size else None
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.project = nn.Linear(width, config.hidden_size) if width != config.hidden_size else None
 
     def position_ids(self, input_ids: Tensor) -> Tensor:
         if self.first_position == 0:  # BERT: 0, 1, 2, ...
@@ -144,11 +150,14 @@ class Embeddings(nn.Module):
         return real.cumsum(dim=1) * real + self.pad_token_id
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
-        x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
+        x = self.word_embeddings(input_ids)
+        if self.token_type_embeddings is not None:
+            x = x + self.token_type_embeddings(
+                torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            )
         x = x + self.position_embeddings(self.position_ids(input_ids))
-        return self.dropout(self.LayerNorm(x))
+        x = self.dropout(self.LayerNorm(x))
+        return x if self.project is None else self.project(x)
 
 
 class Model(nn.Module):
@@ -179,8 +188,8 @@ class Model(nn.Module):
     ) -> Tensor:
         """Return the head's output.
 
-        It takes input_ids (B, S) int64, token_type_ids (B, S) int64 (None: zeros) and attention_mask (B, S) bool, True
-        at real tokens (None: no padding).
+        It takes input_ids (B, S) int64, token_type_ids (B, S) int64 (None: zeros; DistilBERT has no types) and
+        attention_mask (B, S) bool, True at real tokens (None: no padding).
         """
         x = self.embeddings(input_ids, token_type_ids)
         return self.head(self.encoder(x, attention_mask))

@@ -11,7 +11,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from progtuning.base.checks import check_choice, check_number
@@ -54,13 +54,74 @@ class Family:
     pads_positions: bool = True  # positions count from the padding's id + 1, else from 0
     has_pooler: bool = False  # its head for sequences begins with a pooler, else it brings a dense layer of its own
     tokenizer_class: str = "RobertaTokenizer"  # where no file names one
+    head_act: str = "tanh"  # after that dense layer
+    # Where dropout stands: before that dense layer as well as after it; between attention and its residual sum.
+    drops_out_head_input: bool = True
+    drops_out_attention: bool = True
+    config_keys: Mapping[str, str] = field(default_factory=dict)  # what config.json calls a field of `BertConfig`
+    tensor_names: Mapping[str, str] = field(default_factory=dict)  # what a file calls a module of `bert.Model`
+    # Fields that config.json lacks, with the value by which the encoder computes; those that it need not name.
+    fixed: Mapping[str, object] = field(default_factory=lambda: {"embedding_size": None, "qa_dropout": 0.0})
+    defaults: Mapping[str, object] = field(default_factory=dict)
+
+    def key_of(self, name: str) -> str:
+        """Return the key that a field of `BertConfig` has in config.json."""
+        return self.config_keys.get(name, name)
 
 
+_DISTILBERT_KEYS = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "hidden_dim",
+    "hidden_act": "activation",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+    "classifier_dropout": "seq_classif_dropout",
+}
+_DISTILBERT_NAMES = {
+    "encoder": "transformer",
+    "attention.self.query": "attention.q_lin",
+    "attention.self.key": "attention.k_lin",
+    "attention.self.value": "attention.v_lin",
+    "attention.output.dense": "attention.out_lin",
+    "attention.output.LayerNorm": "sa_layer_norm",
+    "intermediate.dense": "ffn.lin1",
+    "output.dense": "ffn.lin2",
+    "output.LayerNorm": "output_layer_norm",
+    "classifier.dense": "pre_classifier",
+    "classifier.out_proj": "classifier",
+}
 FAMILIES = {  # by model_type
     "bert": Family("Bert", "bert", 0, pads_positions=False, has_pooler=True, tokenizer_class="BertTokenizer"),
     "roberta": Family("Roberta", "roberta"),
     "xlm-roberta": Family("XLMRoberta", "roberta", tokenizer_class="XLMRobertaTokenizer"),
     "camembert": Family("Camembert", "roberta", tokenizer_class="CamembertTokenizer"),
+    "distilbert": Family(
+        "DistilBert",
+        "distilbert",
+        0,
+        pads_positions=False,
+        tokenizer_class="DistilBertTokenizer",
+        head_act="relu",
+        drops_out_head_input=False,
+        drops_out_attention=False,
+        config_keys=_DISTILBERT_KEYS,
+        tensor_names=_DISTILBERT_NAMES,
+        fixed={"embedding_size": None, "type_vocab_size": 0, "layer_norm_eps": 1e-12},
+        defaults={"classifier_dropout": 0.2, "qa_dropout": 0.1},
+    ),
+    "electra": Family(
+        "Electra",
+        "electra",
+        0,
+        pads_positions=False,
+        tokenizer_class="ElectraTokenizer",
+        head_act="gelu",
+        tensor_names={"embeddings.project": "embeddings_project"},
+        fixed={"qa_dropout": 0.0},
+        defaults={"embedding_size": 128},
+    ),
 }
 
 _SEQUENCE = ("ForSequenceClassification", "SEQ_CLS")
@@ -78,8 +139,9 @@ _WITHOUT_EFFECT = frozenset(
     chunk_size_feed_forward cls_token_id decoder_start_token_id directionality dtype eos_token_id finetuning_task
     gradient_checkpointing language license mask_token_id model_max_length name output_attentions output_hidden_states
     output_past pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type prefix
-    return_dict sep_token_id task_specific_params tf_legacy_loss tie_word_embeddings tokenizer_class torch_dtype
-    torchscript transformers_version unk_token_id use_bfloat16 use_cache
+    return_dict sep_token_id sinusoidal_pos_embds summary_activation summary_last_dropout summary_type summary_use_proj
+    task_specific_params tf_legacy_loss tie_weights_ tie_word_embeddings tokenizer_class torch_dtype torchscript
+    transformers_version unk_token_id use_bfloat16 use_cache
 
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
@@ -132,10 +194,11 @@ _REQUIRED = (
 
 @dataclass(frozen=True)
 class BertConfig:
-    """The architecture of an encoder of BERT's family and its head, in the names of Hugging Face's config.json.
+    """The architecture of an encoder of BERT's family and its head, in the names of Hugging Face's config.json of BERT.
 
     `head` is one of HEADS, or None for an encoder whose file names no head. `labels` are the class names in order; a
-    regression head has one, and a question-answering head none. Raises InputError where a value is out of range.
+    regression head has one, and a question-answering head none. Raises InputError where a value is out of range, or is
+    one that the family does not have.
     """
 
     vocab_size: int
@@ -145,11 +208,13 @@ class BertConfig:
     intermediate_size: int  # F
     max_position_embeddings: int
     model_type: str = "bert"  # one of FAMILIES
-    type_vocab_size: int = 2
+    type_vocab_size: int = 2  # 0: no embeddings of token types
+    embedding_size: int | None = None  # of the tables of E; None: that of the family, else hidden_size
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
-    classifier_dropout: float | None = None  # None: hidden_dropout_prob
+    classifier_dropout: float | None = None  # None: that of the family, else hidden_dropout_prob
+    qa_dropout: float | None = None  # before the layer of question answering; None: that of the family
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = None  # None: that of the family
@@ -158,20 +223,28 @@ class BertConfig:
 
     def __post_init__(self):
         check_choice("model_type", self.model_type, FAMILIES)
-        if self.pad_token_id is None:
-            object.__setattr__(self, "pad_token_id", self.family.pad_token_id)
-        for name in (*_REQUIRED, "type_vocab_size"):
-            check_number(name, getattr(self, name), int, low=1, high=1000 if name == "num_hidden_layers" else 2**24)
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+        for name, value in ({"pad_token_id": self.family.pad_token_id} | self.family.defaults).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for name, value in self.family.fixed.items():
+            if getattr(self, name) not in (value, getattr(BertConfig, name)):
+                raise InputError(f"{name} must be {value} for {self.model_type}, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, value)
+        named = self.family.key_of  # errors are for who reads the file
+        for name in (*_REQUIRED, "type_vocab_size", "embedding_size"):
+            if name not in self.family.fixed:
+                high = 1000 if name == "num_hidden_layers" else 2**24
+                check_number(named(name), getattr(self, name), int, low=1, high=high)
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "qa_dropout"):
             if name != "classifier_dropout" or self.classifier_dropout is not None:
-                check_number(name, getattr(self, name), float, low=0, high=1)
+                check_number(named(name), getattr(self, name), float, low=0, high=1)
         check_number("initializer_range", self.initializer_range, float, low=0)
         check_number("layer_norm_eps", self.layer_norm_eps, float, low=0)
         check_number("pad_token_id", self.pad_token_id, int, low=0, high=self.vocab_size - 1)
         if self.hidden_size % self.num_attention_heads:
-            got = f"{self.hidden_size} and {self.num_attention_heads}"
-            raise InputError(f"hidden_size must be divisible by num_attention_heads, got {got}")
-        check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
+            divided, got = named("hidden_size"), f"{self.hidden_size} and {self.num_attention_heads}"
+            raise InputError(f"{divided} must be divisible by {named('num_attention_heads')}, got {got}")
+        check_choice(named("hidden_act"), self.hidden_act, ACTIVATIONS)
         if self.head is not None:
             check_choice("head", self.head, HEADS)
         if self.max_length < 1:
@@ -182,7 +255,13 @@ class BertConfig:
 
     @property
     def family(self) -> Family:
+        """The row of FAMILIES."""
         return FAMILIES[self.model_type]
+
+    @property
+    def embedding_width(self) -> int:
+        """Columns of the tables of E. Where they are not D, as of a small ELECTRA, E ends with a projection to D."""
+        return self.embedding_size or self.hidden_size
 
     @property
     def first_position(self) -> int:
@@ -193,6 +272,18 @@ class BertConfig:
     def max_length(self) -> int:
         """The longest sequence in tokens."""
         return self.max_position_embeddings - self.first_position
+
+    @property
+    def attention_dropout_prob(self) -> float:
+        """Dropout of attention's output, before the residual sum."""
+        return self.hidden_dropout_prob if self.family.drops_out_attention else 0.0
+
+    @property
+    def head_dropout_prob(self) -> float:
+        """Dropout within the head."""
+        if self.head is not None and HEADS[self.head].per_token:
+            return self.qa_dropout
+        return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
 
     @property
     def num_outputs(self) -> int:
@@ -239,18 +330,19 @@ class BertConfig:
         if not isinstance(values, Mapping):
             raise InputError(f"expected a JSON object, got {type(values).__name__}")
         values = dict(values, model_type=_model_type(values))
-        for key in _REQUIRED:
+        family = FAMILIES[values["model_type"]]
+        for key in map(family.key_of, _REQUIRED):
             if key not in values:
                 raise InputError(f"key {key!r} is missing")
         for key, supported in _SUPPORTED_VALUE.items():
             if values.pop(key, supported) not in (supported, None):
                 raise InputError(f"key {key!r} changes what the model computes and is supported only as {supported!r}")
         head, labels = read_head(values) if keep_head else (None, cls.labels)
-        known = {field.name for field in fields(cls)} - {"head", "labels"}
-        unknown = sorted(set(values) - known - _WITHOUT_EFFECT - set(_HEAD_KEYS) - set(passed_over(values)))
+        known = {family.key_of(name): name for name in _names_of_fields(family)}
+        unknown = sorted(set(values) - set(known) - _WITHOUT_EFFECT - set(_HEAD_KEYS) - set(passed_over(values)))
         if unknown:
             raise InputError(f"key {unknown[0]!r} is unknown: remove it if it does not change what the model computes")
-        values = {key: value for key, value in values.items() if key in known}
+        values = {known[key]: value for key, value in values.items() if key in known}
         if isinstance(values.get("hidden_act"), str):
             values["hidden_act"] = _SAME_ACTIVATION.get(values["hidden_act"], values["hidden_act"])
         return cls(head=head, labels=labels, **values)
@@ -266,9 +358,7 @@ class BertConfig:
 
     def to_dict(self) -> dict:
         """Return the dictionary that transformers' AutoConfig and `from_dict` read."""
-        values = {
-            field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("head", "labels")
-        }
+        values = {self.family.key_of(name): getattr(self, name) for name in _names_of_fields(self.family)}
         head = None if self.head is None else HEADS[self.head]
         suffix = "Model" if head is None else head.architecture
         values["architectures"] = [self.family.class_prefix + suffix]
@@ -278,6 +368,11 @@ class BertConfig:
             values["id2label"] = {str(i): label for i, label in enumerate(self.labels)}
             values["label2id"] = {label: i for i, label in enumerate(self.labels)}
         return values
+
+
+def _names_of_fields(family: Family) -> list[str]:
+    """Return the fields of `BertConfig` that a config.json of the family has, but for the head."""
+    return [field.name for field in fields(BertConfig) if field.name not in {"head", "labels", *family.fixed}]
 
 
 def _architecture(values: Mapping) -> str:
@@ -370,6 +465,7 @@ def _labels(values: Mapping) -> tuple[str, ...]:
 # For `plan`, which needs no weights: the public config.json of each, as published on the Hugging Face Hub.
 _BERT_BASE = BertConfig(30522, 768, 12, 12, 3072, 512)
 _BERT_LARGE = BertConfig(30522, 1024, 24, 16, 4096, 512)
+_DISTILBERT_BASE = BertConfig(30522, 768, 6, 12, 3072, 512, "distilbert")
 _ROBERTA = {"model_type": "roberta", "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 _XLM_ROBERTA = _ROBERTA | {"model_type": "xlm-roberta"}
 ARCHITECTURES = {
@@ -382,6 +478,12 @@ ARCHITECTURES = {
     "bert-base-chinese": replace(_BERT_BASE, vocab_size=21128),
     "roberta-base": BertConfig(50265, 768, 12, 12, 3072, 514, **_ROBERTA),
     "roberta-large": BertConfig(50265, 1024, 24, 16, 4096, 514, **_ROBERTA),
+    "distilbert-base-uncased": _DISTILBERT_BASE,
+    "distilbert-base-cased": replace(_DISTILBERT_BASE, vocab_size=28996),
+    "distilbert-base-multilingual-cased": replace(_DISTILBERT_BASE, vocab_size=119547),
+    "google/electra-small-discriminator": BertConfig(30522, 256, 12, 4, 1024, 512, "electra"),
+    "google/electra-base-discriminator": BertConfig(30522, 768, 12, 12, 3072, 512, "electra", embedding_size=768),
+    "google/electra-large-discriminator": BertConfig(30522, 1024, 24, 16, 4096, 512, "electra", embedding_size=1024),
     "xlm-roberta-base": BertConfig(250002, 768, 12, 12, 3072, 514, **_XLM_ROBERTA),
     "xlm-roberta-large": BertConfig(250002, 1024, 24, 16, 4096, 514, **_XLM_ROBERTA),
     "camembert-base": BertConfig(32005, 768, 12, 12, 3072, 514, **_ROBERTA | {"model_type": "camembert"}),

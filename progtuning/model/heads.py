@@ -25,18 +25,24 @@ class Pooler(nn.Module):
         return torch.tanh(self.dense(x[:, 0]))
 
 
-class RobertaClassifier(nn.Module):
-    """RoBERTa's classification head, which has its own dense layer in place of a pooler: (B, S, D) -> (B, C)."""
+class Classifier(nn.Module):
+    """The classification head of families without a pooler, with a dense layer in its place: (B, S, D) -> (B, C).
 
-    def __init__(self, config: BertConfig, dropout_prob: float):
+    RoBERTa's has tanh after that layer, ELECTRA's GELU, DistilBERT's ReLU and no dropout of what it reads.
+    """
+
+    def __init__(self, config: BertConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(dropout_prob)
+        self.activation = {"tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu}[config.family.head_act]
+        self.dropout = nn.Dropout(config.head_dropout_prob)
+        self.drops_out_input = config.family.drops_out_head_input
         self.out_proj = nn.Linear(config.hidden_size, config.num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.dense(self.dropout(x[:, 0])))
-        return self.out_proj(self.dropout(x))
+        x = x[:, 0]  # (B, S, D) -> (B, D)
+        x = self.dense(self.dropout(x) if self.drops_out_input else x)
+        return self.out_proj(self.dropout(self.activation(x)))
 
 
 class Classification:
@@ -45,12 +51,11 @@ class Classification:
     @staticmethod
     def layers(config: BertConfig) -> dict[str, nn.Module]:
         """Return the head's layers by their names, in the order in which their weights are drawn."""
-        dropout_prob = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         if not config.has_pooler:
-            return {"classifier": RobertaClassifier(config, dropout_prob)}
+            return {"classifier": Classifier(config)}
         return {
             "pooler": Pooler(config),
-            "dropout": nn.Dropout(dropout_prob),
+            "dropout": nn.Dropout(config.head_dropout_prob),
             "classifier": nn.Linear(config.hidden_size, config.num_outputs),
         }
 
@@ -85,12 +90,15 @@ class QuestionAnswering:
     @staticmethod
     def layers(config: BertConfig) -> dict[str, nn.Module]:
         """As of Classification."""
-        return {"qa_outputs": nn.Linear(config.hidden_size, config.num_outputs)}
+        return {
+            "dropout": nn.Dropout(config.head_dropout_prob),
+            "qa_outputs": nn.Linear(config.hidden_size, config.num_outputs),
+        }
 
     @staticmethod
     def forward(model: nn.Module, x: Tensor) -> Tensor:
-        """Apply the layer: (B, S, D) -> (B, S, 2)."""
-        return model.qa_outputs(x)
+        """Apply the layers: (B, S, D) -> (B, S, 2)."""
+        return model.qa_outputs(model.dropout(x))
 
     @staticmethod
     def loss(outputs: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:

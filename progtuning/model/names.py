@@ -1,6 +1,6 @@
 """The names of parameters: in which unit of M = E . B1 ... BL . H each is, and how the layers of a block are called.
 
-They are the names of Hugging Face checkpoints, without the prefix, as `bert.`:
+They are the names of Hugging Face checkpoints of BERT and RoBERTa, without the prefix, as `bert.`:
 
     E          embeddings.word_embeddings.weight
     a block    encoder.layer.3.attention.self.query.weight; what a method adds too: encoder.layer.3.output.adapter...

@@ -83,7 +83,8 @@ def load_model(
         for name, parameter in model.named_parameters():
             key = keys.get(name)
             if key is None and (not fresh_head or name.startswith(("embeddings.", "encoder."))):
-                raise InputError(f"{folder}: tensor {name!r} is missing ({_what_is_there(name, files)})")
+                bare = _renamed(name, config.family.tensor_names)
+                raise InputError(f"{folder}: tensor {bare!r} is missing ({_what_is_there(bare, files)})")
             if key is not None and not _LAST_LAYER.fullmatch(name):
                 state[name] = read_tensor(files[key], key, parameter.shape)
                 used.add(key)
@@ -147,6 +148,8 @@ def _names(labels: Sequence[str]) -> str:
 
 def _check_family(keys: Mapping[str, str], model: Model, folder: Path) -> None:
     for family, pattern in _OTHER_FAMILIES.items():
+        if family.lower() == model.config.model_type:
+            continue
         if found := next(filter(pattern.fullmatch, sorted(keys.values())), None):
             raise InputError(f"{folder}: tensor {found!r} is one of {family}, expected a {model.config.model_type}")
 
@@ -203,7 +206,14 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 
 def key_of(name: str, config: BertConfig) -> str:
     """Map our parameter's name to the key that it has in a file; `_internal_name` is the way back."""
-    return f"{config.family.prefix}.{name}" if config.head and name.startswith(_BACKBONE) else name
+    key = _renamed(name, config.family.tensor_names)
+    return f"{config.family.prefix}.{key}" if config.head and name.startswith(_BACKBONE) else key
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """Return a parameter's name with the modules that `names` has, each a run of whole parts, called as it says."""
+    modules = "|".join(map(re.escape, names))
+    return re.sub(rf"(?<![^.])(?:{modules})(?![^.])", lambda match: names[match[0]], name) if names else name
 
 
 def read_object(path: Path) -> dict:
@@ -216,10 +226,12 @@ def read_object(path: Path) -> dict:
 def _internal_name(key: str, config: BertConfig) -> str:
     """Map a file's key to our parameter's name, which has no prefix.
 
-    BERT's first release had other names for LayerNorm's parameters; they are mapped too.
+    BERT's first release had other names for LayerNorm's parameters; they are mapped too, and those of a family whose
+    names are not BERT's.
     """
     name = ".".join(part for part in key.split(".") if part not in _WRAPPERS).removeprefix(f"{config.family.prefix}.")
-    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    return _renamed(name, {theirs: ours for ours, theirs in config.family.tensor_names.items()})
 
 
 def internal_names(keys: Iterable[str], config: BertConfig, path: Path, prefix: str = "") -> dict[str, str]:

@@ -81,10 +81,10 @@ class PeftConfig(Options):
         none      all                all                                                  all
         adapter   LN by option       two adapters, the LayerNorms by option               all but the pooler
         lora      -                  A and B of the targets                               all, the pooler by option
-        bitfit    LayerNorm's bias   biases                                               all but the pooler's weight
+        bitfit    biases             biases                                               all but the pooler's weight
         spafit    -                  by group: nothing; biases; A and B, other biases     all but the pooler's weight
 
-        The pooler is BERT's, and pre-trained. RoBERTa's classification head has none and trains whole.
+        The pooler is BERT's, and pre-trained. The classification heads of other families have none and train whole.
         BitFit's variant "query,intermediate" is the half of the biases that its authors find to do nearly as well
         (Section 4, "Fewer bias parameters"): b_q and b_m2 of every block, and none of E. Their code trains the pooler's
         bias with either.
