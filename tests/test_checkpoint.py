@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from progtuning.base.errors import InputError
+from progtuning.base.sources import model_folder
+from progtuning.cli.plan import architecture
 from progtuning.model.bert import ACTIVATIONS, build_model
 from progtuning.model.config import FAMILIES, BertConfig
 from progtuning.model.weights import load_model, save_pretrained
@@ -451,3 +453,49 @@ def test_an_encoder_of_a_family_is_known_by_its_architecture_and_without_one_not
     path.write_text(json.dumps({**bare, **SMALL, "hidden_act": "gelu"}))
     with pytest.raises(InputError, match="as in a RoBERTa|is one of"):
         load_model(tmp_path)
+
+
+def sentence_model(root, model, encoder: str) -> None:
+    """Write a model of sentence-transformers: the encoder in the folder `encoder` of `root`, then pooling and norm."""
+    (root / encoder).mkdir(exist_ok=True)
+    save_pretrained(model, root / encoder)
+    (root / encoder / "sentence_bert_config.json").write_text('{"max_seq_length": 16, "do_lower_case": false}')
+    names = (("Transformer", encoder), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(names)
+    ]
+    (root / "modules.json").write_text(json.dumps(modules))
+
+
+@pytest.mark.parametrize("encoder", ["", "0_Transformer"])
+def test_of_a_sentence_transformers_folder_the_encoder_is_taken_and_what_is_left_is_said(encoder, model, tmp_path):
+    sentence_model(tmp_path, model, encoder)
+    folder = model_folder(str(tmp_path))
+    assert folder == tmp_path / encoder
+    again, report = load_model(folder)
+    assert_same_weights(again, model)
+    left = "1_Pooling (Pooling), 2_Normalize (Normalize), sentence_bert_config.json"
+    assert report.notes == (f"Left of the sentence-transformers model, whose encoder is taken: {left}.",)
+    assert architecture(str(tmp_path)).hidden_size == model.config.hidden_size
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda modules: {}, "expected a list of objects with a 'path' and a 'type'"),
+        (lambda modules: [{"path": ""}], "expected a list of objects with a 'path' and a 'type'"),
+        (lambda modules: modules[1:], "expected one module of type Transformer, got Pooling, Normalize"),
+        (lambda modules: modules[:1] * 2, "expected one module of type Transformer, got Transformer, Transformer"),
+        (lambda modules: [modules[0] | {"path": "../x"}], "'../x' of the Transformer must be the name of a folder"),
+        (lambda modules: [modules[0] | {"path": ".."}], "'..' of the Transformer must be the name of a folder"),
+        (lambda modules: [modules[0] | {"path": "1_T"}], "'1_T' of the Transformer must be the name of a folder"),
+    ],
+)
+def test_a_modules_file_that_names_no_one_encoder_within_is_refused(change, message, model, tmp_path):
+    sentence_model(tmp_path, model, "")
+    path = tmp_path / "modules.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(InputError) as error:
+        model_folder(str(tmp_path))
+    assert f"{path}: " in str(error.value) and message in str(error.value) and "\n" not in str(error.value)

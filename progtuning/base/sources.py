@@ -45,6 +45,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
 
 from progtuning.base.errors import InputError, RunError
+from progtuning.base.files import read_json
 
 # An archive may unpack to 100 times its size, or to 64 MiB if that is more, but never to more than 16 GiB.
 MAX_RATIO, FREE_BYTES, MAX_BYTES = 100, 1 << 26, 1 << 34
@@ -131,15 +132,57 @@ def model_folder(name: str, wheels_only: bool = False, option: str = MODEL.optio
 
     With `wheels_only`, for a name that a file gave and not the user, no pypi: source archive is taken. `revision` is
     that of a repository of the Hub, and has no meaning for a folder.
+    Of a model of sentence-transformers it is the folder of the encoder.
     Raises InputError where there is no such model, or it has no config.json or no safetensors, and RunError where
     network or disk fail; the message is one line and begins with `option`, which is what gave the name.
     """
     if revision and not os.path.isdir(name):
         name = f"{name}@{revision}"
     with _naming(replace(MODEL, option=option), name):
-        folder = _find(name, MODEL, wheels_only)
+        folder = encoder_folder(_find(name, MODEL, wheels_only))
         _check_model(os.listdir(folder))
     return folder
+
+
+def encoder_folder(folder: Path) -> Path:
+    """Return the folder in which the encoder lies: of one of sentence-transformers that which its modules.json names,
+    often the folder itself, else the folder. Raises InputError as `_sentence_modules` does."""
+    return folder / _sentence_modules(folder)[0]
+
+
+def left_modules(folder: Path) -> tuple[str, ...]:
+    """Return what a model of sentence-transformers has beside its encoder, which lies in `folder`; else nothing."""
+    settings = folder / "sentence_bert_config.json"
+    for root in (folder, *([folder.parent] if settings.is_file() else [])):
+        encoder, others = _sentence_modules(root)
+        if others and root / encoder == folder:
+            return (*others, *([settings.name] if settings.is_file() else []))
+    return ()
+
+
+def _sentence_modules(folder: Path) -> tuple[str, list[str]]:
+    """Return the name of the folder in `folder` that holds the encoder, "" for itself, and the other modules' names.
+
+    Raises InputError where its modules.json does not name one encoder and folders within.
+    """
+    path = folder / "modules.json"
+    if not path.is_file():
+        return "", []
+    modules = read_json(path)
+    if not isinstance(modules, list) or not all(
+        isinstance(module, dict) and all(isinstance(module.get(key), str) for key in ("path", "type"))
+        for module in modules
+    ):
+        raise InputError(f"{path}: expected a list of objects with a 'path' and a 'type'")
+    places = [(module["path"], module["type"].rpartition(".")[2]) for module in modules]
+    encoders = [place for place, kind in places if kind == "Transformer"]
+    if len(encoders) != 1:
+        got = ", ".join(kind for _, kind in places) or "none"
+        raise InputError(f"{path}: expected one module of type Transformer, got {got}")
+    (encoder,) = encoders
+    if encoder and (encoder in (".", "..") or Path(encoder).name != encoder or not (folder / encoder).is_dir()):
+        raise InputError(f"{path}: path {encoder!r} of the Transformer must be the name of a folder beside the file")
+    return encoder, [f"{place} ({kind})" for place, kind in places if kind != "Transformer"]
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

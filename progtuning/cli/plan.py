@@ -52,10 +52,10 @@ def architecture(name: str) -> BertConfig:
 
     As for train, what exists on the disk wins, and a model of the Hub may have its old name or that of today.
     """
-    from progtuning.base.sources import today_name
+    from progtuning.base.sources import encoder_folder, today_name
 
     path = Path(name)
-    path = path / "config.json" if path.is_dir() else path
+    path = encoder_folder(path) / "config.json" if path.is_dir() else path
     known = next((known for known in ARCHITECTURES if name in (known, today_name(known))), None)
     if known and not path.exists():
         return ARCHITECTURES[known]

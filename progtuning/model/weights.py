@@ -14,6 +14,7 @@ from torch import Tensor
 
 from progtuning.base.errors import InputError, RunError
 from progtuning.base.files import read_json, replacing, write_json
+from progtuning.base.sources import left_modules
 from progtuning.model.bert import Model
 from progtuning.model.config import HEADS, BertConfig, passed_over, read_head
 
@@ -39,18 +40,22 @@ _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")  # 0, 1, 2 .
 @dataclass(frozen=True)
 class LoadReport:
     """What a load did that is not one to one: parameters drawn afresh, whole or some of their rows, tensors of the file
-    and keys of its config.json that were not used, and why a head that the file has was not taken whole."""
+    and keys of its config.json that were not used, why a head that the file has was not taken whole, and what a model
+    of sentence-transformers has beside its encoder."""
 
     fresh: tuple[str, ...]
     unused: tuple[str, ...]
     passed_over: tuple[str, ...] = ()
     head: str | None = None
+    modules: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person who trains or measures the model should know, a line each."""
         keys = f"Passed over in {CONFIG}, as no part of the model: {', '.join(self.passed_over)}."
-        return (*([keys] if self.passed_over else []), *([self.head] if self.head else []))
+        modules = f"Left of the sentence-transformers model, whose encoder is taken: {', '.join(self.modules)}."
+        notes = ((self.passed_over, keys), (self.head, self.head), (self.modules, modules))
+        return tuple(note for about, note in notes if about)
 
 
 def load_model(
@@ -102,7 +107,8 @@ def load_model(
                 used.add(key)
     model.load_state_dict(state, assign=True)
     _check_encoder(keys, model, folder)
-    report = LoadReport(tuple(fresh), tuple(sorted(set(files) - used)), passed_over(own), note)
+    unused = tuple(sorted(set(files) - used))
+    report = LoadReport(tuple(fresh), unused, passed_over(own), note, left_modules(folder))
     return model.requires_grad_(True).eval(), report
 
 
