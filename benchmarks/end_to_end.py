@@ -49,7 +49,8 @@ from progtuning.report import tables
 from progtuning.run.finetune import fine_tune
 from progtuning.settings.peft import PeftConfig
 from progtuning.settings.train import TrainConfig
-from progtuning.stages import make_schedule
+from progtuning.speed.foreign import ForeignEngine
+from progtuning.stages import Schedule, Stage, make_schedule
 from progtuning.step.device import choose_device
 
 LORA = PeftConfig("lora")  # r = 8 on query and value
@@ -76,6 +77,7 @@ RUNS = {
     "Trainer, padded to 128": Run(padding="max_length"),
     "Trainer, dynamic padding": Run(padding="longest"),
     "Trainer, dynamic padding, bf16": Run(_BF16, padding="longest"),
+    "Trainer, dynamic padding, stages": Run(_CUT, padding="longest"),
     "full": Run(_FULL),
     "full, bf16": Run(_FULL | _BF16),
     "Progtuning cut": Run(_CUT),
@@ -95,6 +97,7 @@ TARGETS = (
     ("LoRA, Progtuning cut + cache, random batches", "peft LoRA, Trainer, dynamic padding", 1.5),
     ("LoRA, Progtuning cut + cache", "peft LoRA, Trainer, dynamic padding", None),
     ("adaptive + cache", "full", None),
+    ("Trainer, dynamic padding, stages", "Trainer, dynamic padding", None),
 )
 
 
@@ -125,8 +128,28 @@ class Rows(torch.utils.data.Dataset):
         return {key: value[index] for key, value in self.encoded.items()} | {"label": self.labels[index]}
 
 
+class Stages(transformers.TrainerCallback):
+    """Enters the stages of a schedule in transformers' BERT, as the README's callback does in its DeBERTa-v2."""
+
+    def __init__(self, schedule: Schedule, prefix_dropout: bool):
+        self.schedule, self.prefix_dropout = schedule, prefix_dropout
+
+    def on_train_begin(self, args, state, control, model, optimizer, **kwargs):
+        paths = {
+            "blocks": "bert.encoder.layer",
+            "embeddings": ["bert.embeddings"],
+            "head": ["bert.pooler", "classifier"],
+        }
+        options = {"optimizer": optimizer.optimizer, "prefix_dropout": self.prefix_dropout}
+        self.engine = ForeignEngine(model, **paths, **options)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if (stage := self.schedule.at_step(state.global_step, state.max_steps)) != self.engine.stage:
+            self.engine.enter(stage)
+
+
 def train_by_trainer(folder: Path, splits: Splits, run: Run, settings: TrainConfig, device: torch.device) -> dict:
-    """Fine-tune as run_glue.py does and return the row's metrics, updated parameters and FLOPs."""
+    """Fine-tune as run_glue.py does, under stages where the run has them, and return metrics and cost."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     dev_rows = {name: Rows(rows, tokenizer, run.padding, settings.max_length) for name, rows in splits.dev.items()}
     train_rows = Rows(splits.train, tokenizer, run.padding, settings.max_length)
@@ -136,18 +159,22 @@ def train_by_trainer(folder: Path, splits: Splits, run: Run, settings: TrainConf
         targets = [BLOCK_LINEARS[target] for target in LORA.lora_targets]
         lora = {"r": LORA.lora_r, "lora_alpha": LORA.lora_alpha, "lora_dropout": LORA.lora_dropout}
         model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", target_modules=targets, **lora))
-    shapes: Counter[tuple[int, int]] = Counter()  # (B, S) of the training steps
+    schedule = make_schedule(settings.schedule, model.config.num_hidden_layers, settings.epochs)
+    stages = [] if settings.schedule == "full" else [Stages(schedule, settings.prefix_dropout)]
+    shapes: Counter[tuple[Stage, int, int]] = Counter()  # stage, B, S of the training steps
 
     def note_shape(module, arguments, inputs) -> None:
         if module.training:
-            shapes[tuple(inputs["input_ids"].shape)] += 1
+            shapes[stages[0].engine.stage if stages else schedule.stages[0], *inputs["input_ids"].shape] += 1
 
     model.register_forward_pre_hook(note_shape, with_kwargs=True)
     padded = run.padding == "max_length"
     collate = transformers.default_data_collator if padded else transformers.DataCollatorWithPadding(tokenizer)
     with tempfile.TemporaryDirectory() as output:
         arguments = training_arguments(settings, device, output)
-        trainer = transformers.Trainer(model, arguments, data_collator=collate, train_dataset=train_rows)
+        trainer = transformers.Trainer(
+            model, arguments, data_collator=collate, train_dataset=train_rows, callbacks=stages
+        )
         trainer.train()
         values = {}
         for name, rows in dev_rows.items():
@@ -156,7 +183,7 @@ def train_by_trainer(folder: Path, splits: Splits, run: Run, settings: TrainConf
             measured = metrics.compute(splits.task.metrics, predictions, np.array(rows.labels))
             prefix = f"{name}/" if len(dev_rows) > 1 else ""
             values |= {f"{prefix}{metric}": value for metric, value in measured.items()}
-    return {"metrics": values} | cost_of_full(folder, splits, settings, shapes)
+    return {"metrics": values} | cost(folder, splits, settings, schedule, shapes)
 
 
 def training_arguments(settings: TrainConfig, device: torch.device, output: str) -> transformers.TrainingArguments:
@@ -178,18 +205,21 @@ def training_arguments(settings: TrainConfig, device: torch.device, output: str)
     )
 
 
-def cost_of_full(folder: Path, splits: Splits, settings: TrainConfig, shapes: Mapping[tuple[int, int], int]) -> dict:
-    """Return what training every block in every epoch cost, from the closed forms and the shapes of the batches."""
+def cost(
+    folder: Path,
+    splits: Splits,
+    settings: TrainConfig,
+    schedule: Schedule,
+    shapes: Mapping[tuple[Stage, int, int], int],
+) -> dict:
+    """Return what the steps of each stage cost, from the closed forms and the shapes of the batches."""
     task = splits.task
     config = BertConfig.from_json(folder / "config.json")
     config = config.with_head(task.head, task.labels)
-    schedule = make_schedule("full", config.num_hidden_layers, 1)
     flops = 0
-    for (batch, length), count in shapes.items():
+    for (stage, batch, length), count in shapes.items():
         forward = closed_form.forward_flops(config, settings.peft, batch, length)
-        flops += count * (
-            forward + closed_form.backward_flops(config, schedule.stages[0], settings.peft, batch, length)
-        )
+        flops += count * (forward + closed_form.backward_flops(config, stage, settings.peft, batch, length))
     updated = closed_form.updated_parameters(config, schedule, settings.epochs, settings.peft)
     return {"updated_parameters": updated, "flops": flops, "steps": sum(shapes.values())}
 
@@ -247,13 +277,14 @@ def run_series(args: argparse.Namespace, path: Path, arguments: Sequence[str]) -
 
 
 def timed(model: str, folder: Path, splits: Splits, run: Run, settings: TrainConfig, device: torch.device) -> dict:
-    """Do one run and return its row, with the seconds from rows in memory to metrics."""
-    begin = time.perf_counter()
+    """Do one run and return its row, with the seconds from rows in memory to metrics, and those of the processor."""
+    begin, processor = time.perf_counter(), time.process_time()
     if run.padding:
         row = train_by_trainer(folder, splits, run, settings, device)
     else:
         row = train_here(model, folder, splits, settings, device)
-    return {"wall_seconds": time.perf_counter() - begin, **row}  # the metrics were read, so the device is done
+    seconds = {"wall_seconds": time.perf_counter() - begin, "processor_seconds": time.process_time() - processor}
+    return {**seconds, **row}  # the metrics were read, so the device is done
 
 
 def limit_dev(splits: Splits, max_dev: int) -> Splits:

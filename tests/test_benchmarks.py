@@ -318,6 +318,7 @@ def test_whole_runs_give_their_rows_and_a_series_is_taken_up(end_to_end, small_t
     folder, data = small_task
     runs = ["Trainer, padded to 128", "Trainer, dynamic padding", "full", "Progtuning cut + cache"]
     runs += ["peft LoRA, Trainer, dynamic padding", "LoRA, Progtuning cut + cache, random batches"]
+    runs += ["Trainer, dynamic padding, stages"]
     arguments = f"--task classification --data {data} --model {folder} --device cpu --seeds 1 --epochs 2".split()
     arguments += ["--lora-epochs", "2", "--batch-size", "8", "--max-dev-rows", "6", "--output", str(tmp_path), "--runs"]
     path = end_to_end.main([*arguments, runs[0]])
@@ -344,6 +345,8 @@ def test_whole_runs_give_their_rows_and_a_series_is_taken_up(end_to_end, small_t
         same = other == "full"
         assert (rows[base]["updated_parameters"] == rows[other]["updated_parameters"]) == same
     assert rows["Progtuning cut + cache"]["flops"] < rows["full"]["flops"]
+    assert rows[runs[6]]["updated_parameters"] == rows["Progtuning cut + cache"]["updated_parameters"]
+    assert 0.6 < rows[runs[6]]["flops"] / rows["Trainer, dynamic padding"]["flops"] < 0.9
 
     monkeypatch.setattr(end_to_end, "timed", None)  # every row is there, so nothing runs
     end_to_end.main([*arguments, *runs])
