@@ -273,6 +273,9 @@ def test_a_truncated_or_missing_file_is_an_error_that_names_it(folder):
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps must be a number"),
         ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob must be a number in 0..1"),
         ({"model_type": "gpt2"}, f"model_type must be one of {', '.join(FAMILIES)}, got 'gpt2'"),
+        ({"model_type": ["bert"]}, "model_type must be one of"),
+        ({"model_type": "distilbert"}, "key 'dim' is missing"),
+        ({"embedding_size": 8}, "key 'embedding_size' is unknown"),
         ({"id2label": {"0": "a", "2": "b"}}, "'id2label' must map 0..1 to names"),
         ({"id2label": ["a", "b"]}, "'id2label' must map"),
         ({"problem_type": "multi_label_classification"}, "'multi_label_classification' is not supported"),
@@ -453,6 +456,32 @@ def test_an_encoder_of_a_family_is_known_by_its_architecture_and_without_one_not
     path.write_text(json.dumps({**bare, **SMALL, "hidden_act": "gelu"}))
     with pytest.raises(InputError, match="as in a RoBERTa|is one of"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"dim": 15}, "dim must be divisible by n_heads, got 15 and 2"),
+        ({"n_layers": 0}, "n_layers must be an integer in 1..1000, got 0"),
+        ({"seq_classif_dropout": 2}, "seq_classif_dropout must be a number in 0..1, got 2"),
+        ({"activation": "silu"}, "activation must be one of gelu, gelu_new, relu, got 'silu'"),
+        ({"type_vocab_size": 2}, "key 'type_vocab_size' is unknown"),
+        ({"hidden_size": 16}, "key 'hidden_size' is unknown"),
+    ],
+)
+def test_what_is_wrong_in_a_distilberts_config_is_named_by_its_own_keys(change, message, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(replace(TINY, model_type="distilbert").to_dict() | change))
+    with pytest.raises(InputError) as error:
+        BertConfig.from_json(path)
+    assert str(error.value).startswith(f"{path}: {message}")
+
+
+def test_a_field_that_a_family_does_not_have_cannot_be_set():
+    with pytest.raises(InputError, match="type_vocab_size must be 0 for distilbert, got 3"):
+        replace(TINY, model_type="distilbert", type_vocab_size=3)
+    with pytest.raises(InputError, match="embedding_size must be None for bert, got 8"):
+        replace(TINY, embedding_size=8)
 
 
 def sentence_model(root, model, encoder: str) -> None:

@@ -9,7 +9,7 @@ INFINITY = float("inf")
 
 def check_choice(name: str, value, choices: Collection[str]) -> None:
     """Raise InputError unless `value` is one of `choices`."""
-    if value not in choices:
+    if value not in tuple(choices):  # of a mapping a list could not be looked up
         raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
