@@ -101,9 +101,10 @@ def train(case: str, world: World = World()) -> tuple[dict[str, torch.Tensor], d
     run.progress.log = logged.append
     original = StageEngine.prefix
 
-    def prefix(self, input_ids, attention_mask=None, token_type_ids=None, start=0, x=None):
-        ran.update((example, block) for example in (input_ids[:, 0] - 1).tolist() for block in range(start, self.cut))
-        return original(self, input_ids, attention_mask, token_type_ids, start, x)
+    def prefix(self, input_ids, attention_mask=None, token_type_ids=None, start=0, x=None, stop=None):
+        passed = range(start, self.cut if stop is None else stop)
+        ran.update((example, block) for example in (input_ids[:, 0] - 1).tolist() for block in passed)
+        return original(self, input_ids, attention_mask, token_type_ids, start, x, stop)
 
     StageEngine.prefix = prefix
     try:

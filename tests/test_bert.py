@@ -31,10 +31,9 @@ HF_HEADS = {
 
 
 @st.composite
-def configs(draw) -> BertConfig:
+def configs(draw, model_type: str) -> BertConfig:
     heads = draw(st.integers(1, 4))
     head = draw(st.sampled_from(["classification", "regression", "question-answering"]))
-    model_type = draw(st.sampled_from(list(FAMILIES)))
     config = config_of(
         model_type,
         vocab_size=draw(st.integers(10, 80)),
@@ -75,18 +74,20 @@ def transformers_output(twin, config: BertConfig, batch: dict) -> torch.Tensor:
     return out.logits
 
 
-def test_logits_and_all_gradients_equal_transformers_over_random_configurations():
-    errors = {model_type: [] for model_type in FAMILIES}
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_logits_and_all_gradients_equal_transformers_over_random_configurations(model_type):
+    errors = []
 
-    @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(configs(), st.integers(1, 5), st.integers(1, 12), st.integers(0, 2**31))
+    @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(configs(model_type), st.integers(1, 5), st.integers(1, 12), st.integers(0, 2**31))
     def check(config, rows, length, seed):
-        model = build_model(config, seed=seed).train()
-        twin = transformers_twin(config, model)
+        model = build_model(config, seed=seed).train().double()  # in fp32 a steep LayerNorm makes much of rounding
+        twin = transformers_twin(config, model).double()
         batch = tiny_batch(config, rows, length, seed)
         ours, theirs = model(**batch), transformers_output(twin, config, batch)
         real = batch["attention_mask"] if config.head == "question-answering" else slice(None)
-        weights = torch.randn(theirs[real].shape, generator=torch.Generator().manual_seed(seed)) / theirs[real].numel()
+        generator = torch.Generator().manual_seed(seed)
+        weights = torch.randn(theirs[real].shape, generator=generator, dtype=torch.float64) / theirs[real].numel()
         (ours[real] * weights).sum().backward()
         (theirs[real] * weights).sum().backward()
         expected = {name: p.grad for name, p in twin.named_parameters()}
@@ -94,17 +95,11 @@ def test_logits_and_all_gradients_equal_transformers_over_random_configurations(
         for name, parameter in model.named_parameters():
             error = (parameter.grad - expected[key_of(name, config)]).abs().max()
             worst = max(worst, error.item() / max(1, parameter.grad.abs().max().item()))
-        errors[config.model_type].append(worst)
-        assert worst < 1e-5
+        errors.append(worst)
+        assert worst < 1e-9
 
     check()
-    assert all(len(found) >= 5 for found in errors.values())
-    print(
-        {
-            kind: f"largest parity error over {len(found)} configurations: {max(found):.1e}"
-            for kind, found in errors.items()
-        }
-    )
+    print(f"{model_type}: largest parity error over {len(errors)} configurations: {max(errors):.1e}")
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

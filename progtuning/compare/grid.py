@@ -6,7 +6,6 @@
 Every schedule has the same learning rates to choose from, and chooses once, at the middle budget and the first seed.
 """
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -59,7 +58,7 @@ class Grid:
 
     def choices(self) -> list[Run]:
         """Return the runs that choose: none where there is one learning rate."""
-        budget = statistics.median_low(self.budgets)
+        budget = sorted(self.budgets)[(len(self.budgets) - 1) // 2]
         rates = self.lrs if len(self.lrs) > 1 else ()
         return [Run(CHOICE, schedule, budget, lr, self.seeds[0]) for schedule in self.schedules for lr in rates]
 

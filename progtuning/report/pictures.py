@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from progtuning.base.files import replacing
 from progtuning.report.summary import Summary
 
@@ -101,10 +99,11 @@ def draw_bars(axes, stages: Sequence[int], ideal: Sequence[float], measured: Seq
 def draw_staircase(axes, summary: Summary) -> None:
     """Draw which of E, B1 .. BL and H train in which stage."""
     num_blocks, stages = summary.num_blocks, summary.stages
-    trains = np.zeros((num_blocks + 2, len(stages)))
+    trains = [[0.0] * len(stages) for _ in range(num_blocks + 2)]  # a row for E, each block and H
     for column, stage in enumerate(stages):
         first, last = stage.active_blocks or (1, 0)
-        trains[[0] * stage.embeddings + [*range(first, last + 1), num_blocks + 1], column] = 1
+        for row in [0] * stage.embeddings + [*range(first, last + 1), num_blocks + 1]:
+            trains[row][column] = 1.0
     edges = dict(edgecolors="white", linewidth=1, cmap="Blues", vmin=0, vmax=1.5)
     axes.pcolormesh(trains, **edges)
     axes.set(title="what trains", xlabel="stage")
