@@ -990,7 +990,10 @@ def _table_cases() -> Iterator[tuple[str, Case]]:
     for name, content in VALID_TABLES.items():
         yield name, Case({"task/dev.tsv": content}, evaluate, ACCEPTED)
         yield f"to train: {name}", Case({"task/train.tsv": content}, train, ACCEPTED)
-    yield "missing", Case({"task/dev.tsv": MISSING}, train, ("task: got none of dev.tsv",))
+    yield (
+        "missing",
+        Case({"task/dev.tsv": MISSING}, train, ("task: got no file of dev or validation, expected one in",)),
+    )
     yield "a pipe", Case({"task/dev.tsv": FIFO}, train, ("dev.tsv",))
     yield "one label", Case({"task/train.tsv": HEAD + b"a\tgood\nb\tgood\n"}, train, ("train.tsv", "one label"))
     for task in ("cola", "mrpc", "sts-b", "mnli", "qqp"):
@@ -1011,7 +1014,14 @@ def _line_cases() -> Iterator[tuple[str, Case]]:
         yield f"to predict: {name}", Case({"task/input.tsv": content}, predict, ("input.tsv: line 2",))
     for name, content in VALID_LINES.items():
         yield name, Case({"task/dev.tsv": MISSING, "task/dev.jsonl": content}, evaluate, ACCEPTED)
-    yield "both", Case({"task/dev.jsonl": VALID_LINES["escapes"]}, train, ("task: got 2 of dev.tsv and dev.jsonl",))
+    yield (
+        "both",
+        Case(
+            {"task/dev.jsonl": VALID_LINES["escapes"]},
+            train,
+            ("task: got dev.tsv, dev.jsonl, expected one file of dev",),
+        ),
+    )
 
 
 # ---- SQuAD

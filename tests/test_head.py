@@ -235,7 +235,8 @@ def test_training_says_which_rows_of_the_head_it_draws_afresh_and_which_keys_it_
     edit(base, id2label={"0": "LABEL_0", "1": "LABEL_1"}, xla_device=None)
     task = ["--task", "classification", "--data", opinions]
     told = call(capsys, "train", "--model", base, *task, *OPTIONS, "--output-dir", tmp_path / "output")["err"]
-    passed, drawn = told.splitlines()
+    passed, drawn, read = told.splitlines()[:3]
+    assert read.startswith("train: ")
     assert passed == "Passed over in config.json, as no part of the model: xla_device."
     classes = "(the classes of the model are LABEL_0, LABEL_1; wanted are dislike, like)"
     assert drawn == f"Drawn afresh: the head's last layer {classes}."

@@ -80,7 +80,7 @@ def test_a_folder_is_entered_without_loading_what_is_in_it():
 def test_only_the_runtime_packages_and_the_standard_library_are_imported_and_one_module_imports_each_extra():
     for path in PACKAGE.rglob("*.py"):
         outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"progtuning"}
-        extras = {"report/pictures.py": {"matplotlib"}, "data/hub.py": {"pyarrow"}}
+        extras = {"report/pictures.py": {"matplotlib"}, "data/parquet.py": {"pyarrow"}}
         allowed = RUNTIME | extras.get(path.relative_to(PACKAGE).as_posix(), set())
         assert outside <= allowed, f"{path.name} imports {outside - allowed}"
 

@@ -69,6 +69,9 @@ def test_the_commands_run_in_order_as_they_stand(minilm, tmp_path, monkeypatch, 
     write_squad(tmp_path / "squad", "v1.1", train=8, dev=4)
     (tmp_path / "questions.jsonl").write_text('{"question": "Who left?", "context": "Ann left the house early."}\n')
     (tmp_path / "pairs.tsv").write_text("text\ttext_pair\nHe left .\tHe went away .\nIt rains .\tShares rose .\n")
+    rows = [f'{i},"Mr {i} cannot log in, again",login\n{i},the bill of {i} is wrong,billing\n' for i in range(8)]
+    (tmp_path / "tickets.csv").write_text("id,body,queue\n" + "".join(rows))
+    (tmp_path / "new.csv").write_text('body\n"Hello, who can log in?"\n')
     ran = set()
     for command in commands():
         program, *arguments = shlex.split(command)
@@ -85,6 +88,7 @@ def test_the_commands_run_in_order_as_they_stand(minilm, tmp_path, monkeypatch, 
     assert ran == alone | {"compare", "reproduce"}
     predictions = (tmp_path / "predictions.tsv").read_text().splitlines()
     assert predictions[0] == "label\tprobability" and len(predictions) == 3
+    assert len((tmp_path / "tickets.tsv").read_text().splitlines()) == 2
     answer = json.loads((tmp_path / "answers.jsonl").read_text())
     assert "Ann left the house early."[answer["start"] : answer["end"]] == answer["answer"] != ""
     written = {path.name for path in (tmp_path / "runs" / "squad-dev").iterdir()}

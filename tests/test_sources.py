@@ -249,7 +249,7 @@ def test_a_data_set_of_the_hub_is_fetched_with_its_folders(hub, tmp_path):
 
 def test_a_data_set_of_the_hub_without_a_file_that_is_read_is_refused_before_anything_is_fetched(hub, tmp_path):
     hub.add("org/name", {"train.parquet": b"", "load.py": b""}, kind="dataset")
-    message = "--data 'org/name': has no file that matches one of *.tsv, *.json, *.jsonl"
+    message = "--data 'org/name': has no file that matches one of *.tsv, *.json, *.jsonl; it has Parquet in ."
     assert fetch("data_folder", "org/name", tmp_path, HF_ENDPOINT=hub.url) == ("InputError", message)
     assert not any("/resolve/" in request for request in hub.requests)
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from progtuning.base.errors import InputError, RunError
-from progtuning.data.own import load_dev, load_folder, movie_reviews
+from progtuning.data.own import load_dev, load_own, movie_reviews
 from progtuning.data.tables import MAX_LINE_BYTES, Example, read_table
 from progtuning.data.task import Classes, Splits, limit_train
 
@@ -210,7 +210,7 @@ def test_two_spellings_of_one_label_are_an_error_that_shows_both_in_ascii(tmp_pa
     )
     write(path, f"text\tlabel\nt\t{one}\nt\tx\n")
     dev = write(tmp_path / "dev.tsv", f"text\tlabel\nt\tx\nt\t{other}\n")
-    for message in (error_of(load_folder, tmp_path, regression=False), error_of(load_dev, tmp_path, (one, "x"))):
+    for message in (error_of(load_own, tmp_path, regression=False), error_of(load_dev, tmp_path, (one, "x"))):
         assert message.startswith(f"{dev}: line 3: got label {other!r}, expected one of ")
         assert message.endswith(f"; {expected}")
 
@@ -354,7 +354,7 @@ def folder(tmp_path):
 
 
 def test_a_folder_gives_both_splits_with_the_labels_of_train(folder):
-    splits = load_folder(folder)
+    splits = load_own(folder)
     assert splits.task == Classes(folder.name, ("neg", "pos"), ("accuracy", "matthews"))
     assert splits.task.head == "classification" and splits.task.main_metric == "accuracy"
     assert [e.label for e in splits.train] == [0, 1] and splits.dev == {"dev": [Example("fine", None, 1, "0")]}
@@ -363,27 +363,27 @@ def test_a_folder_gives_both_splits_with_the_labels_of_train(folder):
 def test_a_folder_of_numbers_is_regression_and_its_dev_labels_may_be_whole(folder):
     write(folder / "train.tsv", "text\tlabel\nbad\t1\ngood\t4.5\n")
     write(folder / "dev.jsonl", '{"text": "fine", "label": 4}\n')
-    splits = load_folder(folder)
+    splits = load_own(folder)
     assert splits.task.head == "regression" and splits.task.metrics == ("pearson", "spearman")
     assert splits.dev["dev"][0].label == 4.0
-    assert "line 1: got label '4', expected one of '1', '4.5'" in error_of(load_folder, folder, regression=False)
+    assert "line 1: got label '4', expected one of '1', '4.5'" in error_of(load_own, folder, regression=False)
 
 
 def test_what_is_wrong_with_a_folder_is_named(folder):
     write(folder / "dev.jsonl", '{"text": "fine", "label": "pos"}\n{"text": "fine", "label": "Pos"}\n')
-    assert error_of(load_folder, folder) == f"{folder}/dev.jsonl: line 2: got label 'Pos', expected one of 'neg', 'pos'"
+    assert error_of(load_own, folder) == f"{folder}/dev.jsonl: line 2: got label 'Pos', expected one of 'neg', 'pos'"
     write(folder / "dev.jsonl", '{"text": "a", "text_pair": "b", "label": "pos"}\n')
-    assert error_of(load_folder, folder) == (
+    assert error_of(load_own, folder) == (
         f"{folder}/train.tsv: got no text_pair, expected one in every row as in {folder}/dev.jsonl"
     )
     write(folder / "dev.tsv", "text\tlabel\n")
-    assert error_of(load_folder, folder) == f"{folder}: got 2 of dev.tsv and dev.jsonl, expected one"
+    assert error_of(load_own, folder) == f"{folder}: got dev.tsv, dev.jsonl, expected one file of dev"
     write(folder / "train.tsv", "text\tlabel\na\tx\n")
     (folder / "dev.tsv").unlink()
-    assert error_of(load_folder, folder) == f"{folder}/train.tsv: got one label, 'x', expected two or more"
+    assert error_of(load_own, folder) == f"{folder}/train.tsv: got one label, 'x', expected two or more"
     (folder / "train.tsv").unlink()
-    assert error_of(load_folder, folder) == f"{folder}: got none of train.tsv and train.jsonl, expected one"
-    assert error_of(load_folder, folder / "none").startswith(f"{folder}/none: not a folder")
+    assert error_of(load_own, folder).startswith(f"{folder}: got no file of train, expected one in .csv, .tsv, .jsonl")
+    assert error_of(load_own, folder / "none").startswith(f"--data '{folder}/none': no such folder")
 
 
 def test_an_unknown_label_among_many_lists_only_some(tmp_path):

@@ -294,7 +294,9 @@ def _snapshot(repository: str, revision: str | None, kind: Kind) -> Path:
     if kind.name == "model":
         _check_model(names)
     elif not any(map(kind.takes, names)):
-        raise InputError(f"has no file that matches one of {', '.join(kind.files)}")
+        folders = sorted({name.rpartition("/")[0] or "." for name in names if name.endswith(".parquet")})
+        has = f"; it has Parquet in {', '.join(folders[:20])}" if folders else ""
+        raise InputError(f"has no file that matches one of {', '.join(kind.files)}{has}")
     try:
         return Path(snapshot_download(**what, **files))
     except Exception as error:

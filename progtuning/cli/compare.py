@@ -9,8 +9,8 @@ from progtuning.cli.options import Parser, add_task_options, train_config
 from progtuning.cli.streams import print_json, say, tell
 from progtuning.compare.grid import Grid, default_rates, default_schedules, seeds_of
 from progtuning.model.config import BertConfig
-from progtuning.settings.options import add_options, options
-from progtuning.settings.train import TrainConfig
+from progtuning.settings.options import add_options, given, options
+from progtuning.settings.train import DataConfig, TrainConfig
 
 DOCUMENT, PAGE, PICTURE = "compare.json", "README.md", "frontier.png"
 OF_THE_GRID = {"schedule", "calendar", "budget", "lr", "seed", "evaluate", "prefix_dropout"}
@@ -57,7 +57,9 @@ def run_compare(args: argparse.Namespace) -> None:
         lrs=tuple(sorted(args.lrs or default_rates(base.lr))),
         seeds=seeds_of(args.seeds, base.seed),
     )
-    setup = Setup(args.model, folder, args.task, args.data, args.max_train_rows, args.choice_share, base, args.device)
+    reading = DataConfig(**given(args, DataConfig))
+    data = (args.task, args.data, reading)
+    setup = Setup(args.model, folder, *data, args.max_train_rows, args.choice_share, base, args.device)
     rows = compare(setup, grid, args.output_dir, args.resume, args.jobs, say)
     splits, output = setup.splits, Path(args.output_dir)
     task, (name, examples) = splits.task, next(iter(splits.dev.items()))

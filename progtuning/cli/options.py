@@ -7,10 +7,10 @@ from collections.abc import Callable
 from progtuning.base.errors import InputError
 from progtuning.cli.streams import let_first_speak, one_line, put
 from progtuning.model.config import parse_label_map
-from progtuning.settings.options import given, options
+from progtuning.settings.options import add_options, given, options
 from progtuning.settings.peft import PeftConfig, parse_bounds
 from progtuning.settings.recipes import TASK_DEFAULTS, recipe
-from progtuning.settings.train import DPSConfig, SquadConfig, TrainConfig, parse_size
+from progtuning.settings.train import DataConfig, DPSConfig, SquadConfig, TrainConfig, parse_size
 
 SETTINGS = (TrainConfig, PeftConfig, DPSConfig, SquadConfig)
 MODEL_HELP = (
@@ -41,7 +41,10 @@ def add_command(commands, name: str, run: Callable, text: str) -> Parser:
 def add_task_options(parser: Parser, required: bool = True) -> None:
     text = "a GLUE task, squad, squad_v2, movie-reviews, or classification or regression for data of your own"
     parser.add_argument("--task", required=required, help=text)
-    parser.add_argument("--data", help="folder with the task's files, or hub (movie-reviews needs none)")
+    text = "folder with the task's files, or hub (movie-reviews needs none); your own are a file or a folder of CSV, "
+    text += "TSV, JSONL or Parquet, plain or .gz, or hub:org/name[@revision][:config]"
+    parser.add_argument("--data", help=text)
+    add_options(parser, DataConfig, only=None if required else ("text_column", "pair_column"))
 
 
 def add_checkpoint_options(parser: Parser) -> None:

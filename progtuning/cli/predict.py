@@ -17,7 +17,7 @@ from progtuning.cli.options import label_map
 from progtuning.cli.streams import print_json, put, put_line, say, tell
 from progtuning.report import tables
 from progtuning.settings.options import given
-from progtuning.settings.train import SquadConfig, TrainConfig
+from progtuning.settings.train import DataConfig, SquadConfig, TrainConfig
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -30,7 +30,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     TrainConfig.check(batch_size=args.batch_size, precision=args.precision)
     options = (given(args, SquadConfig), args.base_model, label_map(args), say)
     checkpoint = load_checkpoint(Path(args.checkpoint), args.max_length, *options)
-    splits = load_held_out(args.task, args.data, checkpoint)
+    splits = load_held_out(args.task, args.data, checkpoint, DataConfig(**given(args, DataConfig)))
     values = evaluate_checkpoint(checkpoint, splits, device, args.batch_size, args.precision, args.output_dir)
     if args.json:
         print_json({"task": splits.task.name, "metrics": values})
@@ -54,7 +54,8 @@ def run_predict(args: argparse.Namespace) -> None:
         paths = [str(path) for path in write_glue_submission(checkpoint, *arguments)]
         print_json({"written": paths}) if args.json else tell(f"Written: {', '.join(paths)}")
         return
-    text = predict_file(checkpoint, args.input, device, args.batch_size, args.precision)
+    reading = DataConfig(**given(args, DataConfig))
+    text = predict_file(checkpoint, args.input, device, args.batch_size, args.precision, reading)
     if args.output == "-":
         put(text)
     else:

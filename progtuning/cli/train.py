@@ -11,7 +11,7 @@ from progtuning.model.config import BertConfig
 from progtuning.report import pages, pictures, tables
 from progtuning.report.summary import SUMMARY
 from progtuning.settings.options import given
-from progtuning.settings.train import CheckpointConfig, TrainConfig
+from progtuning.settings.train import CheckpointConfig, DataConfig, TrainConfig
 
 # What the demo trains: a learning rate for a small encoder, and a part of the rows
 # so that two runs take minutes on two cores.
@@ -65,13 +65,13 @@ def run_train(args: argparse.Namespace) -> None:
 
     with join(say) as world:
         with world.agreed():
-            checkpoints = CheckpointConfig(**given(args, CheckpointConfig))
+            checkpoints, reading = (kind(**given(args, kind)) for kind in (CheckpointConfig, DataConfig))
             check_output_folder(args.output_dir, checkpoints.resume)
             device = choose_device(args.device, world)
             if getattr(args, "compile", False):
                 check_compiler(device)
         folder = world.first_alone(lambda: model_folder(args.model))
-        splits = world.first_alone(lambda: load_splits(args.task, args.data))
+        splits = world.first_alone(lambda: load_splits(args.task, args.data, reading))
         with world.agreed():
             num_blocks = BertConfig.from_json(folder / "config.json", keep_head=False).num_hidden_layers
             num_rows = min(len(splits.train), args.max_train_rows or len(splits.train))
@@ -102,11 +102,12 @@ def run_probe(args: argparse.Namespace) -> None:
     from progtuning.step.measure import environment
 
     check_new_folder(args.output_dir)
+    reading = DataConfig(**given(args, DataConfig))
     device = choose_device(args.device)
     if getattr(args, "compile", False):
         check_compiler(device)
     folder = model_folder(args.model)
-    splits = load_splits(args.task, args.data)
+    splits = load_splits(args.task, args.data, reading)
     args.schedule = "full"
     if not hasattr(args, "embeddings"):
         args.embeddings = "always"  # Figure 1 trains E with every block

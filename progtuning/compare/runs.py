@@ -33,7 +33,7 @@ from progtuning.run.finetune import fine_tune, prepare
 from progtuning.run.identity import check_same
 from progtuning.run.log import RUN, RunLog
 from progtuning.run.saved import load_checkpoint
-from progtuning.settings.train import TrainConfig
+from progtuning.settings.train import DataConfig, TrainConfig
 from progtuning.step.device import choose_device
 from progtuning.step.loader import Loader, make_batches
 from progtuning.step.measure import environment
@@ -51,6 +51,7 @@ class Setup:
     folder: Path
     task: str
     data: str | None
+    reading: DataConfig
     max_train_rows: int | None
     choice_share: float  # of the training rows, on which the learning rate is chosen
     base: TrainConfig
@@ -59,7 +60,7 @@ class Setup:
     @property
     def splits(self) -> Splits:
         """The rows of the task. Raises InputError."""
-        return splits_of(self.task, self.data, self.max_train_rows)
+        return splits_of(self.task, self.data, self.max_train_rows, self.reading)
 
     def splits_of(self, run: Run) -> Splits:
         """Return the rows that a run trains and is measured on: to choose, both are training rows."""
@@ -102,9 +103,9 @@ class Setup:
 
 
 @lru_cache(maxsize=1)
-def splits_of(task: str, data: str | None, max_train_rows: int | None) -> Splits:
+def splits_of(task: str, data: str | None, max_train_rows: int | None, reading: DataConfig = DataConfig()) -> Splits:
     """Return the rows of a task, the last that were asked for without reading them again. Raises InputError."""
-    splits = load_splits(task, data)
+    splits = load_splits(task, data, reading)
     return splits if max_train_rows is None else limit_train(splits, max_train_rows)
 
 

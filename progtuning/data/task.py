@@ -7,6 +7,7 @@ it. There is a subclass for each head: `Classes` and `Numbers` of texts and pair
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from progtuning.data.batching import EncodedRows, encode_examples
 from progtuning.data.tables import Example, class_index, has_pairs, parse_number, read_table, shorten
 from progtuning.data.tokenization import Tokenizer
 from progtuning.model.config import HEADS
-from progtuning.settings.train import SquadConfig
+from progtuning.settings.train import DataConfig, SquadConfig
 
 
 class Limits(Protocol):
@@ -61,9 +62,9 @@ class Task:
         if limits.squad.null_threshold is not None:
             raise InputError(f"--null-threshold is for --task squad_v2, got it with the task {self.name}")
 
-    def read(self, path: str | Path) -> Sequence:
+    def read(self, path: str | Path, reading: DataConfig = DataConfig()) -> Sequence:
         """Read rows to be predicted, without labels, from a file (`-`: standard input). Raises InputError."""
-        return read_table(path, require_label=False)[1]
+        return read_table(path, require_label=False, reading=reading)[1]
 
     def pairs(self, rows: Sequence) -> bool | None:
         """Say whether `rows` are pairs of texts (True) or single ones (False); None: neither."""
@@ -72,6 +73,26 @@ class Task:
     def shape(self, rows: Sequence, encoded: EncodedRows) -> dict:
         """Return what `summary.json` says of the training rows, beside their number."""
         return {"pairs": self.pairs(rows)}
+
+    def account(self, splits: "Splits", encoded: Mapping[str, EncodedRows], limits: Limits) -> list[str]:
+        """Return the lines that say what was read, for `encoded` splits by name, "train" among them."""
+        lines, seen = [], {(row.text, row.text_pair) for row in splits.train}
+        for name, rows in {"train": splits.train, **splits.dev}.items():
+            lengths = encoded[name].lengths + np.array([one.num_cut for one in encoded[name].encodings])
+            cut, empty = (lengths > encoded[name].lengths).sum(), sum(map(_is_empty, rows))
+            lines.append(f"{name}: {len(rows):,} rows: {self.spread(rows)}")
+            lines.append(
+                f"  {lengths.mean():.1f} tokens a row, {lengths.max():,} the longest; "
+                f"{cut:,} rows cut to --max-length {limits.max_length}; {empty:,} empty texts"
+            )
+            if name != "train":
+                both = sum((row.text, row.text_pair) in seen for row in rows)
+                lines.append(f"  {both:,} of its texts stand in train too")
+        return lines
+
+    def spread(self, rows: Sequence) -> str:
+        """Return how the labels of rows are spread."""
+        raise NotImplementedError
 
     def encode(self, rows: Sequence, tokenizer: Tokenizer, limits: Limits) -> EncodedRows:
         """Return the rows as a model reads them, with their labels where all have one. Raises InputError."""
@@ -125,6 +146,12 @@ class Classes(Task):
         """Return (N,) int64, for outputs (N, C) the class of the highest."""
         return outputs.argmax(axis=1)
 
+    def spread(self, rows: Sequence[Example]) -> str:
+        """Return the number of rows of each class, of the first 20."""
+        counts = Counter(row.label for row in rows)
+        names = [f"{name} {counts[i]:,}" for i, name in enumerate(self.labels[:20])]
+        return ", ".join(names) + (f", and {len(self.labels) - 20:,} classes more" if len(self.labels) > 20 else "")
+
     def plain(self, decisions: np.ndarray) -> list[int]:
         return decisions.tolist()
 
@@ -160,6 +187,11 @@ class Numbers(Task):
         """Return (N,) float32, for outputs (N, 1)."""
         return outputs[:, 0]
 
+    def spread(self, rows: Sequence[Example]) -> str:
+        """Return the least, the mean and the highest number."""
+        values = [row.label for row in rows]
+        return f"{min(values):g} to {max(values):g}, {np.mean(values):.4g} on average"
+
     def plain(self, decisions: np.ndarray) -> list[float]:
         return [round(float(score), 4) for score in decisions]
 
@@ -172,6 +204,10 @@ class Numbers(Task):
         if not np.isfinite(decisions).all():
             raise ValueError("predictions must be finite numbers")
         return [f"{value:.6f}" for value in np.clip(decisions, *bounds)]
+
+
+def _is_empty(row: Example) -> bool:
+    return not (row.text.strip() and (row.text_pair is None or row.text_pair.strip()))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -103,6 +103,7 @@ class Encoding:
 
     input_ids: np.ndarray
     token_type_ids: np.ndarray
+    num_cut: int = 0  # tokens left out
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,12 @@ class Tokenizer:
             with _library_errors(self.source):
                 flat = [text for row in rows for text in row]
                 found = iter(self.backend.encode_batch_fast(flat, add_special_tokens=False))
-            encodings += [self.join(self._cut([next(found).ids for _ in row], max_length)) for row in rows]
+            encodings += [self._cut_and_join([next(found).ids for _ in row], max_length) for row in rows]
         return encodings
+
+    def _cut_and_join(self, texts: list[list[int]], max_length: int) -> Encoding:
+        kept = self._cut(texts, max_length)
+        return replace(self.join(kept), num_cut=sum(map(len, texts)) - sum(map(len, kept)))
 
     def tokens(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return for each text alone, uncut and without special tokens, ids (N,) and offsets (N, 2), both int32.

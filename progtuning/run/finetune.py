@@ -105,6 +105,8 @@ def fine_tune(
         if run.is_resumed and world.first((run.path / SUMMARY).is_file()):
             say(f"The run in {output_dir} is finished already.")
             return read_summary(run.path) if world.is_main else None
+        for line in task.account(splits, {"train": train_rows, **dev_rows}, settings):
+            say(line)
         run.restore(trainer)
         trainer.progress.log = run.log
 

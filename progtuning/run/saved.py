@@ -25,31 +25,31 @@ from progtuning.model.config import HEADS, BertConfig, format_label_map
 from progtuning.model.weights import CONFIG, load_model, reorder_classes
 from progtuning.report.summary import SUMMARY, no_training, read_training
 from progtuning.run.evaluate import measure_splits, predict
-from progtuning.settings.train import SquadConfig
+from progtuning.settings.train import DataConfig, SquadConfig
 
 _log = logging.getLogger(__name__)
 
 
-def load_held_out(task: str, data: str | None, checkpoint: "Checkpoint") -> Splits:
+def load_held_out(task: str, data: str | None, checkpoint: "Checkpoint", reading: DataConfig = DataConfig()) -> Splits:
     """Read the rows on which a fine-tuned model is measured, for which see `load_splits`.
 
-    Of a folder of one's own `dev` alone is read, with no training rows: the checkpoint has the classes. Raises
+    Of one's own files the held-out rows alone are read, with no training rows: the checkpoint has the classes. Raises
     InputError.
     """
     if task not in OWN or data is None:
-        return load_splits(task, data)
+        return load_splits(task, data, reading)
     check_head(checkpoint, task, task)  # a task of one's own has the name of its head
-    folder, classes = data_folder(data), checkpoint.task.labels
+    classes = checkpoint.task.labels
     try:
-        return OWN[task].load_dev(folder, classes)
+        return OWN[task].load_dev(data, classes, reading)
     except InputError as error:
-        raise InputError(f"{error}{_label_map_hint(classes, _dev_labels(folder))}") from None
+        raise InputError(f"{error}{_label_map_hint(classes, _dev_labels(data, reading))}") from None
 
 
-def _dev_labels(folder: Path) -> tuple[str, ...]:
-    """Return the class names of a folder's dev file, in order; none where they cannot be read."""
+def _dev_labels(data: str, reading: DataConfig) -> tuple[str, ...]:
+    """Return the class names of the held-out rows, in order; none where they cannot be read."""
     try:
-        return load_dev(folder, None).task.labels
+        return load_dev(data, None, reading).task.labels
     except InputError:
         return ()
 
@@ -231,15 +231,21 @@ def evaluate_checkpoint(
 
 
 def predict_file(
-    checkpoint: Checkpoint, file: str, device: torch.device, batch_size: int = 32, precision: str = "fp32"
+    checkpoint: Checkpoint,
+    file: str,
+    device: torch.device,
+    batch_size: int = 32,
+    precision: str = "fp32",
+    reading: DataConfig = DataConfig(),
 ) -> str:
     """Return the predictions for a file (`-`: standard input), a row for each of its rows.
 
-    For a TSV or JSONL of texts they are a TSV of the predicted class `label` and its `probability`, or for regression
-    `score`; for one of questions and contexts, or SQuAD's own JSON, the lines of `answers.to_jsonl`. Raises InputError.
+    For a table of texts, in which `reading` names the columns, they are a TSV of the predicted class `label` and its
+    `probability`, or for regression `score`; for one of questions and contexts, or SQuAD's own JSON, the lines of
+    `answers.to_jsonl`. Raises InputError.
     """
     task = checkpoint.task
-    examples = task.read(file)
+    examples = task.read(file, reading)
     check_pairs(checkpoint, examples, file)
     rows = task.encode(examples, checkpoint.tokenizer, checkpoint)
     return task.lines(predict(checkpoint.model, rows, batch_size, device, precision), rows, checkpoint)

@@ -1,4 +1,4 @@
-"""How a run trains, and when it is saved: its options, one line each. No torch."""
+"""What a run reads, how it trains, and when it is saved: its options, one line each. No torch."""
 
 import math
 import re
@@ -14,6 +14,45 @@ DPS_MODES = ("off", "dense", "mix")
 PRECISIONS = ("fp32", "bf16")
 CACHES = ("off", "memory", "disk", "device")
 LR_SCHEDULES = ("linear", "constant")
+
+
+@dataclass(frozen=True)
+class DataConfig(Options):
+    """Which rows and columns of one's own data are read. Raises InputError that names the option that is wrong."""
+
+    text_column: str | None = option(None, "your files: the column of the text (text)")
+    pair_column: str | None = option(None, "your files: that of a second text (text_pair, if there is one)")
+    label_column: str | None = option(None, "your files: that of the label (label)")
+    train_split: str | None = option(None, "your files: name of the file, or the Hub's split, to train on (train)")
+    dev_split: str | None = option(None, "your files: the same of the held-out rows (dev or validation)")
+    dev_share: float | None = option(
+        None, "hold out this share of the training rows, class by class (0.2 of one file)", at_least=0, at_most=1
+    )
+    split_seed: int = option(0, "of what --dev-share draws", at_least=0, at_most=2**63 - 1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        columns = self.columns.values()
+        if len(set(columns)) < len(columns):
+            raise InputError(f"--text-column, --pair-column and --label-column must differ, got {', '.join(columns)}")
+        for name in ("train_split", "dev_split"):
+            value = getattr(self, name)
+            if value is not None and not re.fullmatch(r"\w[\w.-]*", value):
+                raise InputError(
+                    f"--{name.replace('_', '-')} must be a name of letters, digits, . and -, got {value!r}"
+                )
+        if self.dev_share is not None and self.dev_split is not None:
+            raise InputError("--dev-share and --dev-split exclude each other: give one of them")
+
+    @property
+    def names_columns(self) -> bool:
+        return not (self.text_column is self.pair_column is self.label_column is None)
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The column of the file for each key of a row."""
+        own = {"text": self.text_column, "text_pair": self.pair_column, "label": self.label_column}
+        return {key: key if column is None else column for key, column in own.items()}
 
 
 @dataclass(frozen=True)

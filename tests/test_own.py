@@ -1,0 +1,215 @@
+"""Files of one's own: the same rows from every form, a file divided in two, and what is said of what was read."""
+
+import csv
+import gzip
+import io
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from progtuning.base.errors import InputError
+from progtuning.data.own import load_dev, load_own, split_rows
+from progtuning.data.tables import Example, read_table
+from progtuning.settings.train import DataConfig
+from tests.hub_server import HubServer
+from tests.test_cli import FAST, call, refused
+from tests.test_hub import run_python
+
+parquet = pytest.importorskip("pyarrow.parquet")
+pyarrow = pytest.importorskip("pyarrow")
+arrow_csv = pytest.importorskip("pyarrow.csv")
+
+TRAIN = [
+    {"text": 'the film, "good"', "label": "like"},
+    {"text": "a sad, poor cast", "label": "dislike"},
+    {"text": "nice and great", "label": "like"},
+    {"text": "awful é\u2028story", "label": "dislike"},
+]
+DEV = [{"text": "a good plot", "label": "like"}, {"text": "bad, bad", "label": "dislike"}]
+FORMS = ["csv", "tsv", "jsonl", "parquet", "csv.gz", "tsv.gz", "jsonl.gz"]
+
+
+def as_bytes(rows: list[dict], form: str) -> bytes:
+    if form.endswith(".gz"):
+        return gzip.compress(as_bytes(rows, form.removesuffix(".gz")))
+    if form == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), out := io.BytesIO())
+        return out.getvalue()
+    if form == "jsonl":
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    out = io.StringIO(newline="")
+    if form == "csv":
+        writer = csv.DictWriter(out, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        out.write("\n".join("\t".join(cells) for cells in [rows[0], *(row.values() for row in rows)]) + "\n")
+    return out.getvalue().encode()
+
+
+def error_of(call, *args, **kwargs) -> str:
+    with pytest.raises(InputError) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_folder_in_every_form_holds_the_same_rows(tmp_path, form):
+    (tmp_path / f"train.{form}").write_bytes(as_bytes(TRAIN, form))
+    (tmp_path / f"validation.{form}").write_bytes(as_bytes(DEV, form))
+    splits = load_own(tmp_path)
+    assert splits.task.labels == ("dislike", "like")
+    assert splits.train == [
+        Example(row["text"], None, int(row["label"] == "like"), str(i)) for i, row in enumerate(TRAIN)
+    ]
+    assert [(row.text, row.label) for row in splits.dev["dev"]] == [("a good plot", 1), ("bad, bad", 0)]
+    assert load_dev(tmp_path, ("dislike", "like")).dev == splits.dev
+
+
+def test_a_data_set_of_the_hub_holds_the_same_rows_and_its_numbered_classes_have_names(tmp_path):
+    feature = {"info": {"features": {"label": {"_type": "ClassLabel", "names": ["dislike", "like"]}}}}
+    files = {}
+    for split, rows in (("train", TRAIN), ("validation", DEV)):
+        table = pyarrow.Table.from_pylist([row | {"label": int(row["label"] == "like")} for row in rows])
+        table = table.replace_schema_metadata({"huggingface": json.dumps(feature)})
+        parquet.write_table(table, out := io.BytesIO())
+        files[f"data/{split}-00000-of-00001.parquet"] = out.getvalue()
+    (tmp_path / "train.csv").write_bytes(as_bytes(TRAIN, "csv"))
+    (tmp_path / "dev.csv").write_bytes(as_bytes(DEV, "csv"))
+    program = (
+        "import sys; from progtuning.data.own import load_own; a, b = map(load_own, sys.argv[1:]); "
+        "assert (a.train, a.dev, a.task.labels) == (b.train, b.dev, b.task.labels); print(a.task.name)"
+    )
+    with HubServer() as server:
+        server.add("some/opinions", files, kind="dataset")
+        done = run_python(tmp_path, "-c", program, "hub:some/opinions", tmp_path, HF_ENDPOINT=server.url)
+    assert done.stdout == "some/opinions\n", done.stderr
+
+
+def test_a_run_on_any_form_ends_with_the_same_bits(tiny_folder, tmp_path):
+    ends = set()
+    for form in ("csv", "jsonl.gz", "parquet"):
+        (tmp_path / f"opinions.{form}").write_bytes(as_bytes((TRAIN + DEV) * 4, form))
+        arguments = [
+            "--task",
+            "classification",
+            "--data",
+            tmp_path / f"opinions.{form}",
+            "--dev-share",
+            "0.5",
+            "--json",
+        ]
+        output = tmp_path / f"run.{form}"
+        status, out, err = call("train", "--model", tiny_folder, *arguments, *FAST, "--output-dir", output)
+        assert status == 0, err
+        ends.add(((output / "model.safetensors").read_bytes(), json.dumps(json.loads(out)["metrics"])))
+        same = call("evaluate", "--checkpoint", output, *arguments, "--device", "cpu")
+        assert json.loads(same[1])["metrics"] == json.loads(out)["metrics"], same[2]
+    assert len(ends) == 1
+
+
+# Line ends within a cell are those of the file: pyarrow and Python's csv agree on them.
+CELLS = st.text(st.sampled_from('ab ",\n\r\té\u2028;'), min_size=1, max_size=8)
+
+
+@given(st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=6))
+def test_csv_is_read_as_pyarrow_reads_it(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("csv") / "a.csv"
+    path.write_bytes(as_bytes([{"text": text, "text_pair": pair} for text, pair in rows], "csv"))
+    options = arrow_csv.ParseOptions(newlines_in_values=True)
+    strings = arrow_csv.ConvertOptions(
+        column_types={"text": pyarrow.string(), "text_pair": pyarrow.string()}, strings_can_be_null=False
+    )
+    expected = arrow_csv.read_csv(path, parse_options=options, convert_options=strings).to_pylist()
+    found = [{"text": row.text, "text_pair": row.text_pair} for row in read_table(path, require_label=False)[1]]
+    assert found == expected == [{"text": text, "text_pair": pair} for text, pair in rows]
+
+
+def test_an_error_in_csv_names_the_line_in_which_the_row_begins(tmp_path):
+    (path := tmp_path / "a.csv").write_text('text,label\n"two\nlines",a\nx,b,c\n')
+    assert error_of(read_table, path) == f"{path}: line 4: got 3 columns, expected 2 (text, label)"
+    path.write_text('text,label\nx,a\n"two\nlines,a\n')
+    assert error_of(read_table, path).startswith(f"{path}: line 3: got a row that is no CSV (unexpected end of data)")
+    path.write_text("text,label\nx,a\ntext,label\n")
+    assert error_of(read_table, path).startswith(f"{path}: line 3: got the header again")
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl", "parquet"])
+def test_columns_have_the_names_that_are_given_and_others_are_passed_over(tmp_path, form):
+    (path := tmp_path / f"a.{form}").write_bytes(
+        as_bytes(
+            [{"subject": row["text"], "queue": row["label"], "text": "not this", "id": "7"} for row in TRAIN], form
+        )
+    )
+    reading = DataConfig(text_column="subject", label_column="queue")
+    labels, rows = read_table(path, reading=reading)
+    assert (labels, [row.text for row in rows]) == (("dislike", "like"), [row["text"] for row in TRAIN])
+    assert rows[0].text_pair is None and rows[1].id == "1"
+    message = error_of(read_table, path)
+    assert message.startswith(f"{path}") and "expected text, label" in message
+    assert "expected topic, label" in error_of(read_table, path, reading=DataConfig(text_column="topic"))
+
+
+def test_options_of_ones_own_files_are_refused_where_they_say_nothing(tiny_folder, tmp_path):
+    assert "--text-column" in error_of(DataConfig, text_column="a", label_column="a")
+    assert "exclude each other" in error_of(DataConfig, dev_share=0.5, dev_split="test")
+    (path := tmp_path / "a.csv").write_bytes(as_bytes(TRAIN, "csv"))
+    assert "--train-split and --dev-split are for a folder" in error_of(load_own, path, DataConfig(dev_split="a"))
+    assert "has too few rows" in error_of(load_own, path, DataConfig(dev_share=1.0))
+    glue = ["--task", "sst-2", "--data", tmp_path, "--text-column", "a"]
+    assert "--text-column" in refused(*call("train", "--model", tiny_folder, *glue, "--output-dir", tmp_path / "out"))
+
+
+def test_files_that_are_broken_are_one_line(tmp_path):
+    whole = as_bytes(TRAIN, "csv.gz")
+    for content in (whole[:-12], b"text,label\n", whole[:20] + b"\0" * 30):
+        (path := tmp_path / "a.csv.gz").write_bytes(content)
+        assert error_of(read_table, path).startswith(f"{path}: cannot be read: ")
+    (path := tmp_path / "a.parquet").write_bytes(as_bytes(TRAIN, "csv"))
+    assert error_of(read_table, path).startswith(f"{path}: not a Parquet file that can be read: ")
+
+
+ROWS = st.lists(st.builds(Example, st.sampled_from("abcdefgh"), st.none(), st.integers(0, 2)), max_size=60)
+
+
+@given(ROWS, st.sampled_from([0.0, 0.1, 0.2, 0.5, 0.9]), st.integers(0, 99))
+def test_a_file_is_divided_class_by_class_and_equal_texts_are_on_one_side(rows, share, seed):
+    train, dev = split_rows(rows, share, seed)
+    assert Counter(train + dev) == Counter(rows) and (train, dev) == split_rows(rows, share, seed)
+    assert not {row.text for row in train} & {row.text for row in dev}
+    unique = [Example(str(i), None, row.label) for i, row in enumerate(rows)]
+    train, dev = split_rows(unique, share, seed)
+    wanted, kept = Counter(row.label for row in unique), Counter(row.label for row in dev)
+    assert all(kept[label] == min(round(share * count), count - 1) for label, count in wanted.items())
+    places = [unique.index(row) for row in train]
+    assert places == sorted(places)
+
+
+def test_before_training_it_is_said_what_was_read(tiny_folder, tmp_path):
+    train = [*TRAIN, {"text": " ", "label": "like"}, {"text": "good " * 30, "label": "like"}]
+    (tmp_path / "train.csv").write_bytes(as_bytes(train, "csv"))
+    (tmp_path / "dev.csv").write_bytes(as_bytes([*DEV, TRAIN[2]], "csv"))
+    arguments = ["--model", tiny_folder, "--task", "classification", "--data", tmp_path, *FAST]
+    status, _, err = call("train", *arguments, "--output-dir", tmp_path / "run")
+    assert status == 0, err
+    lines = err.splitlines()
+    start = lines.index("train: 6 rows: dislike 2, like 4")
+    assert lines[start + 1].endswith("32 the longest; 1 rows cut to --max-length 16; 1 empty texts")
+    assert lines[start + 2] == "dev: 3 rows: dislike 1, like 2"
+    assert lines[start + 4] == "  1 of its texts stand in train too"
+
+
+def test_compare_and_probe_read_a_file_by_its_columns(tiny_folder, tmp_path):
+    rows = [{"body": row["text"], "queue": row["label"]} for row in (TRAIN + DEV) * 4]
+    (tmp_path / "a.csv").write_bytes(as_bytes(rows, "csv"))
+    columns = ["--text-column", "body", "--label-column", "queue", "--dev-share", "0.5"]
+    shared = ["--model", tiny_folder, "--task", "classification", "--data", tmp_path / "a.csv", *columns]
+    shared += ["--epochs", "1", "--batch-size", "8", "--lr", "5e-3", "--device", "cpu", "--json"]
+    grid = ["--schedules", "full", "--budgets", "1", "--lrs", "5e-3", "--seeds", "1"]
+    status, out, err = call("compare", *shared, *grid, "--output-dir", tmp_path / "compare")
+    assert status == 0 and "accuracy" in out, err
+    status, out, err = call("probe", *shared, "--output-dir", tmp_path / "probe")
+    assert status == 0 and "accuracy" in out, err
