@@ -22,6 +22,15 @@ from tests.models import tiny_model  # noqa: E402
 hypothesis.settings.register_profile("seeded", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("seeded")
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite runs in a process a core where pytest-xdist is installed, chosen tests in this one."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
+    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses, config.option.dist = min(os.cpu_count(), 4), "loadfile"
+
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 WORDS = "good fine great nice bad poor awful sad film story cast plot the a was is and very not".split()
