@@ -14,6 +14,7 @@ out.
 """
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -38,6 +39,7 @@ from progtuning.report import tables
 from progtuning.report.summary import SUMMARY, read_summary
 from progtuning.run.folder import checkpoints_of
 from progtuning.run.log import LOG
+from progtuning.run.signals import StopSignals
 from progtuning.step.device import choose_device
 from progtuning.step.measure import environment
 
@@ -216,6 +218,10 @@ RUNS = {  # options of train, and the run that it stands beside
     "compile": ("--compile", "plain"),
 }
 ONLY_ON_CUDA = ("unpadded",)
+STUDIES = {"sts-b": "STS-B", "movie-reviews": None, "mrpc": "MRPC", "sst-2": "SST-2"}  # tasks, and their folders
+STUDY = "--epochs 3 --batch-size 16 --budgets 0.5 1 --lrs 5e-5 1e-4 2e-4 --seeds 5"
+STUDY += " --schedules full shrinking+cache growing+cache 2+cache 3+cache"
+TINY_STUDY = "--epochs 3 --schedules full shrinking+cache --budgets 1 --lrs 1e-4 --seeds 1"
 
 
 def steps_of(args: argparse.Namespace, work: Path) -> list[Step]:
@@ -235,6 +241,8 @@ def steps_of(args: argparse.Namespace, work: Path) -> list[Step]:
     of_cuda = [] if tiny else [f"tests/test_{name}.py" for name in ("unpad", "train", "resume", "compile")]
     tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_devices.py", *of_cuda]
     tests += ["-k", args.device]
+    if importlib.util.find_spec("xdist") and not tiny:
+        tests += ["-n", "4"]
     steps = [Step("tests", 90, tests, lambda: test_figures(args.output / "tests.log"))]
     savings = results / f"backward_savings_{args.device}_{precision}.json"
     for model, length in (("minilm-l6", 16),) if tiny else (("bert-large-uncased", 384), ("bert-base-uncased", 128)):
@@ -262,9 +270,13 @@ def steps_of(args: argparse.Namespace, work: Path) -> list[Step]:
     end_to_end += ["--runs", *dict.fromkeys(name for pair in END_TO_END for name in pair)]
     path = results / f"end_to_end_{task}_{args.device}.jsonl"
     steps.append(Step("end to end", 100, end_to_end, lambda: end_to_end_figures(path)))
-    study = [python, "-m", "progtuning", "compare", *options, "--output-dir", str(args.output / "compare"), "--resume"]
-    study += "--schedules full shrinking+cache --budgets 1 --lrs 1e-4 --seeds 1".split() if tiny else ["--jobs", "8"]
-    steps.append(Step("study", 150, study, lambda: study_figures(args.output / "compare")))
+    for name, folder in {"tiny": None}.items() if tiny else STUDIES.items():
+        rows = given if tiny else ["--model", "minilm-l6", "--task", name, "--precision", precision]
+        rows += [] if folder is None else ["--data", str(args.glue.absolute() / folder)]
+        output = args.output / "compare" / name
+        study = [python, "-m", "progtuning", "compare", *rows, *on, *(TINY_STUDY if tiny else STUDY).split()]
+        study += ["--output-dir", str(output), "--resume", "--jobs", str(1 if tiny else min(12, os.cpu_count()))]
+        steps.append(Step(f"study, {name}", 150, study, lambda output=output: study_figures(output)))
     steps.sort(key=lambda step: step.name == "compile")  # last: it takes minutes where no code is kept yet
     return [step for step in steps if not args.only or step.name in args.only]
 
@@ -310,7 +322,7 @@ def main(arguments: Sequence[str]) -> None:
         env["PROGTUNING_CACHE"] = str(args.cache.absolute())
     here = environment(choose_device(args.device))
     print(f"{here['device']} ({here['processor']}), torch {here['versions']['torch']}", flush=True)
-    with tempfile.TemporaryDirectory() as work:
+    with StopSignals(), tempfile.TemporaryDirectory() as work:
         steps = steps_of(args, Path(work))
         run(steps, args.output, args.minutes, env)
     print(table(steps, args.output))

@@ -435,6 +435,27 @@ def test_a_step_for_which_half_of_its_time_is_not_left_is_not_begun_and_a_shorte
     assert rows == [("long", gpu.NOT_BEGUN), ("short", "done")]
 
 
+def test_a_signal_that_stops_the_steps_leaves_no_process_of_theirs(tmp_path):
+    """A group of its own does not hear the signal that ends the parent: what went on took the device from others."""
+    pid = tmp_path / "pid"
+    child = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = f"""
+import sys, gpu
+from pathlib import Path
+gpu.steps_of = lambda args, work: [gpu.Step("long", 60, [sys.executable, "-c", {child!r}])]
+gpu.main(["--device", "cpu", "--output", {str(tmp_path / "out")!r}])
+"""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(gpu.ROOT), str(gpu.ROOT / "benchmarks")])}
+    run = subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.DEVNULL)
+    while not (pid.exists() and pid.read_text()):
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.terminate()
+    assert run.wait(timeout=20) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
 def test_a_rehearsal_of_two_steps_gives_their_figures_beside_the_ideal(tmp_path, capsys):
     arguments = ["--rehearse", "--device", "cpu", "--minutes", "2", "--output", str(tmp_path), "--only"]
     gpu.main([*arguments, "plain", "cache in memory"])
