@@ -84,7 +84,7 @@ def test_the_commands_run_in_order_as_they_stand(minilm, tmp_path, monkeypatch, 
             module = [sys.executable, "-m", "torch.distributed.run", *arguments]
             subprocess.run(module, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
             ran.add(program)
-    alone = {"torchrun", "plan", "paper", "train", "evaluate", "predict", "report", "probe"}
+    alone = {"torchrun", "plan", "explain", "paper", "train", "evaluate", "predict", "report", "probe"}
     assert ran == alone | {"compare", "reproduce"}
     predictions = (tmp_path / "predictions.tsv").read_text().splitlines()
     assert predictions[0] == "label\tprobability" and len(predictions) == 3

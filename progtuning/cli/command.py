@@ -9,6 +9,7 @@ from progtuning import __version__
 from progtuning.base.errors import InputError, Interrupted, RunError
 from progtuning.base.files import own_descriptor
 from progtuning.cli.compare import add_compare_options, run_compare
+from progtuning.cli.explain import add_explain_options, run_explain
 from progtuning.cli.options import (
     MODEL_HELP,
     SETTINGS,
@@ -18,12 +19,11 @@ from progtuning.cli.options import (
     add_run_options,
     add_task_options,
 )
-from progtuning.cli.plan import run_paper, run_plan, run_report
+from progtuning.cli.plan import add_plan_options, run_paper, run_plan, run_report
 from progtuning.cli.predict import run_evaluate, run_predict
 from progtuning.cli.reproduce import add_reproduce_options, run_reproduce
 from progtuning.cli.streams import fail, let_first_speak, several_processes, standard_streams
 from progtuning.cli.train import run_demo, run_probe, run_train
-from progtuning.model.config import ARCHITECTURES, HEADS
 from progtuning.settings.options import add_options, options
 from progtuning.settings.peft import PeftConfig
 from progtuning.settings.train import CheckpointConfig, DPSConfig, SquadConfig, TrainConfig
@@ -134,17 +134,14 @@ def build_parser() -> Parser:
     add_run_options(predict)
 
     plan_command = add_command(commands, "plan", run_plan, "what every stage of a run will cost; needs no weights")
-    plan_command.add_argument("--model", required=True, help=f"{', '.join(ARCHITECTURES)}, a config.json or its folder")
-    plan_command.add_argument("--length", type=int, help="tokens a sequence (128, or what the model takes)")
-    plan_command.add_argument("--labels", type=int, default=2, help="classes; 1 is regression (%(default)s)")
-    heads = [name for name in HEADS if name != "regression"]
-    plan_command.add_argument("--head", default="classification", choices=heads)
-    rows = "training rows, all of --length, for the cost of a whole run (%(default)s)"
-    plan_command.add_argument("--rows", type=int, default=10_000, help=rows)
-    planned = "schedule stages calendar budget embeddings epochs batch_size cache cache_dtype".split()
-    add_options(plan_command, TrainConfig, only=planned)
-    add_options(plan_command, PeftConfig)
+    add_plan_options(plan_command)
     plan_command.add_argument("--json", action="store_true", help="print JSON")
+
+    explain = add_command(
+        commands, "explain", run_explain, "the same as a page to study: every stage, product by product"
+    )
+    add_plan_options(explain)
+    add_explain_options(explain)
 
     paper = add_command(commands, "paper", run_paper, "the paper's Tables 2 and 3 and Figure 4 from the closed forms")
     paper.add_argument("--json", action="store_true", help="print JSON")

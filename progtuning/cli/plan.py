@@ -1,50 +1,89 @@
 """The commands `plan`, `paper` and `report`, which train nothing."""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from progtuning.base.errors import InputError
 from progtuning.base.files import check_no_input, check_output_file, made_folder, write_text
-from progtuning.cli.options import train_config
+from progtuning.cli.options import Parser, train_config
 from progtuning.cli.streams import print_json, put_line, tell
-from progtuning.cost.budget import even_forecast
+from progtuning.cost.budget import Forecast, even_forecast
 from progtuning.cost.paper import metric_cells, paper_rows
 from progtuning.cost.plan import plan, plan_calendars, plan_run
 from progtuning.methods.schedules import build_schedule
-from progtuning.model.config import ARCHITECTURES, BertConfig, sequence_head
+from progtuning.model.config import ARCHITECTURES, HEADS, BertConfig, sequence_head
 from progtuning.report import pages, tables
 from progtuning.report.summary import SUMMARY, read_worked_summary
+from progtuning.settings.options import add_options
+from progtuning.settings.peft import PeftConfig
+from progtuning.settings.train import TrainConfig
+from progtuning.stages import Schedule
+
+
+def add_plan_options(parser: Parser) -> None:
+    parser.add_argument("--model", required=True, help=f"{', '.join(ARCHITECTURES)}, a config.json or its folder")
+    parser.add_argument("--length", type=int, help="tokens a sequence (128, or what the model takes)")
+    parser.add_argument("--labels", type=int, default=2, help="classes; 1 is regression (%(default)s)")
+    heads = [name for name in HEADS if name != "regression"]
+    parser.add_argument("--head", default="classification", choices=heads)
+    rows = "training rows, all of --length, for the cost of a whole run (%(default)s)"
+    parser.add_argument("--rows", type=int, default=10_000, help=rows)
+    planned = "schedule stages calendar budget embeddings epochs batch_size cache cache_dtype".split()
+    add_options(parser, TrainConfig, only=planned)
+    add_options(parser, PeftConfig)
 
 
 def run_plan(args: argparse.Namespace) -> None:
-    config = architecture(args.model)
-    if not 1 <= args.labels <= 100_000:
-        raise InputError(f"--labels must be in 1..100000, got {args.labels}")
-    head = sequence_head(args.labels) if args.head == "classification" else args.head
-    config = config.with_head(head, tuple(f"LABEL_{i}" for i in range(args.labels)))
-    settings = train_config(args, config.num_hidden_layers)
-    schedule = build_schedule(settings, config.num_hidden_layers)
-    length = min(128, config.max_length) if args.length is None else args.length
-    document = plan(
-        config,
-        schedule,
-        settings.epochs,
-        settings.peft,
-        settings.batch_size,
-        length,
-        args.model,
-        cache_dtype=settings.cache_dtype,
-    )
-    if not 1 <= args.rows <= 10_000_000:
-        raise InputError(f"--rows must be in 1..10000000, got {args.rows}")
-    if settings.kind.is_planned:
-        of_rows = (config, args.rows, settings.batch_size, length, settings.peft, settings.cache != "off")
-        forecast = even_forecast(*of_rows)
-        document["run"] = {"rows": args.rows} | plan_run(forecast, schedule, settings.epochs, settings.budget)
-        if settings.budget is not None:
-            calendars = plan_calendars(forecast, settings.epochs, settings.budget, settings.embeddings)
-            document["calendars"] = calendars
+    asked = Asked.of(args)
+    document = asked.plan(asked.settings)
     print_json(document) if args.json else put_line(tables.plan_table(document))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The run that is planned: rows all of `length` tokens."""
+
+    model_name: str
+    config: BertConfig
+    settings: TrainConfig
+    length: int
+    rows: int
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Asked":
+        """Raises InputError that names the option where a value is out of range."""
+        config = architecture(args.model)
+        if not 1 <= args.labels <= 100_000:
+            raise InputError(f"--labels must be in 1..100000, got {args.labels}")
+        head = sequence_head(args.labels) if args.head == "classification" else args.head
+        config = config.with_head(head, tuple(f"LABEL_{i}" for i in range(args.labels)))
+        settings = train_config(args, config.num_hidden_layers)
+        if not 1 <= args.rows <= 10_000_000:
+            raise InputError(f"--rows must be in 1..10000000, got {args.rows}")
+        length = min(128, config.max_length) if args.length is None else args.length
+        return cls(args.model, config, settings, length, args.rows)
+
+    def schedule(self, settings: TrainConfig) -> Schedule:
+        return build_schedule(settings, self.config.num_hidden_layers)
+
+    def forecast(self, cache: bool) -> Forecast:
+        return even_forecast(self.config, self.rows, self.settings.batch_size, self.length, self.settings.peft, cache)
+
+    def plan(self, settings: TrainConfig) -> dict:
+        """Return the document of `plan --json` under `settings`, of the same batches and method."""
+        schedule = self.schedule(settings)
+        shape = (settings.peft, settings.batch_size, self.length)
+        document = plan(
+            self.config, schedule, settings.epochs, *shape, self.model_name, cache_dtype=settings.cache_dtype
+        )
+        if settings.kind.is_planned:
+            forecast = self.forecast(settings.cache != "off")
+            document["run"] = {"rows": self.rows} | plan_run(forecast, schedule, settings.epochs, settings.budget)
+            if settings.budget is not None:
+                calendars = plan_calendars(forecast, settings.epochs, settings.budget, settings.embeddings)
+                document["calendars"] = calendars
+        return document
 
 
 def architecture(name: str) -> BertConfig:

@@ -28,15 +28,16 @@ and Q K^T and P V likewise, with an activation on either side. The products of o
     where E is narrower than D: embeddings.project 1, N, embedding_size, D
 
 What needs a gradient is not written down for each method and stage but derived: `_Trace` runs the model over symbols,
-in bert.py's order, and passes on from each operation to the next whether autograd would track its result. So the
-lowest active block needs no input gradient for its query, key and value; with LoRA on query and value alone it needs
-none for K either; and blocks below the boundary cost input gradients exactly where E trains beneath them.
+in bert.py's order, and passes on from each operation to the next whether autograd would track its result, as the name
+of the lowest parameter for whose sake it would. So the lowest active block needs no input gradient for its query, key
+and value; with LoRA on query and value alone it needs none for K either; and blocks below the boundary cost input
+gradients exactly where E trains beneath them.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import prod
 
 from progtuning.base.checks import check_choice, check_number
@@ -68,6 +69,10 @@ class Unit:
     @property
     def num_trainable(self) -> int:
         return sum(prod(self.shapes[name]) for name in self.trainable)
+
+    def first_trained(self, *names: str) -> str:
+        """Return the first of these parameters that trains, by its name in the whole model; "" where none does."""
+        return next((self.prefix + name for name in names if name in self.trainable), "")
 
 
 @dataclass(frozen=True)
@@ -239,8 +244,9 @@ class Matmul:
     m: int
     k: int
     n: int
-    input_grad: bool  # dX = dY W^T
-    weight_grad: bool  # dW = X^T dY; of the right-hand activation in Q K^T and P V
+    # Each is the lowest parameter for whose sake the gradient is computed, "" where it is not.
+    input_grad: str  # dX = dY W^T
+    weight_grad: str  # dW = X^T dY; of the right-hand activation in Q K^T and P V
 
     @property
     def forward_flops(self) -> int:
@@ -248,7 +254,7 @@ class Matmul:
 
     @property
     def backward_flops(self) -> int:
-        return self.forward_flops * (self.input_grad + self.weight_grad)
+        return self.forward_flops * (bool(self.input_grad) + bool(self.weight_grad))
 
 
 @dataclass(eq=False)
@@ -256,7 +262,7 @@ class _Symbol:
     """A tensor of the forward pass. Of a parameter the size is 0: its bytes are counted as a parameter's."""
 
     size: int  # elements
-    grad: bool  # whether autograd tracks it
+    grad: str  # the lowest parameter for whose sake autograd tracks it, "" where it does not
     base: "_Symbol | None" = None  # the tensor whose memory this one is a view of
 
 
@@ -268,11 +274,18 @@ class _Trace:
         self.mask_itemsize = mask_itemsize
         self.matmuls: list[Matmul] = []
         self.kept: dict[_Symbol, int] = {}  # bytes
+        self.ends: list[int] = []  # how many of `kept` there are after E and after each block
 
     @property
     def flops(self) -> tuple[int, int]:
         """FLOPs of the forward and of the backward pass."""
         return sum(one.forward_flops for one in self.matmuls), sum(one.backward_flops for one in self.matmuls)
+
+    @property
+    def kept_by_unit(self) -> list[int]:
+        """Bytes that autograd keeps in E, each block and H. A tensor that two units need is counted in the lower."""
+        sizes = list(self.kept.values())
+        return [sum(sizes[begin:end]) for begin, end in pairwise([0, *self.ends, len(sizes)])]
 
     def model(self, model: Units) -> "_Trace":
         self.head(model.head, self.prefix(model.embeddings, model.blocks))
@@ -280,12 +293,14 @@ class _Trace:
 
     def prefix(self, embeddings: Unit, blocks: Iterable[Unit]) -> _Symbol:
         x = self.embeddings(embeddings)
+        self.ends.append(len(self.kept))
         for unit in blocks:
             x = self.block(unit, x)
+            self.ends.append(len(self.kept))
         return x
 
     def embeddings(self, unit: Unit) -> _Symbol:
-        tables = any(name.endswith("_embeddings.weight") for name in unit.trainable)
+        tables = unit.first_trained(*(name for name in unit.shapes if name.endswith("_embeddings.weight")))
         x = _Symbol(self.batch * self.length * self.config.embedding_width, tables)  # look-ups multiply nothing
         x = self.dropout(self.layer_norm(unit, "LayerNorm", x), self.config.hidden_dropout_prob)
         return self.linear(unit, "project", x) if "project.weight" in unit.shapes else x
@@ -327,12 +342,13 @@ class _Trace:
 
     def linear(self, unit: Unit, name: str, x: _Symbol) -> _Symbol:
         n, k = unit.shapes[f"{name}.weight"]
-        weight = _Symbol(0, f"{name}.weight" in unit.trainable)
+        weight = _Symbol(0, unit.first_trained(f"{name}.weight"))
         y = self.matmul(unit.prefix + name, x, weight, 1, x.size // k, k, n)
-        y.grad |= f"{name}.bias" in unit.trainable
+        y.grad = y.grad or unit.first_trained(f"{name}.bias")
         if f"{name}.lora_A.weight" in unit.shapes:  # W x + (alpha / r) B A x
             low = self.linear(unit, f"{name}.lora_A", self.dropout(x, self.peft.lora_dropout))
-            y.grad |= self.linear(unit, f"{name}.lora_B", low).grad
+            up = self.linear(unit, f"{name}.lora_B", low)
+            y.grad = y.grad or up.grad
         return y
 
     def matmul(self, name: str, x: _Symbol, w: _Symbol, count: int, m: int, k: int, n: int) -> _Symbol:
@@ -348,19 +364,19 @@ class _Trace:
         return y
 
     def layer_norm(self, unit: Unit, name: str, x: _Symbol) -> _Symbol:
-        y = _Symbol(x.size, x.grad or not unit.trainable.isdisjoint((f"{name}.weight", f"{name}.bias")))
+        y = _Symbol(x.size, x.grad or unit.first_trained(f"{name}.weight", f"{name}.bias"))
         self.keep(x, y.grad)
         (width,) = unit.shapes[f"{name}.weight"]
-        self.keep(_Symbol(2 * x.size // width, False), y.grad)  # a token's mean and 1 / deviation
+        self.keep(_Symbol(2 * x.size // width, ""), y.grad)  # a token's mean and 1 / deviation
         return y
 
     def dropout(self, x: _Symbol, probability: float) -> _Symbol:
         if probability == 0:
             return x
-        self.keep(_Symbol(x.size, False), x.grad, self.mask_itemsize)
+        self.keep(_Symbol(x.size, ""), x.grad, self.mask_itemsize)
         return _Symbol(x.size, x.grad)
 
-    def keep(self, x: _Symbol, needed: bool, itemsize: int = _FP32) -> None:
+    def keep(self, x: _Symbol, needed: str, itemsize: int = _FP32) -> None:
         if needed:
             x = x.base or x
             self.kept[x] = x.size * itemsize
@@ -431,11 +447,14 @@ def stage_bytes(
 
 
 def bytes_of(active: Units, trace: _Trace) -> dict[str, int]:
+    return state_bytes(active) | {"activation_bytes": sum(trace.kept.values())}
+
+
+def state_bytes(active: Unit | Units) -> dict[str, int]:
     return {
         "parameter_bytes": active.num_parameters * _FP32,
         "gradient_bytes": active.num_trainable * _FP32,
         "optimizer_bytes": (2 * active.num_trainable + len(active.trainable)) * _FP32,
-        "activation_bytes": sum(trace.kept.values()),
     }
 
 

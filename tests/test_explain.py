@@ -1,0 +1,241 @@
+"""The page of `progtuning explain`: its numbers against `plan --json`, and in a real Chromium how it is laid out."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from progtuning.cli.command import build_parser, main
+from progtuning.cli.explain import explained_document
+from progtuning.cli.plan import Asked
+from progtuning.cost.closed_form import units
+from progtuning.report.explained import explained_page
+from progtuning.stages import EMBEDDING_POLICIES
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+RUNS = {
+    "shrinking": ["--batch-size", "8"],
+    "lora": ["--peft", "lora", "--lora-targets", "value,output", "--length", "32"],
+    "adapters": ["--peft", "adapter", "--adapter-embedding-layer-norm", "--schedule", "growing", "--cache", "memory"],
+    "biases": ["--peft", "bitfit", "--calendar", "0:2,4:1,12:1", "--head", "question-answering"],
+    "spafit": ["--peft", "spafit", "--schedule", "without-low-blocks", "--embeddings", "always"],
+    "adaptive": ["--schedule", "adaptive"],
+}
+
+
+MODEL = ["--model", "bert-base-uncased", "--rows", "200"]
+
+
+def asked(*options):
+    return build_parser().parse_args(["explain", *MODEL, *options, "-o", "page.html"])
+
+
+def planned(capsys, *options) -> dict:
+    assert main(["plan", *MODEL, *options, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+def test_the_document_has_the_plan_of_each_policy_and_its_units_add_up_to_it(options, capsys):
+    document = explained_document(Asked.of(asked(*options)))
+    for policy in EMBEDDING_POLICIES:
+        explained, plan = document["policies"][policy], planned(capsys, *options, "--embeddings", policy)
+        assert explained["plan"] == plan
+        for stage, planned_stage in zip(explained["stages"], plan["stages"], strict=True):
+            parts = [document["units"][number] for number in stage["units"]]
+            assert len(parts) == plan["num_blocks"] + 2
+            for key in ("forward_flops", "trainable_parameters", "activation_bytes", "gradient_bytes"):
+                assert sum(part[key] for part in parts) == planned_stage[key]
+            for key in ("optimizer_bytes", "parameter_bytes"):
+                assert sum(part[key] for part in parts) == planned_stage[key]
+            backward = sum(part["input_flops"] + part["weight_flops"] for part in parts)
+            assert backward == planned_stage["backward_flops"]
+            assert stage["of_full"]["backward_flops"] == planned_stage["share_of_full"]
+
+
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+def test_a_gradient_is_for_the_lowest_parameter_that_trains_below_it_and_none_where_none_does(options):
+    run = Asked.of(asked(*options))
+    document = explained_document(run)
+    for (stage, _), explained in zip(
+        run.schedule(run.settings).planned, document["policies"][run.settings.embeddings]["stages"]
+    ):
+        trained = [bool(unit.trainable) for unit in units(run.config, run.settings.peft).during(stage)]
+        lowest = trained.index(True)
+        where = "E" if lowest == 0 else "H" if lowest == len(trained) - 1 else f"block {lowest}"
+        for number, part in enumerate(document["units"][one] for one in explained["units"]):
+            for product in part["products"]:
+                if number > lowest:
+                    assert product["input"] and product["input_why"].startswith(f"for {where}, ")
+                elif number < lowest:
+                    assert not product["input"] and not product["weight"] and part["state"] == "cut"
+                    assert product["input_why"] == "nothing below it trains"
+
+
+def test_a_frozen_weight_is_frozen_by_the_stage_or_by_the_method():
+    document = explained_document(Asked.of(asked(*RUNS["lora"])))
+    last = document["policies"]["never"]["stages"][-1]["units"]
+    for number, block in ((1, "frozen in this stage"), (12, "it trains")):
+        why = {one["name"]: one["weight_why"] for one in document["units"][last[number]]["products"]}
+        assert why["attention.self.value.lora_A"] == block and why["attention.self.key"] == "lora never trains it"
+
+
+def test_a_page_has_at_most_200_stages_and_its_text_cannot_end_the_script(tmp_path, capsys):
+    output = tmp_path / "new" / "page.html"
+    command = ["explain", *MODEL, "-o", str(output)]
+    assert main([*command, "--stages", "201"]) == 2 and not output.exists()
+    assert "--schedule shrinking must have at most 200 stages for a page, got 201" in capsys.readouterr().err
+    document = explained_document(Asked.of(asked())) | {"model": "</script><b>"}
+    assert explained_page(document).count("</script>") == 2
+    assert main(command) == 0 and output.stat().st_size < 100_000
+    assert not re.search(r"https?:|src=|@import|url\(", output.read_text(encoding="utf-8"))
+
+
+# What is looked at in each state of the page: its numbers, what lies over another text, what is cut off.
+PROBE = """
+<script>
+const shown = (node) => !node.parentElement.closest(".hidden, script, style, noscript, [hidden]");
+const lookAt = () => {
+  const found = { numbers: [], loose: [], overlaps: [], cut: [], width: document.documentElement.scrollWidth };
+  for (const one of document.querySelectorAll("data"))
+    found.numbers.push([one.dataset.path, one.value, one.textContent]);
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), rects = [];
+  for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+    if (!node.textContent.trim() || !shown(node)) continue;
+    const parent = node.parentElement, range = document.createRange();
+    if (parent.closest("td") && /[0-9]/.test(node.textContent) && !parent.closest("data, .why"))
+      found.loose.push(node.textContent);
+    let box = parent;
+    while (/inline$|contents/.test(getComputedStyle(box).display)) box = box.parentElement;
+    const limit = box.getBoundingClientRect(), scrolls = parent.closest("#stairs");
+    range.selectNodeContents(node);
+    for (const rect of range.getClientRects()) {
+      if (rect.width < 1 || getComputedStyle(parent.closest("thead") ?? parent).clipPath !== "none") continue;
+      rects.push([node, rect]);
+      const across = rect.left >= limit.left - 1 && rect.right <= limit.right + 1;
+      const inside = across && rect.top >= limit.top - 3 && rect.bottom <= limit.bottom + 3;
+      if (!inside || (!scrolls && (rect.left < 0 || rect.right > innerWidth))) found.cut.push(node.textContent.trim());
+    }
+  }
+  rects.sort((a, b) => a[1].top - b[1].top);
+  rects.forEach(([node, a], i) => {
+    for (let j = i + 1; j < rects.length && rects[j][1].top < a.bottom - 3; j++) {
+      const [other, b] = rects[j];
+      if (other !== node && Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1)
+        found.overlaps.push([node.textContent.trim(), other.textContent.trim()]);
+    }
+  });
+  return found;
+};
+(async () => {
+  const report = { inner: innerWidth, states: [], keys: [] };
+  for (const policy of names)
+    for (let stage = 1; stage <= doc.policies[policy].stages.length; stage += STEP)
+      for (const unit of stage % 2 ? [1, blocks + 1] : [0, blocks]) {
+        Object.assign(state, { policy, stage, unit });
+        render();
+        report.states.push({ policy, stage, unit, ...lookAt() });
+      }
+  report.scrolls = byId("stairs").scrollWidth > byId("stairs").clientWidth;
+  Object.assign(state, { policy: names[0], stage: 1, unit: 1 });
+  render();
+  const keys = ["next ArrowRight", "stairs-1 ArrowRight", "stairs-1 ArrowLeft", "stairs-1 ArrowUp"];
+  for (const [id, key] of keys.map((one) => one.split(" "))) {
+    byId(id).focus();
+    const done = new Promise((resolve) => addEventListener("hashchange", resolve, { once: true }));
+    document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+    await done;
+    report.keys.push([location.hash, byId("stage").textContent, document.activeElement.id]);
+  }
+  const named = (one) => one.textContent.trim() || one.labels?.length || one.ariaLabel || one.ariaLabelledByElements;
+  const acting = [...document.querySelectorAll("button, a, input, [role=region]")];
+  report.nameless = acting.filter((one) => !named(one)).length;
+  parent.postMessage(JSON.stringify(report), "*");
+})();
+</script>
+"""
+# A window of a browser has a least width, a frame has none.
+FRAME = """<!doctype html><iframe src="page.html" style="border: 0; width: WIDTHpx; height: 900px"></iframe>
+<script>
+addEventListener("message", (event) => {
+  document.body.innerHTML = `<pre>${btoa(unescape(encodeURIComponent(event.data)))}</pre>`;
+});
+</script>
+"""
+
+
+def look(folder: Path, document: dict, width: int, every: int = 1) -> dict:
+    """Return what the probe finds in the page at a width, in every policy, every so many stages, and two units."""
+    page = explained_page(document).replace("</body>", PROBE.replace("STEP", str(every)) + "</body>")
+    (folder / "page.html").write_text(page, encoding="utf-8")
+    frame = folder / "frame.html"
+    frame.write_text(FRAME.replace("WIDTH", str(width)), encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    flags += "--disable-component-update --disable-sync --window-size=1400,1000 --virtual-time-budget=10000 --dump-dom"
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={folder / 'profile'}", frame.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search("<pre>(.*?)</pre>", done.stdout)
+    assert found, done.stderr[-2000:]
+    return json.loads(base64.b64decode(found[1]))
+
+
+def of_text(text: str) -> float:
+    """Return the number that a text such as "178.8 G" or "1.5 MiB" says."""
+    number, _, unit = text.replace(",", "").partition(" ")
+    base = 1024 if unit.endswith("B") else 1000
+    return float(number) * base ** " kMGTPE".replace("k", "K").index(
+        (unit[:1].upper() if unit not in ("", "B") else " ")
+    )
+
+
+def check_states(report: dict, document: dict, width: int) -> None:
+    assert report["inner"] == width and report["nameless"] == 0
+    for state in report["states"]:
+        where = {key: state[key] for key in ("policy", "stage", "unit")}
+        assert state["width"] <= width, where
+        assert [state["cut"], state["overlaps"], state["loose"]] == [[], [], []], where
+        for path, value, text in state["numbers"]:
+            known = document
+            for key in path.split("/"):
+                known = known[int(key)] if isinstance(known, list) else known[key]
+            assert float(value) == known, (where, path)
+            assert of_text(text) == pytest.approx(known, rel=6e-4, abs=0.006 if known < 10 else 0), (where, path, text)
+
+
+@in_chromium
+@pytest.mark.parametrize("width", [360, 1280])
+def test_in_a_browser_every_number_is_the_documents_and_no_text_is_cut_off_or_lies_over_another(width, tmp_path):
+    document = explained_document(Asked.of(asked("--batch-size", "8")))
+    report = look(tmp_path, document, width)
+    assert len(report["states"]) == 3 * 3 * 2 and not report["scrolls"]
+    check_states(report, document, width)
+    shown = {path for state in report["states"] for path, *_ in state["numbers"]}
+    for policy in EMBEDDING_POLICIES:
+        for i, stage in enumerate(document["policies"][policy]["plan"]["stages"]):
+            keys = stage.keys() - {"stage", "active_blocks", "embeddings", "share_of_full", "gradient_sum_bytes"}
+            assert {f"policies/{policy}/plan/stages/{i}/{key}" for key in keys} <= shown
+
+
+@in_chromium
+def test_in_a_browser_24_stages_of_lora_scroll_in_the_staircase_alone(tmp_path):
+    document = explained_document(Asked.of(asked("--epochs", "24", "--peft", "lora")))
+    report = look(tmp_path, document, 360, every=23)
+    assert report["scrolls"]
+    check_states(report, document, 360)
+
+
+@in_chromium
+def test_in_a_browser_arrow_keys_step_through_stages_and_units_and_keep_the_focus(tmp_path):
+    report = look(tmp_path, explained_document(Asked.of(asked())), 1280, every=3)
+    assert report["keys"] == [
+        ["#with-block-1/2/1", "Stage 2 of 3", "next"],
+        ["#with-block-1/3/1", "Stage 3 of 3", "stairs-1"],
+        ["#with-block-1/2/1", "Stage 2 of 3", "stairs-1"],
+        ["#with-block-1/2/2", "Stage 2 of 3", "stairs-2"],
+    ]
