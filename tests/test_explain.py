@@ -5,20 +5,23 @@ import json
 import re
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from progtuning.cli.command import build_parser, main
-from progtuning.cli.explain import explained_document
+from progtuning.cli.explain import document_of_run, explained_document
 from progtuning.cli.plan import Asked
 from progtuning.cost.closed_form import units
-from progtuning.report.explained import explained_page
+from progtuning.report.explained import explained_page, thinned
 from progtuning.stages import EMBEDDING_POLICIES
+from tests.test_cli import FAST, call, refused
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
+PLANNED = ("parameter", "gradient", "optimizer", "activation")
 RUNS = {
     "shrinking": ["--batch-size", "8"],
     "lora": ["--peft", "lora", "--lora-targets", "value,output", "--length", "32"],
@@ -114,9 +117,11 @@ const lookAt = () => {
     let box = parent;
     while (/inline$|contents/.test(getComputedStyle(box).display)) box = box.parentElement;
     const limit = box.getBoundingClientRect(), scrolls = parent.closest("#stairs");
+    const right = scrolls?.getBoundingClientRect().right;
     range.selectNodeContents(node);
     for (const rect of range.getClientRects()) {
       if (rect.width < 1 || getComputedStyle(parent.closest("thead") ?? parent).clipPath !== "none") continue;
+      if (scrolls && rect.right > right) continue;  // scrolled out of sight
       rects.push([node, rect]);
       const across = rect.left >= limit.left - 1 && rect.right <= limit.right + 1;
       const inside = across && rect.top >= limit.top - 3 && rect.bottom <= limit.bottom + 3;
@@ -180,9 +185,82 @@ def look(folder: Path, document: dict, width: int, every: int = 1) -> dict:
     flags += "--disable-component-update --disable-sync --window-size=1400,1000 --virtual-time-budget=10000 --dump-dom"
     command = [CHROMIUM, *flags.split(), f"--user-data-dir={folder / 'profile'}", frame.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    found = re.search("<pre>(.*?)</pre>", done.stdout)
+    found = re.search("<pre>([A-Za-z0-9+/=]+)</pre>", done.stdout)
     assert found, done.stderr[-2000:]
     return json.loads(base64.b64decode(found[1]))
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_folder, tiny_task, tmp_path_factory) -> Path:
+    """The output folder of a run of adapters under a calendar."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    options = ["--model", tiny_folder, "--task", "classification", "--data", tiny_task, "--peft", "adapter"]
+    options += ["--calendar", "0:1,2:1,3:2", "--adapter-size", "4", "--matmul-peak", "1", "--output-dir", folder]
+    status, _, err = call("train", *options, *FAST, "--epochs", "1")
+    assert status == 0, err
+    return folder
+
+
+def of_run(folder: Path) -> dict:
+    """Return the document of a run's page."""
+    return document_of_run(folder, build_parser().parse_args(["explain", "--run", str(folder), "-o", "page.html"]))
+
+
+def test_a_runs_page_has_its_own_plan_and_beside_the_ideal_what_its_summary_and_log_say(run_folder, capsys):
+    summary = json.loads((run_folder / "summary.json").read_text())
+    document, counts = of_run(run_folder), summary["stages"]
+    length = round(sum(one["slots"] for one in counts) / sum(one["examples"] for one in counts))
+    options = ["--model", str(run_folder), "--calendar", "0:1,2:1,3:2", "--peft", "adapter", "--adapter-size", "4"]
+    options += ["--batch-size", "8", "--length", str(length), "--rows", "320", "--epochs", "1", "--json"]
+    assert main(["plan", *options]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert document["policies"]["with-block-1"]["plan"] == plan | {"model": summary["model"]}
+    first, *_ = stages = document["run"]["stages"]
+    assert [one["steps"] for one in stages] == [one["steps"] for one in counts]
+    for shown, stage, planned_stage in zip(stages, counts, plan["stages"], strict=True):
+        assert shown["seconds"] == pytest.approx(sum(stage["seconds"].values()) / stage["steps"])
+        assert shown["tokens_per_second"] == stage["speed"]["tokens_per_second"]
+        assert shown["share_of_peak"] == stage["speed"]["share_of_matmul_peak"]
+        assert shown["peak_bytes"] == stage["peak_bytes"]
+        ideal = (stage["forward_flops"] + stage["backward_flops"]) / stage["steps"]
+        ideal /= (counts[0]["forward_flops"] + counts[0]["backward_flops"]) / counts[0]["steps"]
+        assert shown["ideal_seconds"] == pytest.approx(first["seconds"] * ideal)
+        assert shown["ideal_tokens_per_second"] == pytest.approx(first["tokens_per_second"] / ideal)
+        assert shown["planned_bytes"] == sum(planned_stage[f"{key}_bytes"] for key in PLANNED)
+    log = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert document["run"]["losses"] == [(row["step"], row["loss"]) for row in log if "loss" in row]
+    assert document["run"]["metrics"] == summary["metrics"]
+
+
+def test_a_long_loss_is_thinned_by_its_means():
+    points = thinned([(step, float(step)) for step in range(1, 1001)])
+    assert len(points) == 334 and points[:2] == [(3, 2.0), (6, 5.0)] and points[-1] == (1000, 1000.0)
+
+
+def test_what_is_no_run_or_has_no_log_is_refused_and_so_is_a_run_with_another_model(run_folder, tmp_path):
+    output = ("-o", tmp_path / "page.html")
+    assert "explain needs --model, or --run" in refused(*call("explain", *output))
+    line = refused(*call("explain", "--run", run_folder, "--model", "x", "--epochs", "2", "--peft", "lora", *output))
+    assert "--run has a model and options of its own: leave out --model, --epochs, --peft" in line
+    assert "summary.json: cannot be read" in refused(*call("explain", "--run", tmp_path, *output))
+    assert "same file as the input" in refused(*call("explain", "--run", run_folder, "-o", run_folder / "summary.json"))
+    bad = tmp_path / "bad"
+    shutil.copytree(run_folder, bad)
+    for text, message in (
+        ('{"step": 1}\n', "no row has a loss"),
+        ("[]\n5\n", "expected a JSON object a line"),
+        ('{"step": 0, "loss": 1}\n', "metrics.jsonl: step must be an integer"),
+        ('{"step": 1, "loss": NaN}\n', "metrics.jsonl: loss must be a number"),
+    ):
+        (bad / "metrics.jsonl").write_text(text)
+        assert message in refused(*call("explain", "--run", bad, *output))
+    (bad / "metrics.jsonl").unlink()
+    assert "metrics.jsonl: cannot be read" in refused(*call("explain", "--run", bad, *output))
+    summary = json.loads((bad / "summary.json").read_text())
+    for settings in ({"epochs": "3"}, {"peft": {"method": "adapter", "lora_targets": 5}}, {"calendar": 5}):
+        (bad / "summary.json").write_text(json.dumps(summary | {"settings": summary["settings"] | settings}))
+        assert "settings is not what train writes" in refused(*call("explain", "--run", bad, *output))
+    assert not (tmp_path / "page.html").exists()
 
 
 def of_text(text: str) -> float:
@@ -203,16 +281,22 @@ def check_states(report: dict, document: dict, width: int) -> None:
         for path, value, text in state["numbers"]:
             known = document
             for key in path.split("/"):
-                known = known[int(key)] if isinstance(known, list) else known[key]
+                known = known[int(key)] if isinstance(known, (list, tuple)) else known[key]
             assert float(value) == known, (where, path)
             assert of_text(text) == pytest.approx(known, rel=6e-4, abs=0.006 if known < 10 else 0), (where, path, text)
 
 
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """What is seen of BERT-base's three stages at a width, looked at once: (report, document)."""
+    document = explained_document(Asked.of(asked("--batch-size", "8")))
+    return cache(lambda width: (look(tmp_path_factory.mktemp("page"), document, width), document))
+
+
 @in_chromium
 @pytest.mark.parametrize("width", [360, 1280])
-def test_in_a_browser_every_number_is_the_documents_and_no_text_is_cut_off_or_lies_over_another(width, tmp_path):
-    document = explained_document(Asked.of(asked("--batch-size", "8")))
-    report = look(tmp_path, document, width)
+def test_in_a_browser_every_number_is_the_documents_and_no_text_is_cut_off_or_lies_over_another(width, seen):
+    report, document = seen(width)
     assert len(report["states"]) == 3 * 3 * 2 and not report["scrolls"]
     check_states(report, document, width)
     shown = {path for state in report["states"] for path, *_ in state["numbers"]}
@@ -223,17 +307,25 @@ def test_in_a_browser_every_number_is_the_documents_and_no_text_is_cut_off_or_li
 
 
 @in_chromium
+def test_in_a_browser_a_runs_page_shows_every_number_of_the_run(run_folder, tmp_path):
+    document = of_run(run_folder)
+    report = look(tmp_path, document, 360)
+    check_states(report, document, 360)
+    shown = {path for path, *_ in report["states"][0]["numbers"] if path.startswith("run/stages/1/")}
+    assert {path.split("/")[3] for path in shown} == document["run"]["stages"][1].keys() - {"stage", "trains", "end"}
+
+
+@in_chromium
 def test_in_a_browser_24_stages_of_lora_scroll_in_the_staircase_alone(tmp_path):
     document = explained_document(Asked.of(asked("--epochs", "24", "--peft", "lora")))
-    report = look(tmp_path, document, 360, every=23)
+    report = look(tmp_path, document, 360, every=24)
     assert report["scrolls"]
     check_states(report, document, 360)
 
 
 @in_chromium
-def test_in_a_browser_arrow_keys_step_through_stages_and_units_and_keep_the_focus(tmp_path):
-    report = look(tmp_path, explained_document(Asked.of(asked())), 1280, every=3)
-    assert report["keys"] == [
+def test_in_a_browser_arrow_keys_step_through_stages_and_units_and_keep_the_focus(seen):
+    assert seen(1280)[0]["keys"] == [
         ["#with-block-1/2/1", "Stage 2 of 3", "next"],
         ["#with-block-1/3/1", "Stage 3 of 3", "stairs-1"],
         ["#with-block-1/2/1", "Stage 2 of 3", "stairs-1"],

@@ -140,7 +140,7 @@ def build_parser() -> Parser:
     explain = add_command(
         commands, "explain", run_explain, "the same as a page to study: every stage, product by product"
     )
-    add_plan_options(explain)
+    add_plan_options(explain, needs_model=False)
     add_explain_options(explain)
 
     paper = add_command(commands, "paper", run_paper, "the paper's Tables 2 and 3 and Figure 4 from the closed forms")

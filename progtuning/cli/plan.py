@@ -21,8 +21,9 @@ from progtuning.settings.train import TrainConfig
 from progtuning.stages import Schedule
 
 
-def add_plan_options(parser: Parser) -> None:
-    parser.add_argument("--model", required=True, help=f"{', '.join(ARCHITECTURES)}, a config.json or its folder")
+def add_plan_options(parser: Parser, needs_model: bool = True) -> None:
+    help = f"{', '.join(ARCHITECTURES)}, a config.json or its folder"
+    parser.add_argument("--model", required=needs_model, help=help)
     parser.add_argument("--length", type=int, help="tokens a sequence (128, or what the model takes)")
     parser.add_argument("--labels", type=int, default=2, help="classes; 1 is regression (%(default)s)")
     heads = [name for name in HEADS if name != "regression"]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from progtuning.base.checks import INFINITY, check_number
 from progtuning.base.errors import InputError, RunError
 
 RUN, LOG, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
@@ -74,6 +75,26 @@ class RunLog:
         if self._file:
             with suppress(OSError):  # what could not be written has been told of
                 self._file.close()
+
+
+def read_log(folder: Path) -> list[dict]:
+    """Return the rows of a run's log that have a loss. Raises InputError that names the file where there are none."""
+    path = folder / LOG
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError:
+        rows = [None]
+    if not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path}: expected a JSON object a line")
+    rows = [row for row in rows if "loss" in row]
+    for row in rows:
+        check_number(f"{path}: step", row.get("step"), int, low=1)
+        check_number(f"{path}: loss", row["loss"], float, low=-INFINITY)
+    if not rows:
+        raise InputError(f"{path}: no row has a loss, expected the log of a run of train")
+    return rows
 
 
 def warn(text: str) -> None:
