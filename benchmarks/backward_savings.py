@@ -38,7 +38,7 @@ from progtuning.model.config import ARCHITECTURES, BertConfig
 from progtuning.report import pictures, tables
 from progtuning.settings.peft import PeftConfig
 from progtuning.stages import EMBEDDING_POLICIES, Stage, make_schedule
-from progtuning.step.device import autocast, choose_device
+from progtuning.step.device import choose_device, forward_pass
 from progtuning.step.optim import build_optimizer
 
 METHODS = {
@@ -116,7 +116,7 @@ class Group:
         self.engine.prefix_dropout = not form.cached
         self.engine.train().enter(self.stage(form))
         if form.cached:
-            with autocast(self.device, self.precision):
+            with forward_pass(self.device, self.precision):
                 self.states = self.engine.prefix(self.input_ids)
 
     def loss(self, form: Form) -> Tensor:

@@ -239,7 +239,7 @@ def steps_of(args: argparse.Namespace, work: Path) -> list[Step]:
     options = f"--epochs 3 --lr 1e-4 --precision {precision} {'--batch-size 8' if tiny else ''}".split()
     options += [*given, *on]
     of_cuda = [] if tiny else [f"tests/test_{name}.py" for name in ("unpad", "train", "resume", "compile")]
-    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_devices.py", *of_cuda]
+    tests = [python, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/test_devices.py", *of_cuda]
     tests += ["-k", args.device]
     if importlib.util.find_spec("xdist") and not tiny:
         tests += ["-n", "4"]
@@ -254,6 +254,10 @@ def steps_of(args: argparse.Namespace, work: Path) -> list[Step]:
     text = "--model minilm-l6 --length 16 --rounds 1 --steps 1 --without-lora" if tiny else "--rounds 5 --steps 5"
     peers = results / f"peers_{args.device}_{precision}.json"
     steps.append(Step("peers", 60, script("peers", f"{text} --output {results}"), lambda: peers_figures(peers)))
+    models = "minilm-l6 --length 16 --batch-size 4" if tiny else "bert-base-uncased bert-large-uncased"
+    text = f"--models {models} --variants plain {'' if tiny else 'unpadded nested cudnn '}checkpointed --rounds 2"
+    text += f" --steps {1 if tiny else 3} --paddings 0 0.1 0.2 0.4 --output {results}"
+    steps.append(Step("options", 60, script("step_options", text)))
     for name, (more, beside) in RUNS.items():
         if args.device == "cpu" and name in ONLY_ON_CUDA:
             continue

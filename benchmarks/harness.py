@@ -30,7 +30,7 @@ from progtuning.report.summary import Speed
 from progtuning.report.tables import PHASES
 from progtuning.settings.train import PRECISIONS
 from progtuning.step import measure
-from progtuning.step.device import autocast, choose_device
+from progtuning.step.device import choose_device, forward_pass
 from progtuning.step.measure import Clock, peak_bytes, reset_peak_bytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -126,7 +126,7 @@ def speed(timing: Timing, batch: int, tokens: int, slots: int, flops: int | None
 
 def train_step(variant: Variant, clock: Clock, device: torch.device, precision: str) -> None:
     """One step: forward, backward, and as "optimizer" the clipping, the update and the release of the gradients."""
-    with clock.phase("forward"), autocast(device, precision):
+    with clock.phase("forward"), forward_pass(device, precision):
         loss = variant.loss()
     with clock.phase("backward"):
         loss.backward()
@@ -155,7 +155,7 @@ def count_flops(variant: Variant, device: torch.device, precision: str) -> tuple
     variant.enter()
     forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH):
-        with forward, autocast(device, precision):
+        with forward, forward_pass(device, precision):
             loss = variant.loss()
         with backward:
             loss.backward()
@@ -178,7 +178,7 @@ def saved_for_backward(variant: Variant, device: torch.device, precision: str) -
             kept[storage.data_ptr()] = storage  # holding it keeps the address from being used again
         return tensor.detach()  # with its node, the graph would hold itself in memory
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(device, precision):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), forward_pass(device, precision):
         variant.loss()
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -189,7 +189,7 @@ def attention_backend(variant: Variant, device: torch.device, precision: str) ->
     A fused kernel is a node of its own in the graph; without one it is "math", two products and a softmax.
     """
     variant.enter()
-    with autocast(device, precision):
+    with forward_pass(device, precision):
         loss = variant.loss()
     seen, stack = set(), [loss.grad_fn]
     while stack:

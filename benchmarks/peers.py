@@ -38,7 +38,7 @@ from progtuning.report import tables
 from progtuning.report.summary import Speed
 from progtuning.settings.peft import PeftConfig
 from progtuning.stages import Stage, make_schedule
-from progtuning.step.device import autocast, choose_device
+from progtuning.step.device import choose_device, forward_pass
 from progtuning.step.optim import build_optimizer
 
 SETTINGS = ("model", "batch_size", "length", "padding", "precision", "stages_of", "steps")  # options
@@ -108,7 +108,7 @@ def _cached(engine: StageEngine, stage: Stage, batch: Batch, precision: str) -> 
 
     def enter() -> None:
         engine.train().enter(stage)
-        with autocast(batch.input_ids.device, precision):
+        with forward_pass(batch.input_ids.device, precision):
             kept[:] = [engine.prefix(batch.input_ids, batch.mask)]
 
     def loss() -> Tensor:

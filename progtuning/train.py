@@ -25,7 +25,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from progtuning.engine import StageEngine
 from progtuning.stages import Schedule, Stage
-from progtuning.step.device import autocast
+from progtuning.step.device import forward_pass
 from progtuning.step.loader import Loader, Piece, to_device
 
 if TYPE_CHECKING:  # what the loop is given, it does not import
@@ -119,7 +119,7 @@ class Trainer:
             inputs, labels = to_device(tensors, device)
             self.ledger.count(rows, inputs["input_ids"].shape[1])
             with self.replica.reducing(last=number == len(pieces)):
-                with clock.phase("forward"), autocast(device, self.precision):
+                with clock.phase("forward"), forward_pass(device, self.precision):
                     outputs = self.replica(**inputs, rows=rows)
                     loss = self.loss(outputs, labels, inputs.get("attention_mask")) * weight
                 with clock.phase("backward"):

@@ -375,10 +375,9 @@ BAD_OPTIONS = {
     "bounds": (["--peft", "spafit", "--spafit-bounds", "3,2"], "--spafit-bounds must be 4-9 or 4-14, or N1,N2 with"),
     "high bounds": (["--peft", "spafit", "--spafit-bounds", "3,5"], "0 <= N1 <= N2 <= 4, got '3,5'"),
     "two sizes": (["--batch-tokens", "64"], "--batch-size and --batch-tokens exclude each other"),
-    "unpadded in fp32": (["--unpadded"], "--unpadded needs --precision bf16"),
     "unpadded on a CPU": (
-        ["--unpadded", "--precision", "bf16"],
-        "--unpadded needs CUDA and PyTorch 2.10 or later, got cpu",
+        ["--unpadded"],
+        "--unpadded needs CUDA, got cpu",
     ),
     "cache": (["--cache", "ram"], "--cache must be one of off, memory, disk, device, got 'ram'"),
     "cache and dropout": (["--cache", "disk", "--prefix-dropout"], "leave out --prefix-dropout"),

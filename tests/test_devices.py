@@ -20,7 +20,9 @@ from progtuning.run.build import build_trainer
 from progtuning.run.state import load_state_dict, state_dict
 from progtuning.settings.peft import PeftConfig
 from progtuning.settings.train import DPSConfig
+from progtuning.speed.checkpointing import checkpoint_blocks
 from progtuning.stages import Stage
+from progtuning.step.device import forward_pass
 from progtuning.step.loader import to_device
 from progtuning.train import Trainer
 from tests.models import gradients, tiny_batch, tiny_model
@@ -39,6 +41,7 @@ RUNS = {  # 9 steps: 24 rows in batches of 8, 3 epochs
     "DPS mix": {"dps": DPSConfig("mix", update_ratio=0.23)},
     "cache in memory": {"cache": "memory"},
     "cache on the device": {"cache": "device"},
+    "checkpointed blocks": {"checkpoint_activations": True},
     **{name: {"peft": peft} for name, peft in PEFT.items()},
 }
 
@@ -115,6 +118,33 @@ def test_without_dropout_the_losses_are_those_of_the_cpu_within_a_thousandth(nam
     changes = RUNS[name] | ({"peft": replace(PEFT[name], lora_dropout=0.0)} if name in PEFT else {})
     expected = losses(trainer(torch.device("cpu"), dropout=0.0, **changes))
     assert losses(trainer(device, dropout=0.0, **changes)) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["shrinking", "growing", "DPS mix", "LoRA", "adapter"])
+def test_a_run_with_checkpointed_blocks_ends_as_one_without_bit_for_bit_and_counts_what_ran_again(name, device):
+    plain, checkpointed = (trainer(device, checkpoint_activations=value, **RUNS[name]) for value in (False, True))
+    for run in (plain, checkpointed):
+        run.fit()
+    expected, found = (weights(run.engine.model) for run in (plain, checkpointed))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    for ours, theirs in zip(checkpointed.ledger.costs, plain.ledger.costs, strict=True):
+        again = ours.backward_flops - theirs.backward_flops
+        assert ours.forward_flops == theirs.forward_flops and 0 < again < ours.forward_flops
+
+
+def test_a_checkpointed_block_runs_again_by_the_kernels_of_its_forward_pass():
+    """PyTorch takes cuDNN's attention where it may, and its backward pass does not fit what another kernel kept."""
+    taken = []
+    model = tiny_model()
+    for block in model.encoder.layer:
+        block.register_forward_pre_hook(lambda *_: taken.append(torch.backends.cuda.cudnn_sdp_enabled()))
+        block.attention.register_forward_pre_hook(lambda *_: taken.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    checkpoint_blocks(model)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with forward_pass(torch.device("cpu"), "fp32"):
+        output = model(**tiny_batch(model.config))
+    output.sum().backward()
+    assert len(taken) == 3 * model.num_blocks and not any(taken) and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("place", ["memory", "disk", "device"])

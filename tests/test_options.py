@@ -119,7 +119,6 @@ PATHS = [
 OTHER_VALUE = {int: "4", float: "0.25", bool: None}  # than any default
 OTHER_TEXT = {"cache_limit": "2GB", "peft/spafit_bounds": "1,2", "peft/lora_targets": "output"}
 OTHER_TEXT |= {"stages": "5", "calendar": "0:2,4:1"}
-WITH = {"unpadded": ["--precision", "bf16"]}
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +140,7 @@ def test_every_setting_has_an_option_of_train_that_sets_it_and_by_which_a_refuse
         words = [word.replace("--", "--no-") if one.default else word]
     else:
         words = [word, text]
-    found = train_config(train_parser.parse_args([*TRAIN, *words, *WITH.get(path, [])]), num_blocks=12)
+    found = train_config(train_parser.parse_args([*TRAIN, *words]), num_blocks=12)
     for inner in outer:
         found = getattr(found, inner)
     assert getattr(found, name) != one.default

@@ -19,7 +19,7 @@ from progtuning.cli.options import (
     add_run_options,
     add_task_options,
 )
-from progtuning.cli.plan import add_plan_options, run_paper, run_plan, run_report
+from progtuning.cli.plan import add_memory_options, add_plan_options, run_paper, run_plan, run_report
 from progtuning.cli.predict import run_evaluate, run_predict
 from progtuning.cli.reproduce import add_reproduce_options, run_reproduce
 from progtuning.cli.streams import fail, let_first_speak, several_processes, standard_streams
@@ -135,6 +135,7 @@ def build_parser() -> Parser:
 
     plan_command = add_command(commands, "plan", run_plan, "what every stage of a run will cost; needs no weights")
     add_plan_options(plan_command)
+    add_memory_options(plan_command)
     plan_command.add_argument("--json", action="store_true", help="print JSON")
 
     explain = add_command(

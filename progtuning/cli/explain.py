@@ -51,8 +51,12 @@ def explained_document(asked: Asked) -> dict:
     if (count := len(asked.schedule(settings).stages)) > MAX_STAGES:
         raise InputError(f"{settings.named_schedule} must have at most {MAX_STAGES} stages for a page, got {count}")
     shape = (settings.batch_size, asked.length)
-    full = plan(config, make_schedule("full", config.num_hidden_layers, 1), 1, settings.peft, *shape)["stages"][0]
-    explained = Explained(config, settings.peft, asked.forecast(cache=False), settings.epochs, full)
+    full = plan(
+        config, make_schedule("full", config.num_hidden_layers, 1), 1, settings.peft, *shape, kernels=asked.kernels
+    )
+    full = full["stages"][0]
+    forecast = asked.forecast(cache=False)
+    explained = Explained(config, settings.peft, forecast, settings.epochs, full, asked.kernels)
     policies = {}
     for policy in EMBEDDING_POLICIES:
         under = replace(settings, embeddings=policy)

@@ -1,7 +1,7 @@
 """The commands `plan`, `paper` and `report`, which train nothing."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from progtuning.base.errors import InputError
@@ -9,6 +9,7 @@ from progtuning.base.files import check_no_input, check_output_file, made_folder
 from progtuning.cli.options import Parser, train_config
 from progtuning.cli.streams import print_json, put_line, tell
 from progtuning.cost.budget import Forecast, even_forecast
+from progtuning.cost.closed_form import ON_CPU, ON_CUDA, Kernels
 from progtuning.cost.paper import metric_cells, paper_rows
 from progtuning.cost.plan import plan, plan_calendars, plan_run
 from progtuning.methods.schedules import build_schedule
@@ -17,7 +18,7 @@ from progtuning.report import pages, tables
 from progtuning.report.summary import SUMMARY, read_worked_summary
 from progtuning.settings.options import add_options
 from progtuning.settings.peft import PeftConfig
-from progtuning.settings.train import TrainConfig
+from progtuning.settings.train import TrainConfig, parse_size
 from progtuning.stages import Schedule
 
 
@@ -30,9 +31,17 @@ def add_plan_options(parser: Parser, needs_model: bool = True) -> None:
     parser.add_argument("--head", default="classification", choices=heads)
     rows = "training rows, all of --length, for the cost of a whole run (%(default)s)"
     parser.add_argument("--rows", type=int, default=10_000, help=rows)
-    planned = "schedule stages calendar budget embeddings epochs batch_size cache cache_dtype".split()
-    add_options(parser, TrainConfig, only=planned)
+    planned = "schedule stages calendar budget embeddings epochs batch_size precision cache cache_dtype"
+    add_options(parser, TrainConfig, only=planned.split())
     add_options(parser, PeftConfig)
+    text = "whose kernels the bytes of a step are of (%(default)s)"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=text)
+
+
+def add_memory_options(parser: Parser) -> None:
+    add_options(parser, TrainConfig, only=["checkpoint_activations"])
+    text = "say the largest batch that fits into so many GB, or with a unit: 16GiB"
+    parser.add_argument("--memory", metavar="SIZE", help=text)
 
 
 def run_plan(args: argparse.Namespace) -> None:
@@ -50,6 +59,8 @@ class Asked:
     settings: TrainConfig
     length: int
     rows: int
+    kernels: Kernels
+    memory: int | None  # bytes
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Asked":
@@ -63,20 +74,30 @@ class Asked:
         if not 1 <= args.rows <= 10_000_000:
             raise InputError(f"--rows must be in 1..10000000, got {args.rows}")
         length = min(128, config.max_length) if args.length is None else args.length
-        return cls(args.model, config, settings, length, args.rows)
+        memory = getattr(args, "memory", None)
+        memory = None if memory is None else parse_size("--memory", memory)
+        return cls(args.model, config, settings, length, args.rows, kernels_of(args, settings), memory)
 
     def schedule(self, settings: TrainConfig) -> Schedule:
         return build_schedule(settings, self.config.num_hidden_layers)
 
     def forecast(self, cache: bool) -> Forecast:
-        return even_forecast(self.config, self.rows, self.settings.batch_size, self.length, self.settings.peft, cache)
+        of_rows = (self.config, self.rows, self.settings.batch_size, self.length, self.settings.peft)
+        return even_forecast(*of_rows, cache, self.settings.checkpoint_activations)
 
     def plan(self, settings: TrainConfig) -> dict:
         """Return the document of `plan --json` under `settings`, of the same batches and method."""
         schedule = self.schedule(settings)
         shape = (settings.peft, settings.batch_size, self.length)
         document = plan(
-            self.config, schedule, settings.epochs, *shape, self.model_name, cache_dtype=settings.cache_dtype
+            self.config,
+            schedule,
+            settings.epochs,
+            *shape,
+            self.model_name,
+            cache_dtype=settings.cache_dtype,
+            kernels=self.kernels,
+            memory=self.memory,
         )
         if settings.kind.is_planned:
             forecast = self.forecast(settings.cache != "off")
@@ -85,6 +106,14 @@ class Asked:
                 calendars = plan_calendars(forecast, settings.epochs, settings.budget, settings.embeddings)
                 document["calendars"] = calendars
         return document
+
+
+def kernels_of(args: argparse.Namespace, settings: TrainConfig) -> Kernels:
+    """Return what the bytes of a step depend on beside its shapes."""
+    if args.device == "cpu" and settings.precision != "fp32":
+        raise InputError(f"--precision {settings.precision}: plan knows the bytes of it on CUDA alone: --device cuda")
+    kernels = ON_CPU if args.device == "cpu" else ON_CUDA[settings.precision]
+    return replace(kernels, checkpointed=settings.checkpoint_activations)
 
 
 def architecture(name: str) -> BertConfig:

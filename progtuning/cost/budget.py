@@ -42,6 +42,7 @@ class Forecast:
     batches: Callable[[int], Sequence[Sequence[Piece]]]
     steps_per_epoch: int
     keeper: Sequence[int] | None = None
+    checkpointed: bool = False  # blocks, in full fine-tuning too
     _epochs: dict[int, Sequence[Sequence[Piece]]] = field(default_factory=dict)
 
     def flops(self, schedule: Schedule, num_steps: int) -> int:
@@ -73,7 +74,7 @@ class Forecast:
         """Return the FLOPs of a step of a stage that keeps `kept`, and keep in `levels` what its passes make."""
         total = 0
         for process, rows, length in self._batch(step):
-            total += _step(self.config, self.peft, stage, len(rows), length)
+            total += _step(self.config, self.peft, stage, len(rows), length, self.checkpointed)
             for row in rows if kept and self.keeper is not None else ():
                 found = levels.get((min(kept), process, row), 0)
                 total -= _prefix(self.config, self.peft, found, length)
@@ -92,11 +93,17 @@ class Forecast:
 
 
 def even_forecast(
-    config: BertConfig, rows: int, batch: int, length: int, peft: PeftConfig = PLAIN, cache: bool = False
+    config: BertConfig,
+    rows: int,
+    batch: int,
+    length: int,
+    peft: PeftConfig = PLAIN,
+    cache: bool = False,
+    checkpointed: bool = False,
 ) -> Forecast:
     """Return the forecast of a run of one process whose `rows` all have `length` tokens."""
     batches = [[Piece(0, range(first, min(first + batch, rows)), length)] for first in range(0, rows, batch)]
-    return Forecast(config, peft, lambda epoch: batches, len(batches), [0] * rows if cache else None)
+    return Forecast(config, peft, lambda epoch: batches, len(batches), [0] * rows if cache else None, checkpointed)
 
 
 def _spans(schedule: Schedule, num_steps: int) -> Iterator[tuple[Stage, range]]:
@@ -119,8 +126,8 @@ def _cut(config: BertConfig, peft: PeftConfig, stage: Stage) -> int | None:
 
 
 @lru_cache(maxsize=4096)
-def _step(config: BertConfig, peft: PeftConfig, stage: Stage, rows: int, length: int) -> int:
-    return sum(step_flops(config, _active(config, peft, stage), peft, rows, length))
+def _step(config: BertConfig, peft: PeftConfig, stage: Stage, rows: int, length: int, checkpointed: bool) -> int:
+    return sum(step_flops(config, _active(config, peft, stage), peft, rows, length, checkpointed))
 
 
 @lru_cache(maxsize=4096)

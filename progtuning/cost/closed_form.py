@@ -27,6 +27,9 @@ and Q K^T and P V likewise, with an activation on either side. The products of o
     adapters after either output.dense: adapter.down 1, N, D, A and adapter.up 1, N, A, D
     where E is narrower than D: embeddings.project 1, N, embedding_size, D
 
+Where the activations of a block are checkpointed (torch.utils.checkpoint), autograd keeps its input alone, and the
+backward pass runs the products of each block that it crosses forward once more.
+
 What needs a gradient is not written down for each method and stage but derived: `_Trace` runs the model over symbols,
 in bert.py's order, and passes on from each operation to the next whether autograd would track its result, as the name
 of the lowest parameter for whose sake it would. So the lowest active block needs no input gradient for its query, key
@@ -259,27 +262,55 @@ class Matmul:
 
 @dataclass(eq=False)
 class _Symbol:
-    """A tensor of the forward pass. Of a parameter the size is 0: its bytes are counted as a parameter's."""
+    """A tensor of the forward pass."""
 
     size: int  # elements
     grad: str  # the lowest parameter for whose sake autograd tracks it, "" where it does not
     base: "_Symbol | None" = None  # the tensor whose memory this one is a view of
+    itemsize: int = _FP32
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a device and its kernels keep for the backward pass, and whether blocks are checkpointed."""
+
+    itemsize: int = _FP32  # of what matrix products take and give: 2 under bf16 autocast, which also holds cast weights
+    mask_itemsize: int = _FP32  # of dropout's masks: floats on a CPU, bools on CUDA
+    fused: bool = False  # attention keeps Q, K, V, its result and a log-sum-exp a query, not the probabilities
+    checkpointed: bool = False  # --checkpoint-activations
+
+
+ON_CPU = Kernels()  # math attention, as PyTorch takes where attention drops out
+ON_CUDA = {"fp32": Kernels(mask_itemsize=1, fused=True), "bf16": Kernels(itemsize=2, mask_itemsize=1, fused=True)}
 
 
 class _Trace:
     """A forward pass over symbols. It notes every matrix product, and what autograd keeps for the backward pass."""
 
-    def __init__(self, config: BertConfig, peft: PeftConfig, batch: int, length: int, mask_itemsize: int):
-        self.config, self.peft, self.batch, self.length = config, peft, batch, length
-        self.mask_itemsize = mask_itemsize
+    def __init__(self, config: BertConfig, peft: PeftConfig, batch: int, length: int, kernels: Kernels = ON_CPU):
+        self.config, self.peft, self.batch, self.length, self.kernels = config, peft, batch, length, kernels
         self.matmuls: list[Matmul] = []
-        self.kept: dict[_Symbol, int] = {}  # bytes
+        self.kept: dict[_Symbol, int] = {}  # bytes, of whole tensors
         self.ends: list[int] = []  # how many of `kept` there are after E and after each block
+        self.again: list[Matmul] = []  # those that the backward pass runs forward once more
+        self.kept_again = 0  # bytes that the largest checkpointed block keeps while it runs again
 
     @property
     def flops(self) -> tuple[int, int]:
         """FLOPs of the forward and of the backward pass."""
-        return sum(one.forward_flops for one in self.matmuls), sum(one.backward_flops for one in self.matmuls)
+        backward = sum(one.backward_flops for one in self.matmuls) + sum(one.forward_flops for one in self.again)
+        return sum(one.forward_flops for one in self.matmuls), backward
+
+    @property
+    def kept_bytes(self) -> int:
+        """The most that autograd holds at a time."""
+        return sum(self.kept.values()) + self.kept_again
+
+    @property
+    def working_bytes(self) -> int:
+        tokens, workspaces = self.batch * self.length, 64 * 2**20 if self.kernels.fused else 0
+        widened = 2 * self.config.intermediate_size * self.kernels.itemsize
+        return tokens * (widened + 6 * self.config.hidden_size * _FP32) + workspaces
 
     @property
     def kept_by_unit(self) -> list[int]:
@@ -295,7 +326,7 @@ class _Trace:
         x = self.embeddings(embeddings)
         self.ends.append(len(self.kept))
         for unit in blocks:
-            x = self.block(unit, x)
+            x = self.checkpointed_block(unit, x) if self.kernels.checkpointed else self.block(unit, x)
             self.ends.append(len(self.kept))
         return x
 
@@ -305,6 +336,16 @@ class _Trace:
         x = self.dropout(self.layer_norm(unit, "LayerNorm", x), self.config.hidden_dropout_prob)
         return self.linear(unit, "project", x) if "project.weight" in unit.shapes else x
 
+    def checkpointed_block(self, unit: Unit, x: _Symbol) -> _Symbol:
+        kept, before = dict(self.kept), len(self.matmuls)
+        y = self.block(unit, x)
+        if y.grad:
+            kept[x] = x.size * x.itemsize
+            self.kept_again = max(self.kept_again, sum(size for one, size in self.kept.items() if one not in kept))
+            self.kept = kept
+            self.again += self.matmuls[before:]
+        return y
+
     def block(self, unit: Unit, x: _Symbol) -> _Symbol:
         config, s = self.config, self.length
         heads = self.batch * config.num_attention_heads
@@ -312,9 +353,16 @@ class _Trace:
         query = self.linear(unit, "attention.self.query", x)
         key = self.linear(unit, "attention.self.key", x)
         value = self.linear(unit, "attention.self.value", x)
-        scores = self.matmul(f"{unit.prefix}Q K^T", query, key, heads, s, width, s)
-        probabilities = self.dropout(self.elementwise("softmax", scores), config.attention_probs_dropout_prob)
-        context = self.matmul(f"{unit.prefix}P V", probabilities, value, heads, s, s, width)
+        scores = self.product(f"{unit.prefix}Q K^T", query, key, heads, s, width, s)
+        if self.kernels.fused:
+            context = self.product(f"{unit.prefix}P V", scores, value, heads, s, s, width)
+            for one in (query, key, value, context, _Symbol(heads * s, "")):
+                self.keep(one, context.grad)
+        else:
+            self.keep_factors(query, key)
+            probabilities = self.dropout(self.elementwise("softmax", scores), config.attention_probs_dropout_prob)
+            context = self.product(f"{unit.prefix}P V", probabilities, value, heads, s, s, width)
+            self.keep_factors(probabilities, value)
         x = self.output(unit, "attention.output", context, x, config.attention_dropout_prob)
         widened = self.elementwise(config.hidden_act, self.linear(unit, "intermediate.dense", x))
         return self.output(unit, "output", widened, x, config.hidden_dropout_prob)
@@ -324,12 +372,13 @@ class _Trace:
         if f"{name}.adapter.down.weight" in unit.shapes:
             down = self.linear(unit, f"{name}.adapter.down", x)
             up = self.linear(unit, f"{name}.adapter.up", self.elementwise(self.peft.adapter_activation, down))
-            x = _Symbol(x.size, x.grad or up.grad)
-        return self.layer_norm(unit, f"{name}.LayerNorm", _Symbol(x.size, x.grad or residual.grad))
+            x = self.sum(x, up)
+        return self.layer_norm(unit, f"{name}.LayerNorm", self.sum(x, residual))
 
     def head(self, unit: Unit, x: _Symbol) -> None:
         config, dropout = self.config, self.config.head_dropout_prob
-        first = _Symbol(self.batch * config.hidden_size, x.grad, base=x)  # of each sequence its first token
+        # Of each sequence its first token.
+        first = _Symbol(self.batch * config.hidden_size, x.grad, base=x, itemsize=x.itemsize)
         if config.head is not None and HEADS[config.head].per_token:
             self.linear(unit, HEADS[config.head].layer, self.dropout(x, dropout))
         elif config.has_pooler:
@@ -342,8 +391,10 @@ class _Trace:
 
     def linear(self, unit: Unit, name: str, x: _Symbol) -> _Symbol:
         n, k = unit.shapes[f"{name}.weight"]
-        weight = _Symbol(0, unit.first_trained(f"{name}.weight"))
-        y = self.matmul(unit.prefix + name, x, weight, 1, x.size // k, k, n)
+        weight = self.weight(n * k, unit.first_trained(f"{name}.weight"))
+        taken = self.cast(x)
+        y = self.product(unit.prefix + name, taken, weight, 1, x.size // k, k, n)
+        self.keep_factors(taken, weight)
         y.grad = y.grad or unit.first_trained(f"{name}.bias")
         if f"{name}.lora_A.weight" in unit.shapes:  # W x + (alpha / r) B A x
             low = self.linear(unit, f"{name}.lora_A", self.dropout(x, self.peft.lora_dropout))
@@ -351,21 +402,23 @@ class _Trace:
             y.grad = y.grad or up.grad
         return y
 
-    def matmul(self, name: str, x: _Symbol, w: _Symbol, count: int, m: int, k: int, n: int) -> _Symbol:
+    def product(self, name: str, x: _Symbol, w: _Symbol, count: int, m: int, k: int, n: int) -> _Symbol:
         self.matmuls.append(Matmul(name, count, m, k, n, input_grad=x.grad, weight_grad=w.grad))
+        return _Symbol(count * m * n, x.grad or w.grad, itemsize=self.kernels.itemsize)
+
+    def keep_factors(self, x: _Symbol, w: _Symbol) -> None:
         self.keep(w, x.grad)  # dX = dY W^T
         self.keep(x, w.grad)  # dW = X^T dY
-        return _Symbol(count * m * n, x.grad or w.grad)
 
     def elementwise(self, name: str, x: _Symbol) -> _Symbol:
         """A function whose derivative is taken from its result (softmax, tanh, relu) or from its input (gelu)."""
-        y = _Symbol(x.size, x.grad)
+        y = _Symbol(x.size, x.grad, itemsize=x.itemsize)
         self.keep(x if name.startswith("gelu") else y, x.grad)
         return y
 
     def layer_norm(self, unit: Unit, name: str, x: _Symbol) -> _Symbol:
         y = _Symbol(x.size, x.grad or unit.first_trained(f"{name}.weight", f"{name}.bias"))
-        self.keep(x, y.grad)
+        self.keep(self.cast(x, _FP32), y.grad)
         (width,) = unit.shapes[f"{name}.weight"]
         self.keep(_Symbol(2 * x.size // width, ""), y.grad)  # a token's mean and 1 / deviation
         return y
@@ -373,21 +426,33 @@ class _Trace:
     def dropout(self, x: _Symbol, probability: float) -> _Symbol:
         if probability == 0:
             return x
-        self.keep(_Symbol(x.size, ""), x.grad, self.mask_itemsize)
-        return _Symbol(x.size, x.grad)
+        self.keep(_Symbol(x.size, "", itemsize=self.kernels.mask_itemsize), x.grad)
+        return _Symbol(x.size, x.grad, itemsize=x.itemsize)
 
-    def keep(self, x: _Symbol, needed: str, itemsize: int = _FP32) -> None:
+    def weight(self, size: int, grad: str) -> _Symbol:
+        """A weight as a product takes it: the parameter, whose bytes are counted as such, or its copy in bf16."""
+        return _Symbol(0 if self.kernels.itemsize == _FP32 else size, grad, itemsize=self.kernels.itemsize)
+
+    def sum(self, x: _Symbol, y: _Symbol) -> _Symbol:
+        return _Symbol(x.size, x.grad or y.grad, itemsize=max(x.itemsize, y.itemsize))
+
+    def cast(self, x: _Symbol, itemsize: int | None = None) -> _Symbol:
+        """Autocast copies what an operation takes, each time anew, where it is not of its dtype."""
+        itemsize = itemsize or self.kernels.itemsize
+        return x if x.itemsize == itemsize else _Symbol(x.size, x.grad, itemsize=itemsize)
+
+    def keep(self, x: _Symbol, needed: str) -> None:
         if needed:
             x = x.base or x
-            self.kept[x] = x.size * itemsize
+            self.kept[x] = x.size * x.itemsize
 
 
 def run_trace(
-    config: BertConfig, model: Units, peft: PeftConfig, batch: int, length: int, mask_itemsize: int = _FP32
+    config: BertConfig, model: Units, peft: PeftConfig, batch: int, length: int, kernels: Kernels = ON_CPU
 ) -> _Trace:
     check_number("--batch-size", batch, int, low=1)
     check_number("--length", length, int, low=1, high=config.max_length)
-    return _Trace(config, peft, batch, length, mask_itemsize).model(model)
+    return _Trace(config, peft, batch, length, kernels).model(model)
 
 
 def matmuls(config: BertConfig, stage: Stage, peft: PeftConfig, batch: int, length: int) -> tuple[Matmul, ...]:
@@ -408,9 +473,14 @@ def backward_flops(config: BertConfig, stage: Stage, peft: PeftConfig, batch: in
     return step_flops(config, units(config, peft).during(stage), peft, batch, length)[1]
 
 
-def step_flops(config: BertConfig, active: Units, peft: PeftConfig, batch: int, length: int) -> tuple[int, int]:
-    """Return the FLOPs of the forward and of the backward pass of a step in which `active` train."""
-    return run_trace(config, active, peft, batch, length).flops
+def step_flops(
+    config: BertConfig, active: Units, peft: PeftConfig, batch: int, length: int, checkpointed: bool = False
+) -> tuple[int, int]:
+    """Return the FLOPs of the forward and of the backward pass of a step in which `active` train.
+
+    With `checkpointed` blocks the backward pass has another forward pass of each that it crosses.
+    """
+    return run_trace(config, active, peft, batch, length, Kernels(checkpointed=checkpointed)).flops
 
 
 def prefix_flops(config: BertConfig, peft: PeftConfig, num_blocks: int, batch: int, length: int) -> int:
@@ -419,7 +489,7 @@ def prefix_flops(config: BertConfig, peft: PeftConfig, num_blocks: int, batch: i
     The backward pass has none there, as the cache keeps what is frozen alone.
     """
     model = units(config, peft)
-    trace = _Trace(config, peft, batch, length, _FP32)
+    trace = _Trace(config, peft, batch, length)
     trace.prefix(model.embeddings, model.blocks[:num_blocks])
     return trace.flops[0]
 
@@ -428,26 +498,46 @@ def prefix_flops(config: BertConfig, peft: PeftConfig, num_blocks: int, batch: i
 
 
 def stage_bytes(
-    config: BertConfig, stage: Stage, peft: PeftConfig, batch: int, length: int, mask_itemsize: int = _FP32
+    config: BertConfig, stage: Stage, peft: PeftConfig, batch: int, length: int, kernels: Kernels = ON_CPU
 ) -> dict[str, int]:
-    """Return what fp32 training with AdamW keeps in memory during `stage`, in bytes.
+    """Return what training with AdamW keeps in memory during `stage`, in bytes: weights and moments are fp32.
 
     parameter_bytes    every parameter, frozen or not
     gradient_bytes     one element for each that trains
     optimizer_bytes    AdamW's two moments for each that trains, and its step count, one fp32 scalar for each tensor
     activation_bytes   the floating-point tensors that autograd keeps from the forward to the backward pass, those of
-                       bert.py in train mode with math attention, which PyTorch takes on a CPU wherever attention drops
-                       out. Fused attention does not keep the (B, H, S, S) probabilities, and autocast and torch.compile
-                       keep other tensors: there, measure. What the loss keeps, and int64 indices, are left out.
+                       bert.py in train mode by the `kernels` given. What the loss keeps, and int64 indices, are left
+                       out; torch.compile keeps other tensors. Of checkpointed blocks it is their inputs, and what the
+                       largest keeps while it runs again.
+    working_bytes      a bound of what the backward pass of a block works with: two tensors of (B, S, F) and six fp32 of
+                       (B, S, D); on CUDA the workspaces of its libraries too, 64 MiB
 
-    `mask_itemsize` is the size of an element of a dropout mask: 4 on a CPU, where it is a float, 1 on CUDA, a bool.
+    The sum is a bound of a step's peak: while gradients are made, activations are given back. What PyTorch has not
+    allocated, as CUDA's context, is not in it.
     """
     active = units(config, peft).during(stage)
-    return bytes_of(active, run_trace(config, active, peft, batch, length, mask_itemsize))
+    return bytes_of(active, run_trace(config, active, peft, batch, length, kernels))
+
+
+def largest_batch(
+    config: BertConfig, active: Units, peft: PeftConfig, length: int, kernels: Kernels, memory: int
+) -> int:
+    """Return the most rows of `length` tokens whose step takes at most `memory` bytes (`stage_bytes`), 0 for none."""
+
+    def fits(batch: int) -> bool:
+        return sum(bytes_of(active, run_trace(config, active, peft, batch, length, kernels)).values()) <= memory
+
+    low, high = 0, 1
+    while high <= 2**24 and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def bytes_of(active: Units, trace: _Trace) -> dict[str, int]:
-    return state_bytes(active) | {"activation_bytes": sum(trace.kept.values())}
+    return state_bytes(active) | {"activation_bytes": trace.kept_bytes, "working_bytes": trace.working_bytes}
 
 
 def state_bytes(active: Unit | Units) -> dict[str, int]:

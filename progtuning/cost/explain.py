@@ -7,7 +7,7 @@ up; a test holds that the units add up to the plan's totals.
 from dataclasses import replace
 
 from progtuning.cost.budget import Forecast
-from progtuning.cost.closed_form import Matmul, Unit, Units, prefix_flops, run_trace, state_bytes, units
+from progtuning.cost.closed_form import Kernels, Matmul, Unit, Units, prefix_flops, run_trace, state_bytes, units
 from progtuning.cost.plan import plan_run
 from progtuning.model.config import BertConfig
 from progtuning.model.names import prefix_of, unit_of
@@ -17,6 +17,7 @@ from progtuning.stages import Schedule
 # Of a plan's stage, what is compared with the first stage of full fine-tuning.
 COMPARED = (
     "forward_flops backward_flops trainable_parameters parameter_bytes gradient_bytes optimizer_bytes activation_bytes"
+    " working_bytes step_bytes"
 ).split()
 
 
@@ -26,8 +27,11 @@ class Explained:
     Most units do the same in many stages, so that a unit stands in a list once and stages refer to it.
     """
 
-    def __init__(self, config: BertConfig, peft: PeftConfig, forecast: Forecast, num_epochs: int, full: dict):
+    def __init__(
+        self, config: BertConfig, peft: PeftConfig, forecast: Forecast, num_epochs: int, full: dict, kernels: Kernels
+    ):
         """`full` is the only stage of the plan of full fine-tuning by the same method, `forecast` has no cache."""
+        self.kernels = kernels
         self.config, self.peft, self.forecast, self.num_epochs, self.full = config, peft, forecast, num_epochs, full
         self.model = units(config, peft)
         self._numbers: dict[str, int] = {}  # repr of a unit's document -> where it stands in `units`
@@ -62,7 +66,7 @@ class Explained:
         return number
 
     def _units(self, active: Units, batch: int, length: int) -> list[dict]:
-        trace = run_trace(self.config, active, self.peft, batch, length)
+        trace = run_trace(self.config, active, self.peft, batch, length, self.kernels)
         names = [unit_of(one.name) for one in trace.matmuls]
         return [
             self._unit(unit, whole, [one for one, name in zip(trace.matmuls, names) if prefix_of(name) == unit.prefix])

@@ -5,14 +5,17 @@ from itertools import product
 
 from progtuning.cost.budget import Forecast
 from progtuning.cost.closed_form import (
+    ON_CPU,
     PLAIN,
-    backward_flops,
+    Kernels,
     bytes_of,
     bytes_of_sums,
     cache_bytes,
     kept_levels,
+    largest_batch,
     planned_updates,
     run_trace,
+    step_flops,
     units,
 )
 from progtuning.model.config import BertConfig, sequence_head
@@ -32,13 +35,16 @@ def plan(
     model_name: str = "",
     tokens: int | None = None,
     cache_dtype: str = "fp32",
+    kernels: Kernels = ON_CPU,
+    memory: int | None = None,
 ) -> dict:
     """Return the document that `progtuning plan --json` prints: what every stage of a run costs.
 
-    FLOPs and bytes are those of one training step over (batch, length) tokens; the cache holds `tokens` tokens, one
-    batch where None. Of a schedule that decides while it trains, the plan is the most that it can cost: its
-    first stage throughout, with the sums by which it decides, and the cache of its furthest. The baseline, "full", is
-    plain fine-tuning by the same method: every block and E in every epoch.
+    FLOPs and bytes are those of one training step over (batch, length) tokens by the `kernels` given; the cache holds
+    `tokens` tokens, one batch where None. With `memory`, in bytes, each stage has the largest batch whose step fits.
+    Of a schedule that decides while it trains, the plan is the most that it can cost: its first stage throughout, with
+    the sums by which it decides, and the cache of its furthest. The baseline, "full", is plain fine-tuning by the same
+    method: every block and E in every epoch.
     A config that names no head is given a classification head. Raises InputError where an argument is out of range.
     """
     if config.head is None:
@@ -46,7 +52,8 @@ def plan(
     model = units(config, peft)
     full = make_schedule("full", config.num_hidden_layers, 1)
     full_updated = sum(planned_updates(model, full, num_epochs))
-    full_backward = backward_flops(config, full.stages[0], peft, batch, length)
+    of_full = model.during(full.stages[0])
+    full_backward = step_flops(config, of_full, peft, batch, length, kernels.checkpointed)[1]
     updated = planned_updates(model, schedule, num_epochs)
     stages = []
     num_tokens = batch * length if tokens is None else tokens
@@ -54,7 +61,8 @@ def plan(
     for (stage, kept), share, stage_updated in zip(schedule.planned, schedule.shares, updated):
         epochs = Fraction(num_epochs * share, sum(schedule.shares))
         active = model.during(stage)
-        trace = run_trace(config, active, peft, batch, length)
+        trace = run_trace(config, active, peft, batch, length, kernels)
+        sizes = bytes_of(active, trace)
         forward, backward = trace.flops
         stages.append(
             {
@@ -67,11 +75,14 @@ def plan(
                 "forward_flops": forward,
                 "backward_flops": backward,
                 "share_of_full": backward / full_backward,
-                **bytes_of(active, trace),
+                **sizes,
+                "step_bytes": sum(sizes.values()),
                 "gradient_sum_bytes": bytes_of_sums(active) if schedule.sums_gradients else 0,
                 "cache_bytes": len(shelves[stage.index]) * cache_bytes(config, kept, num_tokens, cache_dtype, peft),
             }
         )
+        if memory is not None:
+            stages[-1]["largest_batch"] = largest_batch(config, active, peft, length, kernels, memory)
     return {
         "model": model_name,
         "num_blocks": config.num_hidden_layers,
@@ -81,7 +92,7 @@ def plan(
         "updated_share_of_full": sum(updated) / full_updated,
         "backward_share_of_full": sum(stage["share_of_full"] * share for stage, share in zip(stages, schedule.shares))
         / sum(schedule.shares),
-    }
+    } | ({} if memory is None else {"memory": memory, "largest_batch": min(one["largest_batch"] for one in stages)})
 
 
 def plan_run(forecast: Forecast, schedule: Schedule, num_epochs: int, budget: float | None = None) -> dict:

@@ -127,12 +127,13 @@ def plan_table(document: dict) -> str:
             f"{stage['backward_flops']:,}",
             f"{stage['share_of_full']:.2f}",
             mebibytes(stage["optimizer_bytes"]),
+            mebibytes(stage["step_bytes"]),
             mebibytes(stage["cache_bytes"]),
         ]
         for stage in document["stages"]
     ]
     header = ["stage", "epochs", "trains", "trainable, M", "updated, M", "forward FLOPs a step"]
-    header += ["backward FLOPs a step", "of full", "optimizer, MiB", "cache a batch, MiB"]
+    header += ["backward FLOPs a step", "of full", "optimizer, MiB", "a step at most, MiB", "cache a batch, MiB"]
     updated, full = document["updated_parameters"], document["updated_parameters_full"]
     parameters = f"{millions(updated)} M, {updated / full:.2f} of full fine-tuning ({millions(full)} M)"
     backward = f"{document['backward_share_of_full']:.2f} of full fine-tuning, on average over the stages"
@@ -140,6 +141,11 @@ def plan_table(document: dict) -> str:
     if sums := max(stage["gradient_sum_bytes"] for stage in document["stages"]):
         lines.append(
             f"Gradient sums: {mebibytes(sums)} MiB. adaptive decides while it trains: this is the most it costs."
+        )
+    if "memory" in document:
+        fits = ", ".join(f"{stage['largest_batch']:,}" for stage in document["stages"])
+        lines.append(
+            f"Largest batch in {document['memory'] / 1e9:g} GB: {document['largest_batch']:,} (by stage: {fits})."
         )
     if run := document.get("run"):
         steps = f"{run['steps']:,} steps, {run['epochs']:.2f} epochs of {run['rows']:,} rows"

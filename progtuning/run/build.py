@@ -19,6 +19,7 @@ from progtuning.model.bert import Model
 from progtuning.model.config import BertConfig
 from progtuning.settings.train import TrainConfig
 from progtuning.speed.cache import CachedEngine, PrefixCache, Shelves
+from progtuning.speed.checkpointing import checkpoint_blocks
 from progtuning.speed.kernels import compile_blocks
 from progtuning.speed.unpad import unpad
 from progtuning.stages import Schedule, make_schedule
@@ -59,6 +60,8 @@ def build_trainer(
     masks = DPS(model, settings.dps, num_steps, settings.seed) if settings.dps.mode != "off" else NoMasks()
     engine = build_engine(model, optimizer, settings, schedule, data, device, world)
     schedule.watch(engine.candidates)
+    if settings.checkpoint_activations:
+        checkpoint_blocks(model)
     if settings.compile:
         compile_blocks(model)
     if settings.unpadded:
@@ -69,6 +72,7 @@ def build_trainer(
         schedule=schedule,
         cache=cache,
         peft=settings.peft,
+        checkpointed=settings.checkpoint_activations,
         epochs=settings.epochs,
         steps_per_epoch=len(loader),
         lengths=loader.batches.lengths,
@@ -144,7 +148,7 @@ def forecast(config: BertConfig, loader: Loader, settings: TrainConfig) -> Forec
         ]
 
     keeper = None if settings.cache == "off" else [row % size for row in range(len(lengths))]
-    return Forecast(config, settings.peft, batches, len(loader), keeper)
+    return Forecast(config, settings.peft, batches, len(loader), keeper, settings.checkpoint_activations)
 
 
 def build_engine(

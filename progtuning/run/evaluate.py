@@ -12,7 +12,7 @@ from progtuning.data.task import Limits, Task
 from progtuning.model.bert import Model
 from progtuning.model.config import HEADS
 from progtuning.settings.train import TrainConfig
-from progtuning.step.device import autocast
+from progtuning.step.device import forward_pass
 from progtuning.step.loader import load
 from progtuning.step.processes import World
 
@@ -37,7 +37,7 @@ def predict(
     outputs = np.zeros((len(data), *per_token, model.config.num_outputs), dtype=np.float32)
     batches = evaluation_batches(data.lengths, batch_size)[world.rank :: world.size]
     for rows in tqdm(batches, unit="batch", leave=False, disable=None if world.is_main else True):
-        with autocast(device, precision):
+        with forward_pass(device, precision):
             logits = model(**load(data, rows, device)[0])
         outputs[rows, : logits.shape[1]] = logits.float().cpu().numpy()
     world.sum(torch.from_numpy(outputs))  # to what one process put in a row the others add 0

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from progtuning.speed.cache import CachedEngine
-from progtuning.step.device import autocast
+from progtuning.step.device import forward_pass
 from progtuning.step.loader import to_device
 from progtuning.step.measure import reset_peak_bytes
 from progtuning.train import Trainer
@@ -74,7 +74,7 @@ def refill_cache(trainer: Trainer, engine: CachedEngine) -> None:
         for pieces in islice(batches, cost.steps + cost.skipped_steps):
             for rows, _, tensors in pieces:
                 inputs, _ = to_device(tensors, loader.device)
-                with autocast(loader.device, trainer.precision):
+                with forward_pass(loader.device, trainer.precision):
                     engine.refill(rows, inputs)
 
 

@@ -146,7 +146,10 @@ class TrainConfig(Options):
     )
     precision: str = option("fp32", "{choices}", choices=PRECISIONS)  # bf16: autocast
     compile: bool = option(False, "compile each block with torch.compile")
-    unpadded: bool = option(False, "run the blocks without padding, where attention does not drop out; CUDA and bf16")
+    unpadded: bool = option(False, "run the blocks without padding; CUDA")
+    checkpoint_activations: bool = option(
+        False, "keep of each block its input alone and run it again in the backward pass: less memory, more time"
+    )
     hidden_dropout_prob: float | None = option(None, "dropout (the model's own)", at_least=0, at_most=1)
     attention_probs_dropout_prob: float | None = option(
         None, "dropout of attention (the model's own)", at_least=0, at_most=1
@@ -177,8 +180,6 @@ class TrainConfig(Options):
         super().__post_init__()
         self._check_calendar()
         self._check_cache()
-        if self.unpadded and (self.precision != "bf16" or self.compile):
-            raise InputError("--unpadded needs --precision bf16, and does not go with --compile")
         if self.accumulation_steps > self.batch_size and self.batch_tokens is None:
             got = f"{self.accumulation_steps} and {self.batch_size}"
             raise InputError(f"--accumulation-steps must be at most --batch-size, got {got}")

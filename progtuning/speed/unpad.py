@@ -4,9 +4,8 @@
 
     (B, S, D), mask (B, S)  ->  (1, T, D)  ->  the blocks  ->  (B, S, D), zeros at padding
 
-Attention goes through `torch.nn.attention.varlen` (PyTorch 2.10 and later), whose kernel takes half precision and has
-no dropout. So the blocks run unpadded where they are under bf16 autocast and drop no attention out: in evaluation, in
-frozen blocks in eval mode, and in training where the model's dropout of attention is 0. Elsewhere they run as they did.
+Attention within rows of different lengths has two kernels in PyTorch. `torch.nn.attention.varlen` (PyTorch 2.10 and
+later) takes half precision and drops nothing out. Nested tensors take the rest: fp32, and dropout of attention.
 It pays where padding is much: batches that are not grouped by length. Each pass waits once for the device, to learn T.
 """
 
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nested import nested_tensor_from_jagged
 from torch.nn import functional as F
 
 from progtuning.base.errors import InputError
@@ -34,13 +34,12 @@ class Packing(NamedTuple):
 
 
 def unpad(model: Model, device: torch.device) -> None:
-    """Make the encoder of `model` run unpadded where it can. Names and results (to rounding) stay.
+    """Make the encoder of `model` run unpadded. Names and results (to rounding) stay.
 
-    Raises InputError where `device` or this PyTorch cannot.
+    Raises InputError where `device` cannot: on a CPU the rows would run one by one.
     """
-    if device.type != "cuda" or varlen_attn is None:
-        got = f"{device.type} and {torch.__version__}"
-        raise InputError(f"--unpadded needs CUDA and PyTorch 2.10 or later, got {got}")
+    if device.type != "cuda":
+        raise InputError(f"--unpadded needs CUDA, got {device.type}")
     replace_attention(model)
 
 
@@ -56,17 +55,31 @@ def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Packin
     if not isinstance(attn_mask, Packing):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (1, H, T, D/H) -> (T, H, D/H)
-    offsets, longest = attn_mask
-    context = varlen_attn(query, key, value, offsets, offsets, longest, longest)
+    context = attend_rows(query, key, value, *attn_mask, dropout_p)
     return context.transpose(0, 1)[None]  # (T, H, D/H) -> (1, H, T, D/H)
 
 
+@torch.compiler.disable  # the kernels are compiled already; what is before and after them makes a graph each
+def attend_rows(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, dropout_p: float) -> Tensor:
+    """Attention within each row of a packed batch: (T, H, D/H) -> (T, H, D/H)."""
+    if takes_varlen(query, dropout_p):
+        return varlen_attn(query, key, value, offsets, offsets, longest, longest)
+    rows = (  # (B, H, row, D/H)
+        nested_tensor_from_jagged(x, offsets, min_seqlen=1, max_seqlen=longest).transpose(1, 2)
+        for x in (query, key, value)
+    )
+    return F.scaled_dot_product_attention(*rows, dropout_p=dropout_p).transpose(1, 2).values()
+
+
+def takes_varlen(query: Tensor, dropout_p: float) -> bool:
+    """Say whether varlen_attn is here and computes this."""
+    return varlen_attn is not None and not dropout_p and query.is_cuda and query.dtype == torch.bfloat16
+
+
 def forward_unpadded(encoder: Encoder, x: Tensor, mask: Tensor | None, blocks: range | None = None) -> Tensor:
-    """`Encoder.forward`, on real tokens alone where that can be: x and result (B, S, D), `mask` (B, S) bool or None."""
+    """`Encoder.forward`, on real tokens alone: x and result (B, S, D), `mask` (B, S) bool or None."""
     blocks = range(len(encoder.layer)) if blocks is None else blocks
-    attentions = [encoder.layer[index].attention.self for index in blocks]
-    drops_out = any(attention.training and attention.dropout_prob for attention in attentions)
-    if mask is None or not blocks or drops_out or not kernel_takes(x):
+    if mask is None or not blocks:
         return Encoder.forward(encoder, x, mask, blocks)
     real = mask.flatten().nonzero().squeeze(1)  # (T,)
     packing = Packing(F.pad(mask.sum(dim=1).cumsum(dim=0), (1, 0)).int(), mask.shape[1])
@@ -75,8 +88,3 @@ def forward_unpadded(encoder: Encoder, x: Tensor, mask: Tensor | None, blocks: r
         packed = encoder.layer[index](packed, packing)
     padded = packed.new_zeros(mask.numel(), x.shape[-1]).index_copy(0, real, packed[0])
     return padded.unflatten(0, mask.shape)  # (B S, D) -> (B, S, D)
-
-
-def kernel_takes(x: Tensor) -> bool:
-    """Say whether the linear layers give the attention of a block on x bf16."""
-    return torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16

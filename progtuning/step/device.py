@@ -1,6 +1,7 @@
 """Which device a run takes, and how a forward pass runs on it."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -30,6 +31,24 @@ def choose_device(name: str | None, world: World = World()) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
-def autocast(device: torch.device, precision: str):
-    """The context of a forward pass: bf16 autocast, or none for fp32."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+@contextmanager
+def forward_pass(device: torch.device, precision: str) -> Iterator[None]:
+    """The context of a forward pass: bf16 autocast, or none for fp32, and `attention_of_any_length`."""
+    with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+        with attention_of_any_length():
+            yield
+
+
+@contextmanager
+def attention_of_any_length() -> Iterator[None]:
+    """Leave cuDNN's kernel of attention out.
+
+    It builds a graph for every shape of a batch that it has not seen (pytorch/pytorch, pull request 155958), and
+    batches of like lengths have dozens: that took longer than the training. The other kernels take any length.
+    """
+    took_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(took_cudnn)

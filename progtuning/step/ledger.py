@@ -108,6 +108,7 @@ class Ledger:
     schedule: Schedule
     cache: "Shelves | None"
     peft: PeftConfig
+    checkpointed: bool
     epochs: int
     steps_per_epoch: int
     lengths: np.ndarray
@@ -144,7 +145,7 @@ class Ledger:
     def count(self, rows: Sequence[int], length: int) -> None:
         """Add the work of one forward and backward pass over `rows`, padded to `length` tokens, before it is done."""
         cost, config, peft = self.now, self.engine.model.config, self.peft
-        forward, backward = _flops(config, peft, cost.names, len(rows), length)
+        forward, backward = _flops(config, peft, cost.names, len(rows), length, self.checkpointed)
         cost.forward_flops += forward
         cost.backward_flops += backward
         cost.examples += len(rows)
@@ -213,8 +214,10 @@ def _active(config: BertConfig, peft: PeftConfig, names: frozenset[str]) -> clos
 
 
 @lru_cache(maxsize=4096)  # a run has few shapes: lengths up to the limit, in a few stages
-def _flops(config: BertConfig, peft: PeftConfig, names: frozenset[str], batch: int, length: int) -> tuple[int, int]:
-    return closed_form.step_flops(config, _active(config, peft, names), peft, batch, length)
+def _flops(
+    config: BertConfig, peft: PeftConfig, names: frozenset[str], batch: int, length: int, checkpointed: bool
+) -> tuple[int, int]:
+    return closed_form.step_flops(config, _active(config, peft, names), peft, batch, length, checkpointed)
 
 
 _prefix_flops = lru_cache(maxsize=4096)(closed_form.prefix_flops)

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend
 
 from progtuning import __version__
 from progtuning.model.config import BertConfig
+from progtuning.step.device import forward_pass
 
 
 class Clock:
@@ -131,10 +132,11 @@ def attention_backends(config: BertConfig, device: torch.device, precision: str)
     for mode, dropout_prob in (("training", config.attention_probs_dropout_prob), ("eval", 0.0)):
         states = torch.zeros(2, config.num_attention_heads, 64, width, dtype=dtype, device=device)
         states.requires_grad_(mode == "training")
-        backends[mode] = {
-            batch: SDPBackend(torch._fused_sdp_choice(states, states, states, mask, dropout_prob)).name.lower()
-            for batch, mask in (("padded", padding.expand(2, 1, 1, 64)), ("unpadded", None))
-        }
+        with forward_pass(device, precision):
+            backends[mode] = {
+                batch: SDPBackend(torch._fused_sdp_choice(states, states, states, mask, dropout_prob)).name.lower()
+                for batch, mask in (("padded", padding.expand(2, 1, 1, 64)), ("unpadded", None))
+            }
     return backends
 
 
