@@ -7,7 +7,7 @@ from pathlib import Path
 from progtuning.base.errors import InputError
 from progtuning.base.files import check_no_input, check_output_file, made_folder, write_text
 from progtuning.cli.options import Parser
-from progtuning.cli.plan import Asked
+from progtuning.cli.plan import Asked, kernels_of
 from progtuning.cli.streams import tell
 from progtuning.cost.explain import Explained
 from progtuning.cost.plan import plan
@@ -108,4 +108,6 @@ def asked_of_run(folder: Path, summary: Summary) -> Asked:
     length = min(config.max_length, max(1, round(slots / examples)) if examples else settings.max_length or 128)
     if settings.batch_tokens is not None:
         settings = replace(settings, batch_tokens=None, batch_size=max(1, round(examples / steps)))
-    return Asked(summary.model, config, settings, length, summary.train_windows or summary.train_rows or 1)
+    rows = summary.train_windows or summary.train_rows or 1
+    kernels = kernels_of("cpu" if (summary.device or "CPU").startswith("CPU") else "cuda", settings)
+    return Asked(summary.model, config, settings, length, rows, kernels)

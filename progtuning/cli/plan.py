@@ -60,7 +60,7 @@ class Asked:
     length: int
     rows: int
     kernels: Kernels
-    memory: int | None  # bytes
+    memory: int | None = None  # bytes
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Asked":
@@ -76,7 +76,10 @@ class Asked:
         length = min(128, config.max_length) if args.length is None else args.length
         memory = getattr(args, "memory", None)
         memory = None if memory is None else parse_size("--memory", memory)
-        return cls(args.model, config, settings, length, args.rows, kernels_of(args, settings), memory)
+        if args.device == "cpu" and settings.precision != "fp32":
+            got = f"--precision {settings.precision}"
+            raise InputError(f"{got}: the bytes of a step in it are known on CUDA alone: --device cuda")
+        return cls(args.model, config, settings, length, args.rows, kernels_of(args.device, settings), memory)
 
     def schedule(self, settings: TrainConfig) -> Schedule:
         return build_schedule(settings, self.config.num_hidden_layers)
@@ -108,11 +111,9 @@ class Asked:
         return document
 
 
-def kernels_of(args: argparse.Namespace, settings: TrainConfig) -> Kernels:
-    """Return what the bytes of a step depend on beside its shapes."""
-    if args.device == "cpu" and settings.precision != "fp32":
-        raise InputError(f"--precision {settings.precision}: plan knows the bytes of it on CUDA alone: --device cuda")
-    kernels = ON_CPU if args.device == "cpu" else ON_CUDA[settings.precision]
+def kernels_of(device: str, settings: TrainConfig) -> Kernels:
+    """Return what the bytes of a step depend on beside its shapes. On a CPU they are those of fp32."""
+    kernels = ON_CPU if device == "cpu" else ON_CUDA[settings.precision]
     return replace(kernels, checkpointed=settings.checkpoint_activations)
 
 
