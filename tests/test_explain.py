@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from progtuning.cli.command import build_parser, main
-from progtuning.cli.explain import document_of_run, explained_document
+from progtuning.cli.explain import document_of_runs, explained_document, read_comparison
 from progtuning.cli.plan import Asked
 from progtuning.cost.closed_form import units
 from progtuning.report.explained import explained_page, thinned
@@ -21,7 +21,6 @@ from tests.test_cli import FAST, call, refused
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
-PLANNED = ("parameter", "gradient", "optimizer", "activation")
 RUNS = {
     "shrinking": ["--batch-size", "8"],
     "lora": ["--peft", "lora", "--lora-targets", "value,output", "--length", "32"],
@@ -203,7 +202,7 @@ def run_folder(tiny_folder, tiny_task, tmp_path_factory) -> Path:
 
 def of_run(folder: Path) -> dict:
     """Return the document of a run's page."""
-    return document_of_run(folder, build_parser().parse_args(["explain", "--run", str(folder), "-o", "page.html"]))
+    return document_of_runs([folder], build_parser().parse_args(["explain", "--run", str(folder), "-o", "page.html"]))
 
 
 def test_a_runs_page_has_its_own_plan_and_beside_the_ideal_what_its_summary_and_log_say(run_folder, capsys):
@@ -215,7 +214,7 @@ def test_a_runs_page_has_its_own_plan_and_beside_the_ideal_what_its_summary_and_
     assert main(["plan", *options]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert document["policies"]["with-block-1"]["plan"] == plan | {"model": summary["model"]}
-    first, *_ = stages = document["run"]["stages"]
+    first, *_ = stages = document["runs"][0]["stages"]
     assert [one["steps"] for one in stages] == [one["steps"] for one in counts]
     for shown, stage, planned_stage in zip(stages, counts, plan["stages"], strict=True):
         assert shown["seconds"] == pytest.approx(sum(stage["seconds"].values()) / stage["steps"])
@@ -226,10 +225,10 @@ def test_a_runs_page_has_its_own_plan_and_beside_the_ideal_what_its_summary_and_
         ideal /= (counts[0]["forward_flops"] + counts[0]["backward_flops"]) / counts[0]["steps"]
         assert shown["ideal_seconds"] == pytest.approx(first["seconds"] * ideal)
         assert shown["ideal_tokens_per_second"] == pytest.approx(first["tokens_per_second"] / ideal)
-        assert shown["planned_bytes"] == sum(planned_stage[f"{key}_bytes"] for key in PLANNED)
+        assert shown["planned_bytes"] == planned_stage["step_bytes"]
     log = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    assert document["run"]["losses"] == [(row["step"], row["loss"]) for row in log if "loss" in row]
-    assert document["run"]["metrics"] == summary["metrics"]
+    assert document["runs"][0]["losses"] == [(row["step"], row["loss"]) for row in log if "loss" in row]
+    assert document["runs"][0]["metrics"] == list(summary["metrics"].items())
 
 
 def test_a_long_loss_is_thinned_by_its_means():
@@ -240,8 +239,8 @@ def test_a_long_loss_is_thinned_by_its_means():
 def test_what_is_no_run_or_has_no_log_is_refused_and_so_is_a_run_with_another_model(run_folder, tmp_path):
     output = ("-o", tmp_path / "page.html")
     assert "explain needs --model, or --run" in refused(*call("explain", *output))
-    line = refused(*call("explain", "--run", run_folder, "--model", "x", "--epochs", "2", "--peft", "lora", *output))
-    assert "--run has a model and options of its own: leave out --model, --epochs, --peft" in line
+    line = refused(*call("explain", "--run", run_folder, "--rows", "9", "--epochs", "2", "--peft", "lora", *output))
+    assert "--run has a model and options of its own: leave out --rows, --epochs, --peft" in line
     assert "summary.json: cannot be read" in refused(*call("explain", "--run", tmp_path, *output))
     assert "same file as the input" in refused(*call("explain", "--run", run_folder, "-o", run_folder / "summary.json"))
     bad = tmp_path / "bad"
@@ -265,7 +264,7 @@ def test_what_is_no_run_or_has_no_log_is_refused_and_so_is_a_run_with_another_mo
 
 def of_text(text: str) -> float:
     """Return the number that a text such as "178.8 G" or "1.5 MiB" says."""
-    number, _, unit = text.replace(",", "").partition(" ")
+    number, _, unit = text.replace(",", "").replace("\u2212", "-").partition(" ")
     base = 1024 if unit.endswith("B") else 1000
     return float(number) * base ** " kMGTPE".replace("k", "K").index(
         (unit[:1].upper() if unit not in ("", "B") else " ")
@@ -311,8 +310,35 @@ def test_in_a_browser_a_runs_page_shows_every_number_of_the_run(run_folder, tmp_
     document = of_run(run_folder)
     report = look(tmp_path, document, 360)
     check_states(report, document, 360)
-    shown = {path for path, *_ in report["states"][0]["numbers"] if path.startswith("run/stages/1/")}
-    assert {path.split("/")[3] for path in shown} == document["run"]["stages"][1].keys() - {"stage", "trains", "end"}
+    shown = {path for path, *_ in report["states"][0]["numbers"] if path.startswith("runs/0/stages/1/")}
+    assert {path.split("/")[4] for path in shown} == document["runs"][0]["stages"][1].keys() - {
+        "stage",
+        "trains",
+        "end",
+    }
+
+
+def test_a_comparison_stands_beside_with_the_best_of_each_budget_marked_and_is_checked(tmp_path):
+    cell = {"schedule": "full", "lr": 1e-4, "seeds": 2, "metric": 0.5, "cost": 0.4, "seconds": 9.0, "failed": 0}
+    cell |= {"updated_parameters": 10, "budget": 0.5}
+    better = cell | {"schedule": "4+cache", "metric": 0.6, "to_full": [0.1, 0.05, 0.2]}
+    document = {"metric": "f1", "advice": "Use it.", "account": [], "cells": [cell, better, {"budget": 1.0}]}
+    file = tmp_path / "compare.json"
+    command = ("explain", *MODEL, "--comparison", tmp_path, "-o", tmp_path / "page.html")
+    cells = (5, cell | {"to_full": [1]}, cell | {"cost": "0.4"}, {"metric": 1})
+    for wrong in ([], {}, *(document | {"cells": [one]} for one in cells)):
+        file.write_text(json.dumps(wrong))
+        assert "compare.json: expected the document that compare writes" in refused(*call(*command))
+    file.write_text(json.dumps(document))
+    found = read_comparison(tmp_path)
+    assert [one["best"] for one in found["cells"]] == [False, True] and found["metric"] == "f1"
+    assert call(*command)[0] == 0
+    if CHROMIUM:
+        shown = explained_document(Asked.of(asked())) | {"comparison": found}
+        report = look(tmp_path, shown, 360, every=3)
+        check_states(report, shown, 360)
+        paths = {path for path, *_ in report["states"][0]["numbers"]}
+        assert {f"comparison/cells/1/{key}" for key in ("metric", "cost", "to_full/0", "to_full/2", "lr")} <= paths
 
 
 @in_chromium

@@ -1,11 +1,13 @@
 """The command `explain`: the algorithm as one page of HTML, for a run that `plan` plans or one that was made."""
 
 import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from progtuning.base.errors import InputError
-from progtuning.base.files import check_no_input, check_output_file, made_folder, write_text
+from progtuning.base.files import check_no_input, check_output_file, made_folder, read_json, write_text
+from progtuning.cli.compare import DOCUMENT
 from progtuning.cli.options import Parser
 from progtuning.cli.plan import Asked, kernels_of
 from progtuning.cli.streams import tell
@@ -20,25 +22,31 @@ from progtuning.settings.peft import PeftConfig
 from progtuning.settings.train import TrainConfig
 from progtuning.stages import EMBEDDING_POLICIES, make_schedule
 
+CONFIG = "config.json"
 MAX_STAGES = 200  # columns of a page
+COMPARED = ("budget", "lr", "seeds", "metric", "cost", "seconds", "updated_parameters")
 
 
 def add_explain_options(parser: Parser) -> None:
-    run = "instead of a model and options, output folder of train: that run's plan, and what it was"
-    parser.add_argument("--run", dest="run_folder", metavar="DIR", help=run)
+    runs = "instead of a model and options, output folders of train: what they were, and the plan of the first"
+    parser.add_argument("--run", dest="runs", nargs="+", metavar="DIR", help=runs)
+    parser.add_argument("--comparison", metavar="DIR", help="output folder of compare, whose result stands beside it")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the page, HTML; it needs no network")
 
 
 def run_explain(args: argparse.Namespace) -> None:
     check_output_file(args.output)
-    if args.run_folder is None:
-        if args.model is None:
-            raise InputError("explain needs --model, or --run with the output folder of a run")
+    if args.runs is not None:
+        folders = [Path(folder) for folder in args.runs]
+        check_no_input(args.output, (folder / name for folder in folders for name in (SUMMARY, LOG, CONFIG)))
+        document = document_of_runs(folders, args)
+    elif args.model is not None:
         document = explained_document(Asked.of(args))
     else:
-        folder = Path(args.run_folder)
-        check_no_input(args.output, (folder / SUMMARY, folder / LOG))
-        document = document_of_run(folder, args)
+        raise InputError("explain needs --model, or --run with the output folder of a run")
+    if args.comparison is not None:
+        check_no_input(args.output, [Path(args.comparison) / DOCUMENT])
+        document["comparison"] = read_comparison(Path(args.comparison))
     page = explained_page(document)
     made_folder(Path(args.output).parent, "--output")
     write_text(args.output, page)
@@ -76,15 +84,25 @@ def explained_document(asked: Asked) -> dict:
     }
 
 
-def document_of_run(folder: Path, args: argparse.Namespace) -> dict:
-    """Return what the page shows of a run: its plan, and beside it what was measured."""
-    own = [option_name(kind, name) for kind in (TrainConfig, PeftConfig) for name in given(args, kind)]
-    if own := [*(["--model"] if args.model is not None else []), *own]:
+def document_of_runs(folders: Sequence[Path], args: argparse.Namespace) -> dict:
+    """Return what the page shows of runs: the plan of the first, and of each what was measured beside its own plan."""
+    own = [f"--{name}" for name in ("model", "length", "labels", "head", "rows") if getattr(args, name) is not None]
+    own += [option_name(kind, name) for kind in (TrainConfig, PeftConfig) for name in given(args, kind)]
+    if own:
         raise InputError(f"--run has a model and options of its own: leave out {', '.join(own)}")
-    summary = read_worked_summary(folder)
-    document = explained_document(asked_of_run(folder, summary))
-    planned = document["policies"][document["embeddings"]]["plan"]["stages"]
-    return document | {"run": run_document(summary, read_log(folder), planned)}
+    summaries = [read_worked_summary(folder) for folder in folders]
+    runs = [asked_of_run(folder, summary) for folder, summary in zip(folders, summaries)]
+    documents = [
+        run_document(name, summary, read_log(folder), run.plan(run.settings)["stages"])
+        for name, folder, summary, run in zip(names_of(folders), folders, summaries, runs)
+    ]
+    return explained_document(runs[0]) | {"runs": documents}
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Return what each folder is called: by its last name, or where two have the same by the whole path."""
+    names = [folder.name or str(folder) for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def asked_of_run(folder: Path, summary: Summary) -> Asked:
@@ -100,7 +118,7 @@ def asked_of_run(folder: Path, summary: Summary) -> Asked:
         settings = TrainConfig(**values, peft=PeftConfig(**peft))
     except (AttributeError, TypeError, ValueError):
         raise InputError(f"{folder / SUMMARY}: settings is not what train writes there") from None
-    config = BertConfig.from_json(folder / "config.json")
+    config = BertConfig.from_json(folder / CONFIG)
     if config.head is None:
         config = config.with_head(sequence_head(2), ("0", "1"))
     counts = ("examples", "slots", "steps")
@@ -111,3 +129,36 @@ def asked_of_run(folder: Path, summary: Summary) -> Asked:
     rows = summary.train_windows or summary.train_rows or 1
     kernels = kernels_of("cpu" if (summary.device or "CPU").startswith("CPU") else "cuda", settings)
     return Asked(summary.model, config, settings, length, rows, kernels)
+
+
+def read_comparison(folder: Path) -> dict:
+    """Return what the page shows of the document of `compare`. Raises InputError that names the file where it is none.
+
+    Of each budget the cell with the highest metric is marked: the frontier.
+    """
+    from progtuning.compare.frontier import frontier
+
+    path = folder / DOCUMENT
+    document = read_json(path)
+    try:
+        ended = [cell for cell in document["cells"] if "metric" in cell]
+        is_good = all("schedule" in cell and is_cell(cell) for cell in ended)
+        metric, advice = document["metric"], document["advice"]
+    except (KeyError, TypeError, AttributeError):
+        is_good = False
+    if not is_good:
+        raise InputError(f"{path}: expected the document that compare writes")
+    best = frontier(ended)
+    cells = [
+        {"schedule": str(cell["schedule"]), "to_full": cell.get("to_full"), "best": cell in best}
+        | {name: cell[name] for name in COMPARED}
+        for cell in ended
+    ]
+    return {"metric": str(metric), "advice": str(advice), "cells": cells}
+
+
+def is_cell(cell: Mapping) -> bool:
+    """Say whether all that is shown of a cell is there: numbers, and to full three of them or none."""
+    numbers = [cell[name] for name in COMPARED] + list(cell.get("to_full") or (0, 0, 0))
+    good = (isinstance(one, (int, float)) and not isinstance(one, bool) and abs(one) < 1e30 for one in numbers)
+    return len(numbers) == len(COMPARED) + 3 and all(good)

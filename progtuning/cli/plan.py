@@ -26,11 +26,10 @@ def add_plan_options(parser: Parser, needs_model: bool = True) -> None:
     help = f"{', '.join(ARCHITECTURES)}, a config.json or its folder"
     parser.add_argument("--model", required=needs_model, help=help)
     parser.add_argument("--length", type=int, help="tokens a sequence (128, or what the model takes)")
-    parser.add_argument("--labels", type=int, default=2, help="classes; 1 is regression (%(default)s)")
+    parser.add_argument("--labels", type=int, help="classes; 1 is regression (2)")
     heads = [name for name in HEADS if name != "regression"]
-    parser.add_argument("--head", default="classification", choices=heads)
-    rows = "training rows, all of --length, for the cost of a whole run (%(default)s)"
-    parser.add_argument("--rows", type=int, default=10_000, help=rows)
+    parser.add_argument("--head", choices=heads, help="(classification)")
+    parser.add_argument("--rows", type=int, help="training rows, all of --length, for the cost of a whole run (10000)")
     planned = "schedule stages calendar budget embeddings epochs batch_size precision cache cache_dtype"
     add_options(parser, TrainConfig, only=planned.split())
     add_options(parser, PeftConfig)
@@ -66,20 +65,22 @@ class Asked:
     def of(cls, args: argparse.Namespace) -> "Asked":
         """Raises InputError that names the option where a value is out of range."""
         config = architecture(args.model)
-        if not 1 <= args.labels <= 100_000:
-            raise InputError(f"--labels must be in 1..100000, got {args.labels}")
-        head = sequence_head(args.labels) if args.head == "classification" else args.head
-        config = config.with_head(head, tuple(f"LABEL_{i}" for i in range(args.labels)))
+        labels = 2 if args.labels is None else args.labels
+        rows = 10_000 if args.rows is None else args.rows
+        if not 1 <= labels <= 100_000:
+            raise InputError(f"--labels must be in 1..100000, got {labels}")
+        head = sequence_head(labels) if args.head in (None, "classification") else args.head
+        config = config.with_head(head, tuple(f"LABEL_{i}" for i in range(labels)))
         settings = train_config(args, config.num_hidden_layers)
-        if not 1 <= args.rows <= 10_000_000:
-            raise InputError(f"--rows must be in 1..10000000, got {args.rows}")
+        if not 1 <= rows <= 10_000_000:
+            raise InputError(f"--rows must be in 1..10000000, got {rows}")
         length = min(128, config.max_length) if args.length is None else args.length
         memory = getattr(args, "memory", None)
         memory = None if memory is None else parse_size("--memory", memory)
         if args.device == "cpu" and settings.precision != "fp32":
             got = f"--precision {settings.precision}"
             raise InputError(f"{got}: the bytes of a step in it are known on CUDA alone: --device cuda")
-        return cls(args.model, config, settings, length, args.rows, kernels_of(args.device, settings), memory)
+        return cls(args.model, config, settings, length, rows, kernels_of(args.device, settings), memory)
 
     def schedule(self, settings: TrainConfig) -> Schedule:
         return build_schedule(settings, self.config.num_hidden_layers)

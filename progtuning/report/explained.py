@@ -9,7 +9,6 @@ from progtuning.report.summary import Summary
 from progtuning.report.tables import blocks_text
 
 MAX_POINTS = 400  # of the loss; more are thinned by their means
-PLANNED_BYTES = ("parameter_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes", "gradient_sum_bytes")
 
 
 def explained_page(document: dict) -> str:
@@ -19,12 +18,12 @@ def explained_page(document: dict) -> str:
     return template.replace("{{document}}", text)
 
 
-def run_document(summary: Summary, log: Sequence[Mapping], planned: Sequence[Mapping]) -> dict:
+def run_document(name: str, summary: Summary, log: Sequence[Mapping], planned: Sequence[Mapping]) -> dict:
     """Return what the page has of a run: its loss, and for each stage what was measured beside its ideal.
 
-    `log` are the rows with a loss, `planned` the stages of its plan. A step's ideal is that of stage 1 times the ratio
-    of their FLOPs; the ideal of the bytes is the plan's, of a step of the mean length, and None where the run decided
-    its stages itself.
+    `name` is what it is called, `log` are the rows with a loss, `planned` the stages of its plan. A step's ideal is
+    that of stage 1 times the ratio of their FLOPs; the ideal of the bytes is the plan's, of a step of the mean length,
+    and None where the run decided its stages itself.
     """
     stages = [stage for stage in summary.stages if stage.steps]
     taken = [stage.steps + (stage.skipped_steps or 0) for stage in stages]
@@ -43,18 +42,23 @@ def run_document(summary: Summary, log: Sequence[Mapping], planned: Sequence[Map
                 "steps": stage.steps,
                 "seconds": second,
                 "ideal_seconds": seconds[0] * work / flops[0],
-                "phases": {phase: value / stage.steps for phase, value in stage.seconds.items()},
+                "phases": [[phase, value / stage.steps] for phase, value in stage.seconds.items()],
                 "tokens_per_second": speed and speed.tokens_per_second,
                 "ideal_tokens_per_second": speeds[0] and speeds[0].tokens_per_second * flops[0] / work,
                 "share_of_peak": speed and speed.share_of_matmul_peak,
                 "peak_bytes": stage.peak_bytes,
-                "planned_bytes": of_plan and sum(of_plan[key] for key in PLANNED_BYTES),
+                "planned_bytes": of_plan and of_plan["step_bytes"] + of_plan["gradient_sum_bytes"],
             }
         )
     return {
+        "name": name,
         "task": summary.task,
+        "schedule": summary.schedule,
         "device": summary.device or "",
-        "metrics": summary.metrics,
+        "metrics": list(summary.metrics.items()),
+        "updated_parameters": summary.updated_parameters,
+        "flops": summary.flops,
+        "seconds": sum(sum(stage.seconds.values()) for stage in summary.stages),
         "losses": thinned([(row["step"], row["loss"]) for row in log]),
         "stages": rows,
     }
