@@ -72,7 +72,9 @@ def test_a_schedule_is_a_named_one_or_a_calendar_with_or_without_a_cache():
     assert (found.schedule, found.embeddings, found.cache) == ("full", "never", "off")
     found = settings_of(run._replace(schedule="1+eval+always"), base)
     assert (found.embeddings, found.prefix_dropout, found.cache) == ("always", False, "off")
-    for name in ("fastest", "4:0", "2+cash", "2+"):
+    assert settings_of(run._replace(schedule="full+lr0.8"), base).lr_decay == 0.8
+    assert settings_of(run._replace(schedule="2+cache+lr.75"), base).lr_decay == 0.75
+    for name in ("fastest", "4:0", "2+cash", "2+", "full+lr1.2", "full+lr"):
         with pytest.raises(InputError):
             settings_of(run._replace(schedule=name), base)
 

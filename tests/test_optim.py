@@ -13,7 +13,7 @@ def test_biases_and_layer_norms_are_not_decayed_and_everything_else_is_as_transf
     transformers = pytest.importorskip("transformers")
     model = tiny_model()
     names = {parameter: name for name, parameter in model.named_parameters()}
-    decayed, others = parameter_groups(model, weight_decay=0.1)
+    decayed, others = parameter_groups(model, lr=1e-3, weight_decay=0.1)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     # transformers' Trainer decays what is neither in a LayerNorm nor a bias.
     theirs = transformers.Trainer.get_decay_parameter_names(None, model)
@@ -25,7 +25,35 @@ def test_frozen_parameters_are_in_no_group():
     model = tiny_model()
     model.requires_grad_(False)
     model.classifier.bias.requires_grad_(True)
-    assert parameter_groups(model, 0.1) == [{"params": [model.classifier.bias], "weight_decay": 0.0}]
+    assert parameter_groups(model, 1e-3, 0.1) == [{"params": [model.classifier.bias], "lr": 1e-3, "weight_decay": 0.0}]
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_a_first_step_moves_each_block_by_its_share_of_the_rate_of_the_one_above(decay):
+    """AdamW's first step is the learning rate, whatever the gradient; it is 1 for each block that lies above."""
+    model = tiny_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(model, lr=1e-2, weight_decay=0.0, lr_decay=decay)
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    optimizer.step()
+    powers = {"embeddings": 4, **{f"encoder.layer.{index}": 3 - index for index in range(4)}}
+    for name, parameter in model.named_parameters():
+        power = next((power for unit, power in powers.items() if name.startswith(f"{unit}.")), 0)
+        step = torch.full_like(parameter, 1e-2 * decay**power)
+        torch.testing.assert_close(before[name] - parameter, step, rtol=1e-3, atol=1e-6)
+
+
+def test_one_line_of_warm_up_and_fall_scales_every_blocks_rate_and_keeps_their_shares():
+    optimizer = build_optimizer(tiny_model(), lr=1e-2, lr_decay=0.5)
+    line = learning_rate_schedule(optimizer, num_steps=10, warmup_steps=2)
+    first = {group["initial_lr"] for group in optimizer.param_groups}
+    assert first == {1e-2 * 0.5**power for power in range(5)} and len(optimizer.param_groups) == 10
+    for _ in range(6):
+        optimizer.step()
+        line.step()
+    assert {group["lr"] for group in optimizer.param_groups} == {rate / 2 for rate in first}
 
 
 def test_the_kernel_is_fused_and_the_decay_is_that_of_adamw_unless_given():
@@ -39,7 +67,7 @@ def test_the_step_is_torchs_adamw(epsilon):
     models = [tiny_model(), tiny_model()]
     ours = build_optimizer(models[0], lr=1e-2, weight_decay=0.1, **epsilon)
     theirs = torch.optim.AdamW(
-        parameter_groups(models[1], 0.1),
+        parameter_groups(models[1], 1e-2, 0.1),
         lr=1e-2,
         betas=(0.9, 0.999),
         eps=epsilon.get("epsilon", 1e-8),

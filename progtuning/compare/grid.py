@@ -6,6 +6,7 @@
 Every schedule has the same learning rates to choose from, and chooses once, at the middle budget and the first seed.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -97,12 +98,22 @@ def settings_of(run: Run, base: TrainConfig) -> TrainConfig:
     """Return the settings of a run; `base` has what all share. Raises InputError where they do not go together."""
     name, *suffixes = run.schedule.split("+")
     changes = {"schedule": name} if name in SCHEDULE_KINDS else {"calendar": name, "stages": None}
-    check_choices(f"what stands behind {name} in --schedules", suffixes or SUFFIXES, SUFFIXES)
     for suffix in suffixes:
-        changes |= SUFFIXES[suffix]
+        changes |= changes_of(suffix, name)
     place = {"cache": base.cache} if "cache" in suffixes and base.cache != "off" else {}
     common = {"cache": "off", "budget": run.budget, "lr": run.lr, "seed": run.seed, "evaluate": "end"}
     return replace(base, **common | changes | place)
+
+
+def changes_of(suffix: str, name: str) -> dict:
+    """Return what a suffix behind the schedule `name` changes in the settings: one of SUFFIXES, or lr0.8, --lr-decay.
+
+    Raises InputError.
+    """
+    if decay := re.fullmatch(r"lr(0?\.\d{1,9})", suffix, re.ASCII):
+        return {"lr_decay": float(decay[1])}
+    check_choices(f"what stands behind {name} in --schedules", (suffix,), (*SUFFIXES, "lr0.8"))
+    return SUFFIXES[suffix]
 
 
 def default_schedules(num_blocks: int, num_stages: int) -> tuple[str, ...]:

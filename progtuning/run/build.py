@@ -53,7 +53,7 @@ def build_trainer(
     schedule = build_schedule(settings, model.num_blocks)
     loader = Loader(data, make_batches(data.lengths, settings), device, world, settings.accumulation_steps)
     num_steps = steps_of(model.config, loader, settings, schedule)
-    optimizer = build_optimizer(model, settings.lr, settings.weight_decay, settings.adam_epsilon)
+    optimizer = build_optimizer(model, settings.lr, settings.weight_decay, settings.adam_epsilon, settings.lr_decay)
     # The first step of a warm-up has the learning rate 0: a run of one step would train nothing.
     warmup_steps = math.ceil(settings.warmup * num_steps) if num_steps > 1 else 0
     lr_schedule = learning_rate_schedule(optimizer, num_steps, warmup_steps, settings.lr_schedule)

@@ -137,6 +137,9 @@ class TrainConfig(Options):
     )
     lr: float = option(2e-5, "peak learning rate", at_least=0)
     lr_schedule: str = option("linear", "linear, which falls to 0 after the warm-up, or constant", choices=LR_SCHEDULES)
+    lr_decay: float = option(
+        1.0, "learning rate of a block, of that of the one above; E's of the lowest block's", at_least=1e-6, at_most=1
+    )
     weight_decay: float = option(0.01, "AdamW's decay of weights, not of biases and LayerNorms", at_least=0)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", at_least=1e-30)  # 0 divides 0 by 0
     warmup: float = option(0.1, "share of the steps in which the learning rate rises", at_least=0, at_most=1)

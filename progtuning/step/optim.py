@@ -4,22 +4,39 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from progtuning.model.bert import Model
+from progtuning.model.names import EMBEDDINGS, HEAD, unit_of
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Divide the parameters that require a gradient in two: with weight decay, and biases and LayerNorms without."""
-    decayed, others = [], []
+
+def parameter_groups(model: Model, lr: float, weight_decay: float, lr_decay: float = 1.0) -> list[dict]:
+    """Divide the parameters that require a gradient: by learning rate, and with weight decay or, as biases and
+    LayerNorms, without.
+
+    With d = `lr_decay` the head and the top block learn at `lr`, each block at d times the rate of the one above, E at
+    d times that of the lowest: discriminative fine-tuning (Howard & Ruder 2018, arXiv 1801.06146, Section 3.2).
+    """
+    found: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (others if name.endswith("bias") or "LayerNorm" in name else decayed).append(parameter)
-    groups = ({"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0})
-    return [group for group in groups if group["params"]]
+            is_decayed = not (name.endswith("bias") or "LayerNorm" in name)
+            rate = lr * lr_decay ** blocks_above(unit_of(name), model.num_blocks)
+            found.setdefault((rate, is_decayed), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": weight_decay if is_decayed else 0.0}
+        for (rate, is_decayed), parameters in sorted(found.items(), key=lambda item: item[0], reverse=True)
+    ]
+
+
+def blocks_above(unit: int | str, num_blocks: int) -> int:
+    """Return how many blocks lie above a unit: of the head and the top block none."""
+    return {HEAD: 0, EMBEDDINGS: num_blocks}[unit] if isinstance(unit, str) else num_blocks - 1 - unit
 
 
 def build_optimizer(
-    model: nn.Module, lr: float, weight_decay: float = 0.01, epsilon: float = 1e-8
+    model: Model, lr: float, weight_decay: float = 0.01, epsilon: float = 1e-8, lr_decay: float = 1.0
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019), torch's fused kernel, over what requires a gradient in `model` now."""
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, eps=epsilon, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, lr, weight_decay, lr_decay), eps=epsilon, fused=True)
 
 
 def learning_rate_schedule(
