@@ -28,6 +28,7 @@ RUNS = {
     "biases": ["--peft", "bitfit", "--calendar", "0:2,4:1,12:1", "--head", "question-answering"],
     "spafit": ["--peft", "spafit", "--schedule", "without-low-blocks", "--embeddings", "always"],
     "adaptive": ["--schedule", "adaptive"],
+    "checkpointed": ["--checkpoint-activations", "--device", "cuda", "--precision", "bf16"],
 }
 
 
@@ -52,12 +53,18 @@ def test_the_document_has_the_plan_of_each_policy_and_its_units_add_up_to_it(opt
         for stage, planned_stage in zip(explained["stages"], plan["stages"], strict=True):
             parts = [document["units"][number] for number in stage["units"]]
             assert len(parts) == plan["num_blocks"] + 2
-            for key in ("forward_flops", "trainable_parameters", "activation_bytes", "gradient_bytes"):
+            for key in (
+                "forward_flops",
+                "trainable_parameters",
+                "gradient_bytes",
+                "optimizer_bytes",
+                "parameter_bytes",
+            ):
                 assert sum(part[key] for part in parts) == planned_stage[key]
-            for key in ("optimizer_bytes", "parameter_bytes"):
-                assert sum(part[key] for part in parts) == planned_stage[key]
-            backward = sum(part["input_flops"] + part["weight_flops"] for part in parts)
-            assert backward == planned_stage["backward_flops"]
+            kept = sum(part["activation_bytes"] for part in parts) + stage["kept_again"]
+            backward = sum(part[f"{pass_}_flops"] for part in parts for pass_ in ("again", "input", "weight"))
+            assert [kept, backward] == [planned_stage["activation_bytes"], planned_stage["backward_flops"]]
+            assert (stage["kept_again"] > 0) == ("--checkpoint-activations" in options)
             assert stage["of_full"]["backward_flops"] == planned_stage["share_of_full"]
 
 
@@ -342,8 +349,8 @@ def test_a_comparison_stands_beside_with_the_best_of_each_budget_marked_and_is_c
 
 
 @in_chromium
-def test_in_a_browser_24_stages_of_lora_scroll_in_the_staircase_alone(tmp_path):
-    document = explained_document(Asked.of(asked("--epochs", "24", "--peft", "lora")))
+def test_in_a_browser_24_stages_of_checkpointed_lora_scroll_in_the_staircase_alone(tmp_path):
+    document = explained_document(Asked.of(asked("--epochs", "24", "--peft", "lora", "--checkpoint-activations")))
     report = look(tmp_path, document, 360, every=24)
     assert report["scrolls"]
     check_states(report, document, 360)

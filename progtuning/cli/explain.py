@@ -55,16 +55,15 @@ def run_explain(args: argparse.Namespace) -> None:
 
 def explained_document(asked: Asked) -> dict:
     """Return what the page shows. Raises InputError where the run has more stages than MAX_STAGES."""
-    settings, config = asked.settings, asked.config
+    settings, config, kernels = asked.settings, asked.config, asked.kernels
+    precision, attention = "bf16" if kernels.itemsize == 2 else "fp32", "fused" if kernels.fused else "math"
     if (count := len(asked.schedule(settings).stages)) > MAX_STAGES:
         raise InputError(f"{settings.named_schedule} must have at most {MAX_STAGES} stages for a page, got {count}")
     shape = (settings.batch_size, asked.length)
-    full = plan(
-        config, make_schedule("full", config.num_hidden_layers, 1), 1, settings.peft, *shape, kernels=asked.kernels
-    )
+    full = plan(config, make_schedule("full", config.num_hidden_layers, 1), 1, settings.peft, *shape, kernels=kernels)
     full = full["stages"][0]
     forecast = asked.forecast(cache=False)
-    explained = Explained(config, settings.peft, forecast, settings.epochs, full, asked.kernels)
+    explained = Explained(config, settings.peft, forecast, settings.epochs, full, kernels)
     policies = {}
     for policy in EMBEDDING_POLICIES:
         under = replace(settings, embeddings=policy)
@@ -76,6 +75,7 @@ def explained_document(asked: Asked) -> dict:
         "embeddings": settings.embeddings,
         "epochs": settings.epochs,
         "batch": shape,
+        "kernels": f"{precision} with {attention} attention",
         "rows": asked.rows,
         "trains_embeddings": explained.model.embeddings.num_trainable > 0,
         "full": full,

@@ -31,14 +31,13 @@ def add_plan_options(parser: Parser, needs_model: bool = True) -> None:
     parser.add_argument("--head", choices=heads, help="(classification)")
     parser.add_argument("--rows", type=int, help="training rows, all of --length, for the cost of a whole run (10000)")
     planned = "schedule stages calendar budget embeddings epochs batch_size precision cache cache_dtype"
-    add_options(parser, TrainConfig, only=planned.split())
+    add_options(parser, TrainConfig, only=[*planned.split(), "checkpoint_activations"])
     add_options(parser, PeftConfig)
     text = "whose kernels the bytes of a step are of (%(default)s)"
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=text)
 
 
 def add_memory_options(parser: Parser) -> None:
-    add_options(parser, TrainConfig, only=["checkpoint_activations"])
     text = "say the largest batch that fits into so many GB, or with a unit: 16GiB"
     parser.add_argument("--memory", metavar="SIZE", help=text)
 

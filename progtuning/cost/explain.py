@@ -4,6 +4,7 @@ Nothing is counted a second time. The products, their gradients and the bytes ar
 up; a test holds that the units add up to the plan's totals.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from progtuning.cost.budget import Forecast
@@ -44,13 +45,15 @@ class Explained:
             active = self.model.during(stage)
             cut = active.cut()
             spared = prefix_flops(self.config, self.peft, cut, batch, length) if cut else 0
+            trace = run_trace(self.config, active, self.peft, batch, length, self.kernels)
             document["stages"].append(
                 {
                     "of_full": {key: planned[key] / (self.full[key] or 1) for key in COMPARED},
                     "cut": cut,
                     "spared_flops": spared,
                     "spared_share": spared / (planned["forward_flops"] + planned["backward_flops"]),
-                    "units": [self._number(one) for one in self._units(active, batch, length)],
+                    "kept_again": trace.kept_again,
+                    "units": [self._number(one) for one in self._units(active, trace)],
                 }
             )
         if "run" in plan:
@@ -65,12 +68,10 @@ class Explained:
             self.units.append(document)
         return number
 
-    def _units(self, active: Units, batch: int, length: int) -> list[dict]:
-        trace = run_trace(self.config, active, self.peft, batch, length, self.kernels)
-        names = [unit_of(one.name) for one in trace.matmuls]
+    def _units(self, active: Units, trace) -> list[dict]:
         return [
-            self._unit(unit, whole, [one for one, name in zip(trace.matmuls, names) if prefix_of(name) == unit.prefix])
-            | {"activation_bytes": kept}
+            self._unit(unit, whole, _of(unit, trace.matmuls))
+            | {"again_flops": sum(one.forward_flops for one in _of(unit, trace.again)), "activation_bytes": kept}
             for unit, whole, kept in zip(active, self.model, trace.kept_by_unit, strict=True)
         ]
 
@@ -107,6 +108,10 @@ class Explained:
             "weight": bool(one.weight_grad),
             "weight_why": ("it trains" if weight in unit.trainable else called(one.weight_grad)) or frozen,
         }
+
+
+def _of(unit: Unit, products: Iterable[Matmul]) -> list[Matmul]:
+    return [one for one in products if prefix_of(unit_of(one.name)) == unit.prefix]
 
 
 def called(name: str) -> str:
