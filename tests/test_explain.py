@@ -312,40 +312,35 @@ def test_in_a_browser_every_number_is_the_documents_and_no_text_is_cut_off_or_li
             assert {f"policies/{policy}/plan/stages/{i}/{key}" for key in keys} <= shown
 
 
-@in_chromium
-def test_in_a_browser_a_runs_page_shows_every_number_of_the_run(run_folder, tmp_path):
-    document = of_run(run_folder)
-    report = look(tmp_path, document, 360)
-    check_states(report, document, 360)
-    shown = {path for path, *_ in report["states"][0]["numbers"] if path.startswith("runs/0/stages/1/")}
-    assert {path.split("/")[4] for path in shown} == document["runs"][0]["stages"][1].keys() - {
-        "stage",
-        "trains",
-        "end",
-    }
+CELL = {"schedule": "full", "lr": 1e-4, "seeds": 2, "metric": 0.5, "cost": 0.4, "seconds": 9.0, "budget": 0.5}
+CELL |= {"updated_parameters": 10, "failed": 0}
+BETTER = CELL | {"schedule": "4+cache", "metric": 0.6, "to_full": [0.1, 0.05, 0.2]}
+COMPARISON = {"metric": "f1", "advice": "Use it.", "account": [], "cells": [CELL, BETTER, {"budget": 1.0}]}
 
 
 def test_a_comparison_stands_beside_with_the_best_of_each_budget_marked_and_is_checked(tmp_path):
-    cell = {"schedule": "full", "lr": 1e-4, "seeds": 2, "metric": 0.5, "cost": 0.4, "seconds": 9.0, "failed": 0}
-    cell |= {"updated_parameters": 10, "budget": 0.5}
-    better = cell | {"schedule": "4+cache", "metric": 0.6, "to_full": [0.1, 0.05, 0.2]}
-    document = {"metric": "f1", "advice": "Use it.", "account": [], "cells": [cell, better, {"budget": 1.0}]}
     file = tmp_path / "compare.json"
     command = ("explain", *MODEL, "--comparison", tmp_path, "-o", tmp_path / "page.html")
-    cells = (5, cell | {"to_full": [1]}, cell | {"cost": "0.4"}, {"metric": 1})
-    for wrong in ([], {}, *(document | {"cells": [one]} for one in cells)):
+    cells = (5, CELL | {"to_full": [1]}, CELL | {"cost": "0.4"}, {"metric": 1})
+    for wrong in ([], {}, *(COMPARISON | {"cells": [one]} for one in cells)):
         file.write_text(json.dumps(wrong))
         assert "compare.json: expected the document that compare writes" in refused(*call(*command))
-    file.write_text(json.dumps(document))
+    file.write_text(json.dumps(COMPARISON))
     found = read_comparison(tmp_path)
     assert [one["best"] for one in found["cells"]] == [False, True] and found["metric"] == "f1"
     assert call(*command)[0] == 0
-    if CHROMIUM:
-        shown = explained_document(Asked.of(asked())) | {"comparison": found}
-        report = look(tmp_path, shown, 360, every=3)
-        check_states(report, shown, 360)
-        paths = {path for path, *_ in report["states"][0]["numbers"]}
-        assert {f"comparison/cells/1/{key}" for key in ("metric", "cost", "to_full/0", "to_full/2", "lr")} <= paths
+
+
+@in_chromium
+def test_in_a_browser_a_page_shows_every_number_of_its_runs_and_of_its_comparison(run_folder, tmp_path):
+    (tmp_path / "compare.json").write_text(json.dumps(COMPARISON))
+    document = of_run(run_folder) | {"comparison": read_comparison(tmp_path)}
+    report = look(tmp_path, document, 360)
+    check_states(report, document, 360)
+    shown = {path for path, *_ in report["states"][0]["numbers"]}
+    of_stage = {path.split("/")[4] for path in shown if path.startswith("runs/0/stages/1/")}
+    assert of_stage == document["runs"][0]["stages"][1].keys() - {"stage", "trains", "end"}
+    assert {f"comparison/cells/1/{key}" for key in ("metric", "cost", "to_full/0", "to_full/2", "lr")} <= shown
 
 
 @in_chromium
