@@ -13,7 +13,7 @@ from progtuning.settings.options import add_options, given, options
 from progtuning.settings.train import DataConfig, TrainConfig
 
 DOCUMENT, PAGE, PICTURE = "compare.json", "README.md", "frontier.png"
-OF_THE_GRID = {"schedule", "calendar", "budget", "lr", "seed", "evaluate", "prefix_dropout"}
+OF_THE_GRID = {"schedule", "calendar", "budget", "lr", "seed", "evaluate", "prefix_dropout", "keep", "patience"}
 
 
 def add_compare_options(parser: Parser) -> None:

@@ -100,6 +100,8 @@ class Summary:
     train_windows: int | None = _maybe()  # of questions
     pairs: bool | None = _maybe()  # of labelled texts: whether a row has two
     metrics: dict[str, float] = _key(low=-1e9)
+    epochs: int | None = _maybe()  # until the last evaluation
+    best: dict | None = _maybe()  # the best evaluation: "epoch", "stage", "metrics"
     processes: int | None = _maybe()
     stages: list[StageSummary]
     decisions: list[dict] | None = _maybe()  # of the schedule "adaptive"

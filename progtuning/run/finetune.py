@@ -19,6 +19,7 @@ from progtuning.model.bert import Model
 from progtuning.model.config import BertConfig
 from progtuning.model.weights import CONFIG, load_model, save_pretrained
 from progtuning.report.summary import SUMMARY, Summary, read_summary, write_summary
+from progtuning.run.best import Best, EnoughEvaluations
 from progtuning.run.build import build_trainer
 from progtuning.run.evaluate import measure_splits
 from progtuning.run.folder import RunFolder
@@ -107,7 +108,8 @@ def fine_tune(
             return read_summary(run.path) if world.is_main else None
         for line in task.account(splits, {"train": train_rows, **dev_rows}, settings):
             say(line)
-        run.restore(trainer)
+        best = Best(settings, task.main_metric)
+        run.restore(trainer, best)
         trainer.progress.log = run.log
 
         def measure(epoch: int) -> None:
@@ -118,9 +120,12 @@ def fine_tune(
                         model, dev_rows, task, settings.batch_size, device, settings.precision, settings, world
                     )
                 run.log({"epoch": epoch + 1, "metrics": values})
+                best.see(epoch, values, trainer.engine)
 
         with signals.held(), reporting_compiler():
-            fit_and_save(trainer, measure, run, signals)
+            fit_and_save(trainer, measure, run, best, signals)
+            best.put_back(trainer.engine)
+            last = run.log.rows[-1]
             summary = Summary(
                 model=model_name,
                 task=task.name,
@@ -128,7 +133,9 @@ def fine_tune(
                 train_rows=len(splits.train),
                 dev_rows={name: len(rows) for name, rows in splits.dev.items()},
                 **task.shape(splits.train, train_rows),
-                metrics=run.log.rows[-1]["metrics"],
+                metrics=best.found["metrics"] if best.keeps_weights else last["metrics"],
+                epochs=last["epoch"],
+                best=best.found,
                 **trainer.ledger.account(),
                 fresh_parameters=loaded.fresh,
                 unused_tensors=loaded.unused,
@@ -143,19 +150,24 @@ def fine_tune(
     return summary if world.is_main else None
 
 
-def fit_and_save(trainer: Trainer, measure: Callable[[int], None], run: RunFolder, signals: StopSignals) -> None:
-    """Train, and save the run when it is time and where a signal stops it; Interrupted then says how to go on."""
+def fit_and_save(
+    trainer: Trainer, measure: Callable[[int], None], run: RunFolder, best: Best, signals: StopSignals
+) -> None:
+    """Train to the end, or until `best` has waited long enough, and save the run when it is time and where a signal
+    stops it; Interrupted then says how to go on."""
     save_every = run.options.save_every
 
     def after_step(stage_ends: bool) -> None:
         signals.check()
         if save_every and (stage_ends or trainer.step % save_every == 0):
-            run.save(trainer)
+            run.save(trainer, best)
 
     try:
         trainer.fit(measure, after_step)
+    except EnoughEvaluations:
+        pass
     except Interrupted as error:
-        run.save(trainer)
+        run.save(trainer, best)
         hint = f"; to go on: the same command with --resume (saved in {run.path})" if run.path else ""
         message = f"{error} at step {trainer.step} of {trainer.num_steps}{hint}"
         raise run.world.once(Interrupted(message, error.signal)) from None

@@ -25,6 +25,7 @@ import torch
 from progtuning import __version__
 from progtuning.base.errors import InputError
 from progtuning.base.files import check_new_folder, new_folder, read_json, temporary_of, write_json
+from progtuning.run.best import Best
 from progtuning.run.checkpoint import FORMAT, read_checkpoint, write_checkpoint
 from progtuning.run.identity import check_same
 from progtuning.run.log import CHECKPOINTS, LOG, RUN, RunLog, warn
@@ -94,8 +95,9 @@ class RunFolder:
             self.log.close()
             raise
 
-    def save(self, trainer) -> None:
-        """Write a checkpoint of `trainer` (a `train.Trainer` between two steps) and remove those that are too many.
+    def save(self, trainer, best: Best) -> None:
+        """Write a checkpoint of `trainer` (a `train.Trainer` between two steps) and of the best evaluation so far, and
+        remove those that are too many.
 
         Raises RunError where the disk refuses, and what `run.state.state_dict` raises;
         earlier checkpoints are left alone then.
@@ -105,17 +107,18 @@ class RunFolder:
         state = state_dict(trainer)
         with self.world.agreed():
             if self.world.is_main:
-                self._write(trainer.step, state)
+                self._write(trainer.step, state, best)
         self._saved_step = trainer.step
 
-    def _write(self, step: int, state: Mapping) -> None:
-        state = {"run": self._digest, "trainer": state, "log_bytes": self.log.sync()}
+    def _write(self, step: int, state: Mapping, best: Best) -> None:
+        state = {"run": self._digest, "trainer": state, "best": best.state_dict(), "log_bytes": self.log.sync()}
         write_checkpoint(self.path / CHECKPOINTS / _checkpoint_name(step), state)
         for old in [path for path in checkpoints_of(self.path) if step_of(path.name) <= step][: -self.options.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def restore(self, trainer) -> None:
-        """Bring a new `trainer` and the log to the last good checkpoint; where there is none they stay at the start.
+    def restore(self, trainer, best: Best) -> None:
+        """Bring a new `trainer`, `best` and the log to the last good checkpoint; where there is none they stay at the
+        start.
 
         Checkpoints that are damaged are passed over, with a warning, and removed once a good one is found. Raises
         InputError where there are checkpoints and all are damaged, or where the last good one, of an older version,
@@ -135,6 +138,7 @@ class RunFolder:
             state = state or read_checkpoint(Path(checkpoint))  # the folder is one that all processes can read
             try:
                 load_state_dict(trainer, state["trainer"])
+                best.load_state_dict(state["best"])
             except KeyError as error:
                 message = f"--resume: {checkpoint} lacks {error}, expected a checkpoint of progtuning as it is now"
                 raise InputError(message) from None

@@ -173,6 +173,10 @@ class TrainConfig(Options):
         at_most=1e6,
     )
     evaluate: str = option("epoch", "after every epoch, or at the end", choices=("epoch", "end"))
+    keep: str = option("last", "weights to write, the {choices} evaluated", choices=("last", "best"))
+    patience: int | None = option(
+        None, "end the run after N evaluations in a row that were no better", metavar="N", at_least=1, at_most=100_000
+    )
     skip_nonfinite: bool = option(False, "pass over batches whose loss or gradient is not finite")
     seed: int = option(42, "of the data order, what is drawn afresh, and dropout", at_least=0, at_most=2**63 - 1)
     peft: PeftConfig = PeftConfig()
@@ -183,6 +187,9 @@ class TrainConfig(Options):
         super().__post_init__()
         self._check_calendar()
         self._check_cache()
+        if self.evaluate == "end" and (self.keep == "best" or self.patience is not None):
+            what = "--keep best" if self.keep == "best" else "--patience"
+            raise InputError(f"{what} compares evaluations, and --evaluate end makes one: leave it out")
         if self.accumulation_steps > self.batch_size and self.batch_tokens is None:
             got = f"{self.accumulation_steps} and {self.batch_size}"
             raise InputError(f"--accumulation-steps must be at most --batch-size, got {got}")
