@@ -20,6 +20,7 @@ from progtuning.data.squad import Answer, Question, SquadRows, Window
 from progtuning.data.tokenization import Encoding
 from progtuning.methods.apply import apply_peft
 from progtuning.report.summary import StageSummary, read_summary
+from progtuning.run.best import Best
 from progtuning.run.build import build_trainer
 from progtuning.run.checkpoint import read_checkpoint, write_checkpoint
 from progtuning.run.evaluate import predict
@@ -53,10 +54,13 @@ VARIANTS = {
     "dps mix, growing": {"dps": DPSConfig("mix", update_ratio=0.23), "schedule": "growing"},
     "bf16": {"precision": "bf16"},
     "constant rate": {"lr_schedule": "constant", "warmup": 0.5, "adam_epsilon": 1e-4},
+    "keep best": {"keep": "best", "evaluate": "epoch"},
+    "rates by block": {"lr_decay": 0.5},
     "cache": {"cache": "memory"},
     "cache, growing": {"cache": "memory", "schedule": "growing"},
     "cache, adaptive": {"cache": "disk", "cache_dtype": "bf16", "schedule": "adaptive", "stages": 4},
 }
+UNSEEN = Best(SETTINGS, "sum")
 
 
 def build(**changes) -> Trainer:
@@ -70,22 +74,21 @@ def train(folder: Path | None, options: CheckpointConfig, **changes) -> Trainer:
     """Run as `fine_tune` does, with an evaluation after each epoch."""
     run = build(**changes)
     with RunFolder(folder, options, lambda: {"settings": {"n": 1}}, warn) as held:
-        held.restore(run)
+        best = Best(replace(SETTINGS, **changes), "sum")
+        held.restore(run, best)
         run.progress.log = held.log
 
         def evaluate(epoch: int) -> None:
-            held.log(
-                {
-                    "epoch": epoch + 1,
-                    "metrics": {"sum": float(predict(run.engine.model, rows(8, seed=1), 8, CPU).sum())},
-                }
-            )
+            metrics = {"sum": float(predict(run.engine.model, rows(8, seed=1), 8, CPU).sum())}
+            held.log({"epoch": epoch + 1, "metrics": metrics})
+            best.see(epoch, metrics, run.engine)
 
         def save(stage_ends: bool) -> None:
             if options.save_every and (stage_ends or run.step % options.save_every == 0):
-                held.save(run)
+                held.save(run, best)
 
         run.fit(evaluate, save)
+        best.put_back(run.engine)
     return run
 
 
@@ -120,13 +123,13 @@ def test_checkpoints_are_written_every_n_steps_and_at_each_stages_end_and_the_la
     steps = []
 
     class Watched(RunFolder):
-        def save(self, trainer):
-            super().save(trainer)
+        def save(self, trainer, best):
+            super().save(trainer, best)
             steps.append(sorted(int(path.name[5:]) for path in (self.path / CHECKPOINTS).iterdir()))
 
     run = build()
     with Watched(tmp_path / "run", CheckpointConfig(save_every=2, keep=3), dict) as held:
-        run.fit(after_step=lambda ends: held.save(run) if ends or run.step % 2 == 0 else None)
+        run.fit(after_step=lambda ends: held.save(run, UNSEEN) if ends or run.step % 2 == 0 else None)
     assert steps == [[2], [2, 3], [2, 3, 4], [3, 4, 6], [3, 4, 6], [4, 6, 8], [6, 8, 9]]
 
 
@@ -199,7 +202,7 @@ def test_a_checkpoint_of_another_run_or_beyond_the_log_is_passed_over(tmp_path, 
     shutil.copytree(tmp_path / "run" / CHECKPOINTS, tmp_path / "other" / CHECKPOINTS)
     with RunFolder(tmp_path / "other", replace(EVERY, resume=True), lambda: {"settings": {"n": 2}}) as held:
         with pytest.raises(InputError, match="none of its 9 checkpoints is good"):
-            held.restore(build())
+            held.restore(build(), UNSEEN)
     assert "step-00000009: written by another run" in capsys.readouterr().err
 
 
@@ -243,7 +246,7 @@ def test_a_newer_checkpoint_put_among_them_costs_none_of_the_runs_own(tmp_path):
     run = build()
     with RunFolder(tmp_path / "run", CheckpointConfig(save_every=1, keep=1), dict) as held:
         (tmp_path / "run" / CHECKPOINTS / "step-00000099").mkdir(parents=True)
-        run.fit(after_step=lambda ends: held.save(run))
+        run.fit(after_step=lambda ends: held.save(run, UNSEEN))
     assert sorted(path.name for path in (tmp_path / "run" / CHECKPOINTS).iterdir()) == [
         "step-00000009",
         "step-00000099",
@@ -328,7 +331,7 @@ def test_a_step_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path):
     run = build()
     poison(run, 5)
     with RunFolder(tmp_path / "run", EVERY, dict) as held, pytest.raises(RunError, match=r"^step 6 \(stage 2"):
-        run.fit(after_step=lambda ends: held.save(run))
+        run.fit(after_step=lambda ends: held.save(run, UNSEEN))
     assert sorted(path.name for path in (tmp_path / "run" / CHECKPOINTS).iterdir())[-1] == "step-00000005"
 
 

@@ -31,6 +31,7 @@ def card(summary: Summary) -> str:
             "",
             table(["metric", "value"], metrics),
             "",
+            *best_lines(summary),
             stages_table(summary),
             "",
             *speed_lines(summary),
@@ -39,6 +40,22 @@ def card(summary: Summary) -> str:
             "",
         ]
     )
+
+
+def best_lines(summary: Summary) -> list[str]:
+    """Return what is to be said of the evaluations: whose weights were written, and why a run ended early."""
+    best, settings = summary.best, summary.settings
+    if best is None:
+        return []
+    when, lines = f"epoch {best['epoch']} (stage {best['stage']})", []
+    if settings.get("keep") == "best":
+        lines.append(f"The weights are those of {when}, the best evaluation.")
+    elif best["epoch"] != summary.epochs:
+        values = ", ".join(f"{name} {value:.4f}" for name, value in best["metrics"].items())
+        lines.append(f"The best evaluation was after {when}: {values}; `--keep best` writes its weights.")
+    if (patience := settings.get("patience")) and summary.epochs - best["epoch"] == patience:
+        lines.append(f"The run ended after epoch {summary.epochs}: `--patience {patience}`.")
+    return [*lines, ""] if lines else []
 
 
 def speed_lines(summary: Summary) -> list[str]:
