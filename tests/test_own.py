@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from progtuning.base.errors import InputError
 from progtuning.data.own import load_dev, load_own, split_rows
 from progtuning.data.tables import Example, read_table
+from progtuning.run.saved import load_checkpoint, load_held_out
 from progtuning.settings.train import DataConfig
 from tests.hub_server import HubServer
 from tests.test_cli import FAST, call, refused
@@ -200,6 +201,35 @@ def test_before_training_it_is_said_what_was_read(tiny_folder, tmp_path):
     assert lines[start + 1].endswith("32 the longest; 1 rows cut to --max-length 16; 1 empty texts")
     assert lines[start + 2] == "dev: 3 rows: dislike 1, like 2"
     assert lines[start + 4] == "  1 of its texts stand in train too"
+
+
+def test_evaluate_holds_out_what_the_run_did_and_refuses_to_measure_what_it_trained_on(tiny_folder, tmp_path):
+    (path := tmp_path / "a.csv").write_bytes(as_bytes((TRAIN + DEV) * 4, "csv"))
+    data = ["--task", "classification", "--data", path]
+    divided = ["--dev-share", "0.4", "--split-seed", "7"]
+    run = tmp_path / "run"
+    status, out, err = call("train", "--model", tiny_folder, *data, *FAST, *divided, "--output-dir", run, "--json")
+    assert status == 0, err
+    summary = json.loads(out)
+    assert summary["division"] == {"dev_share": 0.4, "split_seed": 7}
+
+    def evaluate(*options):
+        return call("evaluate", "--checkpoint", run, *data, *options, "--device", "cpu", "--json")
+
+    for options in ([], divided):
+        assert json.loads(evaluate(*options)[1])["metrics"] == summary["metrics"]
+    checkpoint = load_checkpoint(run)
+    for reading, rows in ((DataConfig(), summary["dev_rows"]["dev"]), (DataConfig(dev_share=1), len(TRAIN + DEV) * 4)):
+        assert len(load_held_out("classification", str(path), checkpoint, reading).dev["dev"]) == rows
+    for options in (["--dev-share", "0.3"], ["--split-seed", "3"], ["--dev-share", "0.4"]):
+        status, out, err = evaluate(*options)
+        assert (status, out) == (2, "") and "--dev-share 0.4 and --split-seed 7 divided the rows of the run" in err
+    (tmp_path / "folder").mkdir()  # rows of its own to be measured on are no part of what was divided
+    (tmp_path / "folder" / "dev.csv").write_bytes(as_bytes(DEV, "csv"))
+    assert len(load_held_out("classification", str(tmp_path / "folder"), checkpoint).dev["dev"]) == len(DEV)
+    (run / "summary.json").write_text(json.dumps(summary | {"division": {"dev_share": "0.4"}}))
+    status, _, err = evaluate()
+    assert status == 2 and "expected the summary of a run of train" in err
 
 
 def test_compare_and_probe_read_a_file_by_its_columns(tiny_folder, tmp_path):

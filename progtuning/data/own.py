@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from progtuning.base.errors import InputError
@@ -53,7 +54,9 @@ def load_own(data: str | Path, reading: DataConfig = DataConfig(), regression: b
         if has_pairs(train) != has_pairs(dev):
             with_pairs, without = (train_files, dev_files) if has_pairs(train) else (dev_files, train_files)
             raise InputError(f"{without[0]}: got no text_pair, expected one in every row as in {with_pairs[0]}")
-    return Splits(own.task(labels), train, {"dev": dev})
+    divided = own.dev_share is not None
+    division = {"dev_share": own.dev_share, "split_seed": reading.split_seed} if divided else None
+    return Splits(own.task(labels), train, {"dev": dev}, division)
 
 
 def load_dev(data: str | Path, labels: tuple[str, ...] | None, reading: DataConfig = DataConfig()) -> Splits:
@@ -75,12 +78,12 @@ class _Own:
     def __init__(self, data: str | Path, reading: DataConfig):
         self.data = str(data)
         self.path = None if self.data.startswith("hub:") else data_folder(self.data)  # None: the Hub
-        is_file = self.path is not None and self.path.is_file()
-        if is_file and (reading.train_split or reading.dev_split):
+        self.is_file = self.path is not None and self.path.is_file()
+        if self.is_file and (reading.train_split or reading.dev_split):
             raise InputError(f"--train-split and --dev-split are for a folder or the Hub, got the file {self.path}")
         self.train_split = reading.train_split or "train"
         self.dev_splits = (reading.dev_split,) if reading.dev_split else ("dev", "validation")
-        self.dev_share = _DEV_SHARE if is_file and reading.dev_share is None else reading.dev_share
+        self.dev_share = _DEV_SHARE if self.is_file and reading.dev_share is None else reading.dev_share
 
     def files(self, *splits: str) -> list[Path]:
         """Return the files of the one of `splits` that there is. Raises InputError, RunError where the Hub fails."""
@@ -95,6 +98,24 @@ class _Own:
             name = self.path.resolve().name
             name = next((name.removesuffix(end) for end in SUFFIXES if name.endswith(end)), name)
         return Classes(name, labels, ("accuracy", "matthews")) if labels else Numbers(name, (), ("pearson", "spearman"))
+
+
+def as_divided(data: str | Path, reading: DataConfig, division: dict | None) -> DataConfig:
+    """Return how the rows of `data` are held out that a run, by its `division`, held out too.
+
+    A file is divided as the run's was where `reading` says nothing else; with --dev-share 1 it is taken whole. Raises
+    InputError where they differ: some of the rows held out would be rows that the run trained on.
+    """
+    given = {"dev_share": reading.dev_share, "split_seed": reading.split_seed}
+    if division is None or reading.dev_share == 1 or reading.dev_share is None and not _Own(data, reading).is_file:
+        return reading
+    if given in (division, {"dev_share": None, "split_seed": DataConfig.split_seed}):
+        return replace(reading, **division)
+    share, seed = division["dev_share"], division["split_seed"]
+    raise InputError(
+        f"--dev-share {share:g} and --split-seed {seed} divided the rows of the run, got {given['dev_share']} and "
+        f"{given['split_seed']}, by which rows that it trained on would be measured: leave both out"
+    )
 
 
 def split_rows(rows: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:

@@ -217,6 +217,7 @@ class Splits:
     task: Task
     train: list[Example]
     dev: dict[str, list[Example]]
+    division: dict | None = None  # "dev_share" and "split_seed", by which one file's rows were divided
 
 
 def limit_train(splits: Splits, max_train: int, seed: int = 0) -> Splits:

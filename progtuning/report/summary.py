@@ -99,6 +99,7 @@ class Summary:
     dev_rows: dict[str, int] | None = _maybe()
     train_windows: int | None = _maybe()  # of questions
     pairs: bool | None = _maybe()  # of labelled texts: whether a row has two
+    division: dict | None = _maybe()  # of one's own file: the options by which its rows were divided
     metrics: dict[str, float] = _key(low=-1e9)
     epochs: int | None = _maybe()  # until the last evaluation
     best: dict | None = _maybe()  # the best evaluation: "epoch", "stage", "metrics"
@@ -158,6 +159,7 @@ class Training:
     task: str
     settings: dict
     pairs: bool | None  # None: not known, or of questions
+    division: dict | None  # of one file's rows; None: they were not divided
 
 
 def write_summary(folder: Path, summary: Summary) -> None:
@@ -198,8 +200,11 @@ def read_training(folder: Path) -> Training | None:
     values = read_json(path)
     if not isinstance(values, dict) or not {"task", "settings"} <= set(values):
         raise no_training(folder)
-    training = Training(values["task"], values["settings"], values.get("pairs"))
-    if not isinstance(training.settings, dict) or not _fits(training.pairs, bool | None):
+    training = Training(values["task"], values["settings"], values.get("pairs"), values.get("division"))
+    division = {"dev_share": 0.0, "split_seed": 0} if training.division is None else training.division
+    is_known = isinstance(division, dict) and set(division) == {"dev_share", "split_seed"}
+    is_known = is_known and _fits(division["dev_share"], float) and _fits(division["split_seed"], int)
+    if not isinstance(training.settings, dict) or not _fits(training.pairs, bool | None) or not is_known:
         raise no_training(folder)
     return training
 

@@ -133,6 +133,7 @@ def fine_tune(
                 train_rows=len(splits.train),
                 dev_rows={name: len(rows) for name, rows in splits.dev.items()},
                 **task.shape(splits.train, train_rows),
+                division=splits.division,
                 metrics=best.found["metrics"] if best.keeps_weights else last["metrics"],
                 epochs=last["epoch"],
                 best=best.found,

@@ -14,7 +14,7 @@ from progtuning.base.files import made_folder, new_folder
 from progtuning.base.sources import MODEL, data_folder, model_folder
 from progtuning.data import glue
 from progtuning.data.hub import load_hub_test
-from progtuning.data.own import load_dev
+from progtuning.data.own import as_divided, load_dev
 from progtuning.data.registry import HUB, KINDS, OWN, load_splits
 from progtuning.data.submission import write_submission
 from progtuning.data.task import Splits, Task
@@ -40,6 +40,7 @@ def load_held_out(task: str, data: str | None, checkpoint: "Checkpoint", reading
         return load_splits(task, data, reading)
     check_head(checkpoint, task, task)  # a task of one's own has the name of its head
     classes = checkpoint.task.labels
+    reading = as_divided(data, reading, checkpoint.division)
     try:
         return OWN[task].load_dev(data, classes, reading)
     except InputError as error:
@@ -82,6 +83,7 @@ class Checkpoint:
     squad: SquadConfig
     null_answers: bool  # whether it was trained on questions that have no answer
     pairs: bool | None = None  # whether it was trained on pairs of texts; None: not known, or on questions
+    division: dict | None = None  # options by which its file was divided into rows to train on and to hold out
 
     @property
     def head(self) -> str:
@@ -162,7 +164,8 @@ def load_checkpoint(
         max_length = tokenizer.check_max_length(length if max_length is None else max_length)
     except InputError as error:
         raise error if max_length is not None else InputError(f"{path}: settings.max_length: {error}") from None
-    return Checkpoint(folder, model, tokenizer, max_length, squad_settings, null_answers, training and training.pairs)
+    pairs, division = (None, None) if training is None else (training.pairs, training.division)
+    return Checkpoint(folder, model, tokenizer, max_length, squad_settings, null_answers, pairs, division)
 
 
 def checkpoint_files(folder: Path) -> list[Path]:

@@ -29,7 +29,7 @@ class DataConfig(Options):
         None, "hold out this share of the training rows, class by class (0.2 of one file)", at_least=0, at_most=1
     )
     split_seed: int = option(
-        0, "seed of what --dev-share draws; evaluate needs the same", at_least=0, at_most=2**63 - 1
+        0, "seed of what --dev-share draws; evaluate has both from the run", at_least=0, at_most=2**63 - 1
     )
 
     def __post_init__(self):
