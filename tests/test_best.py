@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from progtuning.engine import StageEngine
 from progtuning.run.best import Best, EnoughEvaluations
+from progtuning.run.evaluate import Measured
 from progtuning.run.saved import load_checkpoint
 from progtuning.settings.train import TrainConfig
 from progtuning.stages import Stage
@@ -33,7 +34,7 @@ def test_the_first_of_the_highest_counts_and_a_run_ends_after_as_many_no_better_
         seen.append(value)
         waited = len(seen) - 1 - seen.index(max(seen))
         try:
-            best.see(epoch, {"accuracy": -value, "f1": value}, ENGINE)
+            best.see(epoch, Measured({"accuracy": -value, "f1": value}, {"a/b": {"f1": value}}), ENGINE)
             assert patience is None or waited < patience
         except EnoughEvaluations:
             assert waited == patience
@@ -43,12 +44,13 @@ def test_the_first_of_the_highest_counts_and_a_run_ends_after_as_many_no_better_
         "stage": 1,
         "metrics": {"accuracy": -max(seen), "f1": max(seen)},
     }
+    assert best.written == Measured({"accuracy": -seen[-1], "f1": seen[-1]}, {"a/b": {"f1": seen[-1]}})
 
 
 def test_of_several_held_out_sets_the_first_counts():
     best = Best(TrainConfig(), "accuracy")
     for epoch, (first, second) in enumerate(((0.5, 0.9), (0.6, 0.1))):
-        best.see(epoch, {"matched accuracy": first, "mismatched accuracy": second}, ENGINE)
+        best.see(epoch, Measured({"matched/accuracy": first, "mismatched/accuracy": second}), ENGINE)
     assert best.found["epoch"] == 2
 
 
@@ -60,7 +62,7 @@ def test_the_weights_put_back_are_those_of_the_best_evaluation_and_not_views_of_
         with torch.no_grad():
             for parameter in engine.model.parameters():
                 parameter.add_(1.0)
-        best.see(epoch, {"f1": value}, engine)
+        best.see(epoch, Measured({"f1": value}), engine)
         weights.append({name: p.detach().clone() for name, p in engine.model.named_parameters()})
     best.put_back(engine)
     assert all(torch.equal(p, weights[1][name]) for name, p in engine.model.named_parameters())
@@ -81,7 +83,7 @@ def test_the_model_written_is_the_one_that_scored_best_and_summary_and_card_say_
 
     def measured(model, *_):
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return {"accuracy": scores[len(seen) - 1]}
+        return Measured({"accuracy": scores[len(seen) - 1]})
 
     monkeypatch.setattr("progtuning.run.finetune.measure_splits", measured)
     summary, logged = train(tiny_folder, tiny_task, tmp_path / "run", "--keep", "best")

@@ -108,7 +108,7 @@ def test_two_processes_give_the_weights_the_losses_and_the_outputs_of_one(case, 
 
 def test_the_cases_would_notice_a_wrong_weight_of_a_short_batch(alone, monkeypatch):
     weights, _ = alone("Progtuning")
-    monkeypatch.setattr(World, "pieces", lambda self, batch, count: [(batch, len(batch) / 8)])
+    monkeypatch.setattr(World, "pieces", lambda self, batch, *_: [(batch, len(batch) / 8)])
     wrong, _ = distributed_worker.train("Progtuning")
     assert max((weights[name] - wrong[name]).abs().max() for name in weights) > 1e-6
 

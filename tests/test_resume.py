@@ -23,7 +23,7 @@ from progtuning.report.summary import StageSummary, read_summary
 from progtuning.run.best import Best
 from progtuning.run.build import build_trainer
 from progtuning.run.checkpoint import read_checkpoint, write_checkpoint
-from progtuning.run.evaluate import predict
+from progtuning.run.evaluate import Measured, predict
 from progtuning.run.folder import RunFolder, checkpoints_of, step_of
 from progtuning.run.log import CHECKPOINTS, LOG, RunLog, warn
 from progtuning.run.signals import StopSignals
@@ -81,7 +81,7 @@ def train(folder: Path | None, options: CheckpointConfig, **changes) -> Trainer:
         def evaluate(epoch: int) -> None:
             metrics = {"sum": float(predict(run.engine.model, rows(8, seed=1), 8, CPU).sum())}
             held.log({"epoch": epoch + 1, "metrics": metrics})
-            best.see(epoch, metrics, run.engine)
+            best.see(epoch, Measured(metrics), run.engine)
 
         def save(stage_ends: bool) -> None:
             if options.save_every and (stage_ends or run.step % options.save_every == 0):

@@ -289,9 +289,9 @@ def test_training_learns_a_separable_task():
     data, held_out = rows(200), rows(100, seed=1)
     task = Classes("halves", ("low", "high", "neither"), ("accuracy",))
     run = trainer(data, epochs=6, stages=3, lr=3e-3)
-    before = measure_splits(run.engine.model, {"dev": held_out}, task, 8, CPU, "fp32")["accuracy"]
+    before = measure_splits(run.engine.model, {"dev": held_out}, task, 8, CPU, "fp32").metrics["accuracy"]
     run.fit()
-    after = measure_splits(run.engine.model, {"dev": held_out}, task, 8, CPU, "fp32")["accuracy"]
+    after = measure_splits(run.engine.model, {"dev": held_out}, task, 8, CPU, "fp32").metrics["accuracy"]
     assert after > 0.9 > before
 
 
@@ -301,7 +301,7 @@ def test_regression_learns_with_mean_squared_error():
     run = trainer(data, model=model, epochs=6, stages=2, lr=3e-3)
     run.fit()
     task = Numbers("halves", (), ("pearson", "spearman"))
-    assert measure_splits(model, {"dev": data}, task, 16, CPU, "fp32")["pearson"] > 0.8
+    assert measure_splits(model, {"dev": data}, task, 16, CPU, "fp32").metrics["pearson"] > 0.8
     scores, labels = torch.tensor([[0.5], [1.0]]), torch.tensor([0.0, 3.0])
     assert CLASSES["regression"].loss(scores, labels).item() == pytest.approx((0.25 + 4.0) / 2)
 
@@ -333,7 +333,9 @@ def test_an_output_that_is_not_finite_is_an_error_and_never_a_prediction():
 
 def test_metrics_of_several_splits_carry_the_splits_name():
     task = Classes("t", ("a", "b", "c"), ("accuracy",))
-    values = measure_splits(tiny_model(), {"dev_matched": rows(9), "dev_mismatched": rows(9, 1)}, task, 8, CPU, "fp32")
+    values = measure_splits(
+        tiny_model(), {"dev_matched": rows(9), "dev_mismatched": rows(9, 1)}, task, 8, CPU, "fp32"
+    ).metrics
     assert set(values) == {"dev_matched/accuracy", "dev_mismatched/accuracy"}
 
 

@@ -31,11 +31,14 @@ def run_evaluate(args: argparse.Namespace) -> None:
     options = (given(args, SquadConfig), args.base_model, label_map(args), say)
     checkpoint = load_checkpoint(Path(args.checkpoint), args.max_length, *options)
     splits = load_held_out(args.task, args.data, checkpoint, DataConfig(**given(args, DataConfig)))
-    values = evaluate_checkpoint(checkpoint, splits, device, args.batch_size, args.precision, args.output_dir)
+    measured = evaluate_checkpoint(checkpoint, splits, device, args.batch_size, args.precision, args.output_dir)
     if args.json:
-        print_json({"task": splits.task.name, "metrics": values})
-    else:
-        put_line(tables.table(["metric", splits.task.name], [[name, f"{value:.4f}"] for name, value in values.items()]))
+        print_json({"task": splits.task.name} | measured._asdict())
+        return
+    values = [[name, f"{value:.4f}"] for name, value in measured.metrics.items()]
+    put_line(tables.table(["metric", splits.task.name], values))
+    if measured.by_class:
+        put_line("\n" + tables.class_table(measured.by_class))
 
 
 def run_predict(args: argparse.Namespace) -> None:

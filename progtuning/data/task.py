@@ -106,6 +106,10 @@ class Task:
         """Return the task's metrics of decisions for `rows`, which have labels."""
         return metrics.compute(self.metrics, decisions, rows.labels.numpy())
 
+    def score_by_class(self, decisions: Sequence, rows: EncodedRows) -> dict[str, dict[str, float]]:
+        """Return what `metrics.by_class` does of decisions for `rows`, which have labels; {} where no class is."""
+        return {}
+
     def plain(self, decisions: Sequence) -> list:
         """Return the decisions as JSON has them, a string or number each."""
         raise NotImplementedError
@@ -145,6 +149,9 @@ class Classes(Task):
     def decide(self, outputs: np.ndarray, rows: EncodedRows, limits: Limits) -> np.ndarray:
         """Return (N,) int64, for outputs (N, C) the class of the highest."""
         return outputs.argmax(axis=1)
+
+    def score_by_class(self, decisions: Sequence, rows: EncodedRows) -> dict[str, dict[str, float]]:
+        return metrics.by_class(decisions, rows.labels.numpy(), self.labels)
 
     def spread(self, rows: Sequence[Example]) -> str:
         """Return the number of rows of each class, of the first 20."""

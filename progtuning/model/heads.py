@@ -67,12 +67,19 @@ class Classification:
         return model.classifier(x)
 
     @staticmethod
-    def loss(outputs: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+    def loss(
+        outputs: Tensor,
+        labels: Tensor,
+        mask: Tensor | None = None,
+        class_weights: Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
         """Return the mean over the batch, (), of outputs (B, C) and labels (B,) int64.
 
-        `mask` (B, S) bool is True at real tokens (None: no padding).
+        `mask` (B, S) bool is True at real tokens (None: no padding). With `class_weights` (C,) a row counts in the mean
+        as its class does; `label_smoothing` moves that share of a label to all classes evenly.
         """
-        return F.cross_entropy(outputs, labels)
+        return F.cross_entropy(outputs, labels, class_weights, label_smoothing=label_smoothing)
 
 
 class Regression(Classification):

@@ -6,7 +6,17 @@ from pathlib import Path
 from progtuning.base.files import plain_place
 from progtuning.report.pictures import draw_metric, draw_run
 from progtuning.report.summary import Summary
-from progtuning.report.tables import PHASES, SPEED, millions, speed_cells, speed_table, stages_table, table, tera
+from progtuning.report.tables import (
+    PHASES,
+    SPEED,
+    class_table,
+    millions,
+    speed_cells,
+    speed_table,
+    stages_table,
+    table,
+    tera,
+)
 
 
 def card(summary: Summary) -> str:
@@ -31,6 +41,7 @@ def card(summary: Summary) -> str:
             "",
             table(["metric", "value"], metrics),
             "",
+            *([class_table(summary.by_class), ""] if summary.by_class else []),
             *best_lines(summary),
             stages_table(summary),
             "",

@@ -101,6 +101,7 @@ class Summary:
     pairs: bool | None = _maybe()  # of labelled texts: whether a row has two
     division: dict | None = _maybe()  # of one's own file: the options by which its rows were divided
     metrics: dict[str, float] = _key(low=-1e9)
+    by_class: dict[str, dict] | None = _maybe()  # precision, recall, f1 and support of each class
     epochs: int | None = _maybe()  # until the last evaluation
     best: dict | None = _maybe()  # the best evaluation: "epoch", "stage", "metrics"
     processes: int | None = _maybe()

@@ -1,7 +1,7 @@
 """Tables of runs, plans, probes and the paper's figures, in Markdown."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 from progtuning.report.summary import Speed, Summary
@@ -112,6 +112,15 @@ def millions(count: int) -> str:
 
 def tera(flops: int) -> str:
     return f"{flops / 1e12:,.3f}"
+
+
+def class_table(by_class: Mapping[str, Mapping[str, float]]) -> str:
+    """Return what `metrics.by_class` gives as a table."""
+    rows = [
+        [name, *(f"{one[key]:.4f}" for key in ("precision", "recall", "f1")), f"{one['support']:,}"]
+        for name, one in by_class.items()
+    ]
+    return table(["class", "precision", "recall", "f1", "rows"], rows)
 
 
 def plan_table(document: dict) -> str:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
+import numpy as np
 import torch
 
 from progtuning.base.errors import InputError
@@ -16,8 +17,8 @@ from progtuning.methods.dps import DPS
 from progtuning.methods.schedules import build_schedule
 from progtuning.model import heads
 from progtuning.model.bert import Model
-from progtuning.model.config import BertConfig
-from progtuning.settings.train import TrainConfig
+from progtuning.model.config import HEADS, BertConfig
+from progtuning.settings.train import TrainConfig, parse_class_weights
 from progtuning.speed.cache import CachedEngine, PrefixCache, Shelves
 from progtuning.speed.checkpointing import checkpoint_blocks
 from progtuning.speed.kernels import compile_blocks
@@ -51,7 +52,10 @@ def build_trainer(
         raise InputError(f"--batch-size must be at least the {world.size} processes, got {settings.batch_size}")
     model.to(device)
     schedule = build_schedule(settings, model.num_blocks)
-    loader = Loader(data, make_batches(data.lengths, settings), device, world, settings.accumulation_steps)
+    weights = class_weights(settings, model.config, data)
+    row_weights = None if weights is None else weights[data.labels.numpy()]
+    batches = make_batches(data.lengths, settings)
+    loader = Loader(data, batches, device, world, settings.accumulation_steps, row_weights)
     num_steps = steps_of(model.config, loader, settings, schedule)
     optimizer = build_optimizer(model, settings.lr, settings.weight_decay, settings.adam_epsilon, settings.lr_decay)
     # The first step of a warm-up has the learning rate 0: a run of one step would train nothing.
@@ -89,7 +93,7 @@ def build_trainer(
         engine=engine,
         loader=loader,
         replica=Replica(engine, world),
-        loss=heads.CLASSES[model.config.head].loss,
+        loss=loss_of(settings, model.config, weights, device),
         optimizer=optimizer,
         lr_schedule=lr_schedule,
         masks=masks,
@@ -101,6 +105,38 @@ def build_trainer(
         max_grad_norm=settings.max_grad_norm,
         seed=world.seed(settings.seed),
     )
+
+
+def class_weights(settings: TrainConfig, config: BertConfig, data: EncodedRows) -> np.ndarray | None:
+    """Return how much each class counts in the loss, (C,) float32; None where all count the same.
+
+    "balanced" is N / (C n_c) for a class of n_c of the N training rows, as in scikit-learn; one without a row counts 1.
+    Raises InputError where the task has no classes, or not those that are named.
+    """
+    if (settings.class_weights or settings.label_smoothing) and not HEADS[config.head].has_labels:
+        option = "--class-weights" if settings.class_weights else "--label-smoothing"
+        raise InputError(f"{option} is for classification, got it with a {config.head} head")
+    if settings.class_weights is None:
+        return None
+    named = parse_class_weights(settings.class_weights)
+    if named is None:
+        counts = np.bincount(data.labels.numpy(), minlength=len(config.labels))
+        found = np.where(counts, len(data) / (len(counts) * np.maximum(counts, 1)), 1.0)
+    elif unknown := sorted(named.keys() - set(config.labels)):
+        got = f"--class-weights: got the class {unknown[0]}"
+        raise InputError(f"{got}, expected one of {', '.join(config.labels[:20])}")
+    else:
+        found = [named.get(label, 1.0) for label in config.labels]
+    return np.asarray(found, dtype=np.float32)
+
+
+def loss_of(settings: TrainConfig, config: BertConfig, weights: np.ndarray | None, device: torch.device) -> Callable:
+    """Return the loss of the head, with what the settings change in it."""
+    loss = heads.CLASSES[config.head].loss
+    if weights is None and not settings.label_smoothing:
+        return loss
+    on_device = None if weights is None else torch.from_numpy(weights).to(device)
+    return partial(loss, class_weights=on_device, label_smoothing=settings.label_smoothing)
 
 
 def steps_of(config: BertConfig, loader: Loader, settings: TrainConfig, schedule: Schedule | AdaptiveSchedule) -> int:

@@ -1,6 +1,7 @@
 """Outputs of a model for rows, and the metrics of a task's held-out rows."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +49,16 @@ def predict(
     return outputs
 
 
+class Measured(NamedTuple):
+    """The metrics of held-out rows, and those of each class, by its name; {} where the task has none.
+
+    Where splits are several the names begin with theirs: "split/metric", "split/class".
+    """
+
+    metrics: dict[str, float]
+    by_class: dict[str, dict[str, float]] = {}
+
+
 def measure_splits(
     model: Model,
     splits: Mapping[str, EncodedRows],
@@ -57,11 +68,12 @@ def measure_splits(
     precision: str,
     limits: Limits = TrainConfig(),
     world: World = World(),
-) -> dict[str, float]:
-    """Return the task's metrics on every held-out split, under "metric", or "split/metric" where splits are several."""
-    values = {}
+) -> Measured:
+    """Return the task's metrics on every held-out split."""
+    values, classes = {}, {}
     for name, data in splits.items():
-        outputs = predict(model, data, batch_size, device, precision, world)
-        measured = task.score(task.decide(outputs, data, limits), data, limits)
-        values |= measured if len(splits) == 1 else {f"{name}/{metric}": value for metric, value in measured.items()}
-    return values
+        decisions = task.decide(predict(model, data, batch_size, device, precision, world), data, limits)
+        before = "" if len(splits) == 1 else f"{name}/"
+        values |= {before + metric: value for metric, value in task.score(decisions, data, limits).items()}
+        classes |= {before + one: found for one, found in task.score_by_class(decisions, data).items()}
+    return Measured(values, classes)

@@ -116,16 +116,15 @@ def fine_tune(
             if settings.evaluate == "epoch" or epoch == trainer.epochs - 1:
                 # To evaluate again changes nothing; but several processes stop between two steps, where they agree to.
                 with signals.held(world.size > 1):
-                    values = measure_splits(
+                    measured = measure_splits(
                         model, dev_rows, task, settings.batch_size, device, settings.precision, settings, world
                     )
-                run.log({"epoch": epoch + 1, "metrics": values})
-                best.see(epoch, values, trainer.engine)
+                run.log({"epoch": epoch + 1, "metrics": measured.metrics})
+                best.see(epoch, measured, trainer.engine)
 
         with signals.held(), reporting_compiler():
             fit_and_save(trainer, measure, run, best, signals)
             best.put_back(trainer.engine)
-            last = run.log.rows[-1]
             summary = Summary(
                 model=model_name,
                 task=task.name,
@@ -134,8 +133,9 @@ def fine_tune(
                 dev_rows={name: len(rows) for name, rows in splits.dev.items()},
                 **task.shape(splits.train, train_rows),
                 division=splits.division,
-                metrics=best.found["metrics"] if best.keeps_weights else last["metrics"],
-                epochs=last["epoch"],
+                metrics=best.written.metrics,
+                by_class=best.written.by_class or None,
+                epochs=run.log.rows[-1]["epoch"],
                 best=best.found,
                 **trainer.ledger.account(),
                 fresh_parameters=loaded.fresh,
@@ -213,8 +213,8 @@ def probe(
             block.requires_grad_(other == index)
         with reporting_compiler():
             build_trainer(model, train_rows, settings, device).fit()
-            values = measure_splits(
+            measured = measure_splits(
                 model, dev_rows, splits.task, settings.batch_size, device, settings.precision, settings
             )
-        rows.append({"block": index + 1, "metrics": values})
+        rows.append({"block": index + 1, "metrics": measured.metrics})
     return rows

@@ -24,7 +24,7 @@ from progtuning.model.bert import Model
 from progtuning.model.config import HEADS, BertConfig, format_label_map
 from progtuning.model.weights import CONFIG, load_model, reorder_classes
 from progtuning.report.summary import SUMMARY, no_training, read_training
-from progtuning.run.evaluate import measure_splits, predict
+from progtuning.run.evaluate import Measured, measure_splits, predict
 from progtuning.settings.train import DataConfig, SquadConfig
 
 _log = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ def evaluate_checkpoint(
     batch_size: int = 32,
     precision: str = "fp32",
     output_dir: str | Path | None = None,
-) -> dict[str, float]:
+) -> Measured:
     """Return the metrics of a fine-tuned model on a task's held-out rows.
 
     With `output_dir`, a new or empty folder, SQuAD's prediction files are written there. Raises InputError where the
@@ -230,7 +230,7 @@ def evaluate_checkpoint(
     folder, (data,) = new_folder(output_dir), rows.values()
     decisions = task.decide(predict(checkpoint.model, data, batch_size, device, precision), data, checkpoint)
     task.write(decisions, folder, checkpoint)
-    return task.score(decisions, data, checkpoint)
+    return Measured(task.score(decisions, data, checkpoint))
 
 
 def predict_file(

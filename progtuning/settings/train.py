@@ -1,5 +1,6 @@
 """What a run reads, how it trains, and when it is saved: its options, one line each. No torch."""
 
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -172,6 +173,10 @@ class TrainConfig(Options):
         at_least=1e-6,
         at_most=1e6,
     )
+    class_weights: str | None = option(
+        None, "of classes in the loss: balanced (a class of few rows counts more), or a=1,b=3 (the others 1), or JSON"
+    )
+    label_smoothing: float = option(0.0, "share of a label that goes to all classes evenly", at_least=0, at_most=1)
     evaluate: str = option("epoch", "after every epoch, or at the end", choices=("epoch", "end"))
     keep: str = option("last", "weights to write, the {choices} evaluated", choices=("last", "best"))
     patience: int | None = option(
@@ -186,6 +191,8 @@ class TrainConfig(Options):
     def __post_init__(self):
         super().__post_init__()
         self._check_calendar()
+        if self.class_weights is not None:
+            parse_class_weights(self.class_weights)
         self._check_cache()
         if self.evaluate == "end" and (self.keep == "best" or self.patience is not None):
             what = "--keep best" if self.keep == "best" else "--patience"
@@ -257,6 +264,28 @@ def parse_calendar(text: str) -> list[tuple[int, int]]:
         raise InputError(f"--calendar must give each stage a share above 0, got {text!r}")
     common = math.lcm(*(share.denominator for share in shares))
     return [(int(stage[1]), int(share * common)) for stage, share in zip(stages, shares)]
+
+
+def parse_class_weights(text: str) -> dict[str, float] | None:
+    """Return the weights by class name, None for "balanced". Raises InputError.
+
+    >>> parse_class_weights("yes=3, no=0.5"), parse_class_weights('{"a=b": 2}')
+    ({'yes': 3.0, 'no': 0.5}, {'a=b': 2.0})
+    """
+    if text == "balanced":
+        return None
+    try:
+        is_json = text.lstrip().startswith("{")
+        pairs = json.loads(text, object_pairs_hook=list) if is_json else [part.split("=") for part in text.split(",")]
+        weights = {name.strip(): float(weight) for name, weight in pairs}
+        if len(weights) < len(pairs) or not all(0 < weight < 1e6 for weight in weights.values()):
+            raise ValueError
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise InputError(
+            "--class-weights must be balanced, or CLASS=WEIGHT,CLASS=WEIGHT or a JSON object of weights above 0, each "
+            f"class once, got {text!r}"
+        ) from None
+    return weights
 
 
 def parse_size(option: str, text: str) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,10 +24,20 @@ class Loader:
     """The training batches, each as the pieces of this process's share.
 
     `data` are all rows, `batches` says which of them go together, `pieces` in how many parts a process takes its share.
+    `row_weights` (N,) says how much each row counts in the mean loss of its batch (None: all the same).
     """
 
-    def __init__(self, data: EncodedRows, batches: TrainBatches, device: torch.device, world: World, pieces: int = 1):
+    def __init__(
+        self,
+        data: EncodedRows,
+        batches: TrainBatches,
+        device: torch.device,
+        world: World,
+        pieces: int = 1,
+        row_weights: np.ndarray | None = None,
+    ):
         self.data, self.batches, self.device, self.world, self.pieces = data, batches, device, world, pieces
+        self.row_weights = row_weights
 
     def __len__(self) -> int:
         """The number of batches, the same in every epoch."""
@@ -40,7 +51,7 @@ class Loader:
         on_cuda = self.device.type == "cuda"
 
         def collate(batch: list[int]) -> list[Piece]:
-            pieces = self.world.pieces(batch, self.pieces)
+            pieces = self.world.pieces(batch, self.pieces, self.row_weights)
             return [Piece(piece, weight, collate_inputs(self.data, piece, pin=on_cuda)) for piece, weight in pieces]
 
         batches = self.batches.epoch(epoch)[start:]

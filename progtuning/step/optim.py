@@ -12,14 +12,14 @@ def parameter_groups(model: Model, lr: float, weight_decay: float, lr_decay: flo
     """Divide the parameters that require a gradient: by learning rate, and with weight decay or, as biases and
     LayerNorms, without.
 
-    With d = `lr_decay` the head and the top block learn at `lr`, each block at d times the rate of the one above, E at
+    With d = `lr_decay` (1: any model of torch will do) the head and the top block learn at `lr`, each block at d times the rate of the one above, E at
     d times that of the lowest: discriminative fine-tuning (Howard & Ruder 2018, arXiv 1801.06146, Section 3.2).
     """
     found: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_decayed = not (name.endswith("bias") or "LayerNorm" in name)
-            rate = lr * lr_decay ** blocks_above(unit_of(name), model.num_blocks)
+            rate = lr if lr_decay == 1 else lr * lr_decay ** blocks_above(unit_of(name), model.num_blocks)
             found.setdefault((rate, is_decayed), []).append(parameter)
     return [
         {"params": parameters, "lr": rate, "weight_decay": weight_decay if is_decayed else 0.0}

@@ -68,16 +68,22 @@ class World:
         """Say of each of `count` rows whether this rank keeps its prefix: (count,) bool."""
         return np.arange(count) % self.size == self.rank
 
-    def pieces(self, batch: Sequence[int], count: int) -> list[tuple[Sequence[int], float]]:
+    def pieces(
+        self, batch: Sequence[int], count: int, row_weights: np.ndarray | None = None
+    ) -> list[tuple[Sequence[int], float]]:
         """Cut this rank's share of a batch into `count` pieces (fewer where it has fewer rows), each with its weight.
 
-        The weights, times the pieces' mean losses, sum over all ranks to the mean loss of the batch. A rank whose share
-        is empty gets a row of weight 0: it must take part when gradients are summed.
+        The weights, times the pieces' mean losses, sum over all ranks to the mean loss of the batch, in which rows
+        count by `row_weights`, or all the same. A rank whose share is empty gets a row of weight 0: it must take part
+        when gradients are summed.
         """
         share = shares(batch, self.size)[self.rank]
         if not share:
             return [(batch[:1], 0.0)]
-        return [(piece, len(piece) / len(batch)) for piece in split(share, count)]
+        pieces = split(share, count)
+        if row_weights is None:
+            return [(piece, len(piece) / len(batch)) for piece in pieces]
+        return [(piece, float(row_weights[piece].sum() / row_weights[batch].sum())) for piece in pieces]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the ranks, in place, and return it."""
