@@ -12,8 +12,9 @@ def parameter_groups(model: Model, lr: float, weight_decay: float, lr_decay: flo
     """Divide the parameters that require a gradient: by learning rate, and with weight decay or, as biases and
     LayerNorms, without.
 
-    With d = `lr_decay` (1: any model of torch will do) the head and the top block learn at `lr`, each block at d times the rate of the one above, E at
-    d times that of the lowest: discriminative fine-tuning (Howard & Ruder 2018, arXiv 1801.06146, Section 3.2).
+    With d = `lr_decay` the head and the top block learn at `lr`, each block at d times the rate of the one above, E at
+    d times that of the lowest: discriminative fine-tuning (Howard & Ruder 2018, arXiv 1801.06146, Section 3.2). With 1
+    any model of torch will do.
     """
     found: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
