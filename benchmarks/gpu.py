@@ -1,7 +1,7 @@
 """All that a GPU is asked for, in order of worth, within a few minutes and without a network.
 
-    python benchmarks/gpu.py --minutes 9 --glue .gpu/glue --cache .gpu/cache --output "$OUT"      # on the device
-    python benchmarks/gpu.py --minutes 3 --device cpu --rehearse --output runs/rehearsal
+    PYTHONPATH=. python benchmarks/gpu.py --minutes 9 --glue .gpu/glue --cache .gpu/cache --output "$OUT"
+    PYTHONPATH=. python benchmarks/gpu.py --minutes 3 --device cpu --rehearse --output runs/rehearsal
 
 Each step is a process of its own under its own limit of seconds; one that fails, or whose time is up, does not stop the
 next. After each, `steps.jsonl`, `steps.md` and `results.tgz` (logs, tables, summaries) in --output are written anew. A

@@ -32,6 +32,7 @@ import backward_savings  # noqa: E402
 import gather  # noqa: E402
 import gpu  # noqa: E402
 import harness  # noqa: E402
+import step_options  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -395,6 +396,25 @@ def test_the_other_scripts_refuse_a_wrong_option(peers, end_to_end):
         peers.main(["--padding", "128"])
     with pytest.raises(InputError, match="^--epochs must be at least 1, got 0$"):
         end_to_end.main(["--epochs", "0"])
+
+
+# step_options.py
+
+
+def test_options_of_a_step_have_time_memory_and_what_the_closed_forms_promise(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(step_options.SHAPES, "tiny", 8)
+    shape = "--models tiny --batch-size 4 --paddings 0 0.25 --dropouts 0.1 --rounds 1 --steps 1"
+    step_options.main(
+        [*f"--device cpu {shape} --variants plain unpadded checkpointed".split(), "--output", str(tmp_path)]
+    )
+    rows = json.loads((tmp_path / "step_options_cpu_fp32.json").read_text())["rows"]
+    assert [(row["padding"], row["variant"]) for row in rows] == [
+        (0, "plain"), (0, "checkpointed"), (0.25, "plain"), (0.25, "unpadded"), (0.25, "checkpointed")
+    ]  # fmt: skip
+    plain, unpadded, checkpointed = rows[2:]
+    assert plain["step_ideal"] == 1 and unpadded["step_ideal"] == unpadded["share_of_tokens"] == 0.75
+    assert 1.3 < checkpointed["step_ideal"] < 1.4 and checkpointed["closed_form_bytes"] < plain["closed_form_bytes"]
+    assert all(row["milliseconds"] > 0 for row in rows) and "| checkpointed |" in capsys.readouterr().out
 
 
 # gpu.py
