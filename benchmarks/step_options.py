@@ -20,6 +20,7 @@ resident set, which does not tell one variant from those before it: give one.
 import argparse
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import harness
@@ -54,6 +55,7 @@ PARTS: dict[str, list[Callable[[Model], None]]] = {
     "checkpointed": [checkpoint_blocks],
     "cudnn": [],
 }
+VARLEN = unpad.varlen_attn  # None where PyTorch has none
 
 
 @lru_cache(maxsize=1)
@@ -97,9 +99,6 @@ class Step:
         return F.cross_entropy(self.engine(self.ids, self.mask).float(), self.labels)
 
 
-VARLEN = unpad.varlen_attn
-
-
 def row(step: Step, timing: Timing, plain: Timing, sizes: Callable[[bool], dict], slots: int, resident: int) -> dict:
     """Return a variant's measured ratios to plain, and the ideal beside each."""
     added = None if timing.peak_bytes is None else timing.peak_bytes - step.before
@@ -120,7 +119,7 @@ def row(step: Step, timing: Timing, plain: Timing, sizes: Callable[[bool], dict]
 
 def sizes_of(config: BertConfig, batch: int, length: int, kernels: Kernels, on_cpu: bool, checkpointed: bool) -> dict:
     """Return the FLOPs of a step, and the bytes that it adds to parameters and moments (on a CPU: with them)."""
-    kernels = Kernels(kernels.itemsize, kernels.mask_itemsize, kernels.fused, checkpointed)
+    kernels = replace(kernels, checkpointed=checkpointed)
     stage = Stage(0, config.num_hidden_layers, 0, True)
     found = closed_form.stage_bytes(config, stage, PeftConfig(), batch, length, kernels)
     active = closed_form.units(config).during(stage)
@@ -134,6 +133,7 @@ def measure(name: str, padding: float, dropout: float, args: argparse.Namespace,
     length = args.length or SHAPES[name]
     config = BertConfig.from_dict(ARCHITECTURES[name].to_dict() | {"attention_probs_dropout_prob": dropout})
     config = config.with_head("classification", ("no", "yes"))
+    built(config, device)
     reset_peak_bytes(device)
     resident = peak_bytes(device) if device.type == "cpu" else 0
     wanted = [one for one in args.variants if padding or one not in ("unpadded", "nested", "both")]

@@ -118,12 +118,18 @@ def schedules(draw, num_blocks: int):
     return make_schedule(draw(st.sampled_from(SCHEDULES)), num_blocks, draw(st.integers(1, 6)), policy)
 
 
+@st.composite
+def cases(draw) -> tuple[BertConfig, PeftConfig, Stage]:
+    """A model, a method for it, and a stage of a schedule."""
+    config = draw(configs())
+    peft = draw(pefts(config))
+    return config, peft, draw(st.sampled_from(draw(schedules(config.num_hidden_layers)).stages))
+
+
 @settings(max_examples=160, deadline=None, derandomize=True)
 @given(st.data())
 def test_flops_and_kept_bytes_equal_what_pytorch_counts_for_any_shape_stage_policy_and_method(data):
-    config = data.draw(configs())
-    peft = data.draw(pefts(config))
-    now = data.draw(st.sampled_from(data.draw(schedules(config.num_hidden_layers)).stages))
+    config, peft, now = data.draw(cases())
     batch, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 6))
     engine = StageEngine(build(config, peft))
     engine.enter(now)
@@ -140,9 +146,7 @@ def test_flops_and_kept_bytes_equal_what_pytorch_counts_for_any_shape_stage_poli
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
 def test_checkpointed_blocks_cost_another_forward_pass_of_those_that_autograd_crosses_and_keep_their_inputs(data):
-    config = data.draw(configs())
-    peft = data.draw(pefts(config))
-    now = data.draw(st.sampled_from(data.draw(schedules(config.num_hidden_layers)).stages))
+    config, peft, now = data.draw(cases())
     engine = StageEngine(build(config, peft))
     engine.enter(now)
     checkpoint_blocks(engine.model)
@@ -188,9 +192,7 @@ def test_what_a_checkpointed_block_keeps_while_it_runs_again_is_what_one_block_m
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.data())
 def test_parameters_what_trains_of_them_and_the_cut_are_those_of_the_model_under_the_engine(data):
-    config = data.draw(configs())
-    peft = data.draw(pefts(config))
-    now = data.draw(st.sampled_from(data.draw(schedules(config.num_hidden_layers)).stages))
+    config, peft, now = data.draw(cases())
     engine = StageEngine(build(config, peft))
     ours = units(config, peft)
     shapes = {unit.prefix + name: shape for unit in ours for name, shape in unit.shapes.items()}

@@ -19,7 +19,7 @@ from progtuning.settings.train import TrainConfig
 CLOSED_FORMS = {"table3": "Table 3", "figure4": "Figure 4"}
 NAMES = (*PRESETS[:2], "table3", *PRESETS[2:], "figure1", "figure4")
 FIGURE_1 = Method("E, one block and the head", "full", "none", "")
-_OF_THE_TABLE = {"schedule", "stages", "calendar", "seed", "evaluate"}
+_OF_THE_TABLE = {"schedule", "stages", "calendar", "seed", "evaluate", "keep", "patience"}
 
 
 def add_reproduce_options(parser: Parser) -> None:

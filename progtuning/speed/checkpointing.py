@@ -1,6 +1,6 @@
 """Activation checkpointing of the blocks: less memory for another forward pass (Chen et al. 2016, arXiv 1604.06174)."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 from torch.utils.checkpoint import checkpoint
@@ -18,7 +18,7 @@ def checkpoint_blocks(model: Model) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
 
 
-def contexts():
+def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
     """Where a block runs first, that of the forward pass is on; where it runs again, in the backward pass, it is not.
 
     checkpoint itself brings autocast and the state of the generators back.

@@ -4,17 +4,16 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from progtuning.model.bert import Model
 from progtuning.model.names import EMBEDDINGS, HEAD, unit_of
 
 
-def parameter_groups(model: Model, lr: float, weight_decay: float, lr_decay: float = 1.0) -> list[dict]:
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float, lr_decay: float = 1.0) -> list[dict]:
     """Divide the parameters that require a gradient: by learning rate, and with weight decay or, as biases and
     LayerNorms, without.
 
     With d = `lr_decay` the head and the top block learn at `lr`, each block at d times the rate of the one above, E at
     d times that of the lowest: discriminative fine-tuning (Howard & Ruder 2018, arXiv 1801.06146, Section 3.2). With 1
-    any model of torch will do.
+    any model will do, else it is a `Model`.
     """
     found: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -34,7 +33,7 @@ def blocks_above(unit: int | str, num_blocks: int) -> int:
 
 
 def build_optimizer(
-    model: Model, lr: float, weight_decay: float = 0.01, epsilon: float = 1e-8, lr_decay: float = 1.0
+    model: nn.Module, lr: float, weight_decay: float = 0.01, epsilon: float = 1e-8, lr_decay: float = 1.0
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019), torch's fused kernel, over what requires a gradient in `model` now."""
     return torch.optim.AdamW(parameter_groups(model, lr, weight_decay, lr_decay), eps=epsilon, fused=True)
