@@ -19,6 +19,7 @@ from tests.test_bert import HF_CLASSES
 SAVED_CLASS = {
     "classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
+    "multi-label": "AutoModelForSequenceClassification",
     "question-answering": "AutoModelForQuestionAnswering",
 }
 
@@ -278,10 +279,10 @@ def test_a_truncated_or_missing_file_is_an_error_that_names_it(folder):
         ({"embedding_size": 8}, "key 'embedding_size' is unknown"),
         ({"id2label": {"0": "a", "2": "b"}}, "'id2label' must map 0..1 to names"),
         ({"id2label": ["a", "b"]}, "'id2label' must map"),
-        ({"problem_type": "multi_label_classification"}, "'multi_label_classification' is not supported"),
+        ({"problem_type": "ranking"}, "'ranking' is not supported, expected single_label_classification, regression"),
         (
             {"problem_type": "Regression"},
-            "problem_type 'Regression' is not supported, expected regression, single_label",
+            "problem_type 'Regression' is not supported, expected single_label_classification, regression, multi_label",
         ),
         ({"problem_type": ["regression"]}, "problem_type ['regression'] is not supported"),
         ({"problem_type": "regression"}, "problem_type 'regression' is supported with one output, got 3"),

@@ -105,7 +105,8 @@ def of_another_kind(transformers, config):
         single = {"problem_type": "single_label_classification"}
         yield "with two or more classes", transformers.BertForSequenceClassification(theirs), single
     whole = transformers.BertForSequenceClassification(theirs)
-    yield "'multi_label_classification' is not", whole, {"problem_type": "multi_label_classification"}
+    several = "for multi-label, not for" if config.head == "classification" else "with two or more classes"
+    yield several, whole, {"problem_type": "multi_label_classification"}
     yield "for a task that it does not name", whole, {"architectures": None}
     if config.head == "classification":
         yield "'regression' is supported with one", whole, {"problem_type": "regression"}

@@ -30,6 +30,7 @@ ALL_TARGETS = tuple(BLOCK_LINEARS)
 HEADS = {
     "classification": ("SEQ_CLS", "AutoModelForSequenceClassification"),
     "regression": ("SEQ_CLS", "AutoModelForSequenceClassification"),
+    "multi-label": ("SEQ_CLS", "AutoModelForSequenceClassification"),
     "question-answering": ("QUESTION_ANS", "AutoModelForQuestionAnswering"),
 }
 SETTINGS = [
@@ -705,7 +706,7 @@ def test_rank_stabilised_lora_and_other_starts_have_pefts_logits(model_type, set
         ("LoraConfig", {"alpha_pattern": {"value": 2}}, "key 'alpha_pattern'"),
         ("LoraConfig", {"layers_to_transform": [1]}, "key 'layers_to_transform'"),
         ("LoraConfig", {"bias": "lora_only"}, "key 'bias'"),
-        ("LoraConfig", {"task_type": "TOKEN_CLS"}, "key 'task_type' must be one of SEQ_CLS, .*, got 'TOKEN_CLS'"),
+        ("LoraConfig", {"task_type": "TOKEN_CLS"}, "key 'task_type' must be one of .*SEQ_CLS, .*, got 'TOKEN_CLS'"),
         ("IA3Config", {"feedforward_modules": []}, "key 'peft_type' must be 'LORA', got 'IA3'"),
         ("PromptTuningConfig", {"num_virtual_tokens": 2}, "key 'peft_type' must be 'LORA', got 'PROMPT_TUNING'"),
         ("VeraConfig", {"r": 2}, "key 'peft_type' must be 'LORA', got 'VERA'"),

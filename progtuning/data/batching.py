@@ -25,14 +25,14 @@ Item, Prepared = TypeVar("Item"), TypeVar("Prepared")
 class EncodedRows:
     """Encoded rows and their labels, to be collated into batches.
 
-    `labels` are None, integers (classes) or floats (regression). `ids` name the rows to people (None: by their 0-based
-    number). Raises ValueError where the labels are not as many as the encodings.
+    `labels` are None, integers (classes) or floats (regression), or for each row as many of them. `ids` name the rows
+    to people (None: by their 0-based number). Raises ValueError where the labels are not as many as the encodings.
     """
 
     def __init__(
         self,
         encodings: Sequence[Encoding],
-        labels: Sequence[int] | Sequence[float] | None,
+        labels: Sequence[int] | Sequence[float] | Sequence[Sequence[int]] | Sequence[Sequence[float]] | None,
         pad_token_id: int,
         ids: Sequence[str | None] | None = None,
     ):
@@ -44,8 +44,8 @@ class EncodedRows:
         self.lengths = np.array([len(encoding.input_ids) for encoding in encodings], dtype=np.int64)
         self.labels = None
         if labels is not None:
-            is_float = any(isinstance(label, (float, np.floating)) for label in labels)
-            self.labels = torch.tensor(list(labels), dtype=torch.float32 if is_float else torch.int64)
+            values = np.asarray(labels)
+            self.labels = torch.from_numpy(values.astype(np.float32 if values.dtype.kind == "f" else np.int64))
 
     def __len__(self) -> int:
         return len(self.encodings)
@@ -72,7 +72,7 @@ class EncodedRows:
             token_type_ids  (B, S) int64, 0 where padded
             attention_mask  (B, S) bool, False where padded; None where nothing is
             index           (B,)   int64, the rows' numbers in the data set
-            labels          (B,)   int64 or float32; absent where the rows have none
+            labels          (B,)   int64 or float32, or (B, C); absent where the rows have none
 
         Raises ValueError for an empty batch.
         """

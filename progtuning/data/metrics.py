@@ -1,9 +1,10 @@
 """The metrics of GLUE, equal to scikit-learn's and SciPy's wherever those are defined, and those of SQuAD.
 
 n rows. Arguments are `predictions` (n,) and `labels` (n,): class indices for accuracy, f1 and matthews, numbers for
-pearson and spearman. Where a formula divides zero by zero the value is 0, as scikit-learn's is for f1 and matthews: a
-constant prediction tells nothing of the labels. NaN is never returned. Every function raises ValueError where the
-shapes differ, there is no row, or a value is not finite (or not an integer, for class indices).
+pearson and spearman; (n, C) for micro_f1 and macro_f1, 0 or 1 for each of C classes. Where a formula divides zero by
+zero the value is 0, as scikit-learn's is for f1 and matthews: a constant prediction tells nothing of the labels. NaN is
+never returned. Every function raises ValueError where the shapes differ, there is no row, or a value is not finite (or
+not an integer, for class indices).
 
 SQuAD's are those of the official evaluate-v1.1.py and evaluate-v2.0.py, as shares of 1 and not in percent.
 """
@@ -64,7 +65,28 @@ def spearman(predictions, labels) -> float:
     return _correlation(_ranks(predictions), _ranks(labels))
 
 
-METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
+def micro_f1(predictions, labels) -> float:
+    """2 * TP / (2 * TP + FP + FN), counted over all classes of all rows; 0 where there is neither."""
+    predictions, labels = _sets(predictions, labels)
+    positives = predictions.sum() + labels.sum()  # 2 TP + FP + FN
+    return float(2 * np.sum(predictions & labels) / positives) if positives else 0.0
+
+
+def macro_f1(predictions, labels) -> float:
+    """The mean over the classes of each one's f1."""
+    predictions, labels = _sets(predictions, labels)
+    return float(np.mean([f1(predictions[:, i], labels[:, i]) for i in range(labels.shape[1])]))
+
+
+METRICS = {
+    "accuracy": accuracy,
+    "f1": f1,
+    "matthews": matthews,
+    "pearson": pearson,
+    "spearman": spearman,
+    "micro_f1": micro_f1,
+    "macro_f1": macro_f1,
+}
 
 
 def compute(names: Iterable[str], predictions, labels) -> dict[str, float]:
@@ -81,11 +103,13 @@ def by_class(predictions, labels, names: Sequence[str]) -> dict[str, dict[str, f
 
     As in scikit-learn a share of nothing is 0.
     """
-    predictions, labels = _classes(predictions, labels)
+    if np.ndim(labels) == 1:
+        predictions, labels = (rows[:, None] == np.arange(len(names)) for rows in _classes(predictions, labels))
+    predictions, labels = _sets(predictions, labels)  # (n, C)
     found = {}
     for index, name in enumerate(names):
-        right = int(np.sum((predictions == index) & (labels == index)))
-        predicted, support = int(np.sum(predictions == index)), int(np.sum(labels == index))
+        right = int(np.sum(predictions[:, index] & labels[:, index]))
+        predicted, support = int(predictions[:, index].sum()), int(labels[:, index].sum())
         found[name] = {
             "precision": right / predicted if predicted else 0.0,
             "recall": right / support if support else 0.0,
@@ -201,6 +225,18 @@ def _classes(predictions, labels) -> tuple[np.ndarray, np.ndarray]:
         if values.dtype.kind not in "iub" or values.min() < 0:
             raise ValueError(f"{name} must be class indices from 0, got {values.dtype} {values[:3]}...")
     return predictions.astype(np.int64), labels.astype(np.int64)
+
+
+def _sets(predictions, labels) -> tuple[np.ndarray, np.ndarray]:
+    """Return both as (n, C) bool: which classes a row has."""
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if predictions.shape != labels.shape or predictions.ndim != 2 or not predictions.size:
+        got = f"{predictions.shape} and {labels.shape}"
+        raise ValueError(f"predictions and labels must be two tables of one shape (rows, classes), got {got}")
+    for name, values in (("predictions", predictions), ("labels", labels)):
+        if not np.isin(values, (0, 1)).all():
+            raise ValueError(f"{name} must be 0 or 1 for each row and class, got {values.dtype} {values[:1]}...")
+    return predictions.astype(bool), labels.astype(bool)
 
 
 def _numbers(predictions, labels) -> tuple[np.ndarray, np.ndarray]:

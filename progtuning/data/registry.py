@@ -8,6 +8,7 @@ from progtuning.base.errors import InputError
 from progtuning.base.sources import data_folder
 from progtuning.data import glue, questions
 from progtuning.data.hub import load_hub
+from progtuning.data.multi_label import MultiLabel
 from progtuning.data.own import load_dev, load_own, movie_reviews
 from progtuning.data.questions import Questions, load_squad
 from progtuning.data.task import Classes, Numbers, Splits, Task
@@ -22,14 +23,15 @@ class Own:
     """A task whose files are the user's: what reads them, and the held-out rows alone for a model's classes."""
 
     load: Callable[[str, DataConfig], Splits]
-    load_dev: Callable[[str, tuple[str, ...], DataConfig], Splits]
+    load_dev: Callable[[str, tuple[str, ...] | None, DataConfig], Splits]
 
 
 OWN = {  # by the name of the task, which is that of its head
     "classification": Own(partial(load_own, regression=False), load_dev),
     "regression": Own(partial(load_own, regression=True), load_dev),
+    "multi-label": Own(partial(load_own, multi_label=True), partial(load_dev, multi_label=True)),
 }
-KINDS: dict[str, type[Task]] = {kind.head: kind for kind in (Classes, Numbers, Questions)}
+KINDS: dict[str, type[Task]] = {kind.head: kind for kind in (Classes, Numbers, MultiLabel, Questions)}
 
 
 def load_splits(task: str, data: str | None, reading: DataConfig = DataConfig()) -> Splits:

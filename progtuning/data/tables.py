@@ -19,6 +19,7 @@ label is a class name or a number. The rules where a file leaves a choice:
 
     regression   unless the caller decides, where every label is a number and one of them has a fractional part
     label order  by value where every label is a number, else by code point
+    several      of --task multi-label: a list in JSONL and Parquet, else names with commas between them, or nothing
     JSONL        numbers of one value (1, 1.0, 1e0) are one class, and true and false the classes "true" and "false"
     spelling     otherwise two labels of one value ("1" and "1.0"), or that are one in Unicode's form NFC, are an error
 """
@@ -57,11 +58,12 @@ _NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # what JSON's escapes can write and
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row: a text or a pair of texts, and its label: the index of a class, a number for regression, or None."""
+    """One row: a text or a pair of texts, and its label: the index of a class, a number for regression, for several
+    classes 1.0 or 0.0 for each, or None."""
 
     text: str
     text_pair: str | None = None
-    label: int | float | None = None
+    label: int | float | tuple[float, ...] | None = None
     id: str | None = None  # the file's own index, else the 0-based number of the row
 
 
@@ -74,6 +76,7 @@ def read_table(
     *paths: str | Path,
     labels: tuple[str, ...] | None = None,
     regression: bool | None = None,
+    multi_label: bool = False,
     require_label: bool = True,
     reading: DataConfig = DataConfig(),
 ) -> tuple[tuple[str, ...], list[Example]]:
@@ -82,8 +85,8 @@ def read_table(
     What a file is its name says (SUFFIXES), but that what begins with `{` and is no CSV is JSONL; under another name
     the rest is TSV. `labels` are the class names to expect, in the order of their indices, or () for regression; where
     None they are taken from the files, as classes (`regression=False`), as numbers (True) or by the module's rule
-    (None). Without `require_label` the files may lack labels, and every row's is None. `reading` names the columns.
-    Raises InputError that names file and line.
+    (None). With `multi_label` a row has any number of them. Without `require_label` the files may lack labels, and
+    every row's is None. `reading` names the columns. Raises InputError that names file and line.
     """
     rows, names = [], []
     known = {_identity(name): name for name in reversed(labels or ())}  # of twins the first
@@ -99,20 +102,28 @@ def read_table(
                 f"{where}: got a pair and a single text in one file, expected text_pair in every row or in none"
             )
         if require_label:
-            label = values["label"]
-            name = _label_name(where, label)
-            names.append((where, name if isinstance(label, str) else known.get(label, name)))
+            cells = _labels_in(where, values["label"], multi_label)
+            found = [_label_name(where, label) for label in cells]
+            found = [name if isinstance(label, str) else known.get(label, name) for label, name in zip(cells, found)]
+            if len(set(found)) < len(found):
+                raise InputError(f"{where}: got label {shorten(values['label'])}, expected each class once")
+            names.append((where, found))
     if not rows:
         raise InputError(f"{paths[0]}: line 1: got no rows, expected at least one")
     if not require_label:
         return labels or (), rows
     if labels is None:
-        labels = _infer_labels({name for _, name in names}, regression)
+        written = [(where, name) for where, found in names for name in found]
+        labels = _infer_labels({name for _, name in written}, False if multi_label else regression)
         if labels:
-            _check_spelling(names)
+            _check_spelling(written)
+        elif multi_label:
+            raise InputError(f"{paths[0]}: got no label in any row, expected some")
     index = {name: i for i, name in enumerate(labels)}
-    for i, (where, name) in enumerate(names):
-        rows[i] = replace(rows[i], label=class_index(where, name, index) if labels else parse_number(where, name))
+    for i, (where, found) in enumerate(names):
+        of_row = [class_index(where, name, index) if labels else parse_number(where, name) for name in found]
+        label = tuple(float(i in of_row) for i in range(len(labels))) if multi_label else of_row[0]
+        rows[i] = replace(rows[i], label=label)
     return labels, rows
 
 
@@ -345,9 +356,11 @@ def _numbered_classes(path: Path, rows: Iterator[tuple[str, dict]], label: str |
     names = label and class_names(path, label)
     for where, row in rows:
         if names and row.get(label) is not None:
-            if row[label] not in range(len(names)):
+            several = row[label] if isinstance(row[label], list) else [row[label]]
+            if not set(several) <= set(range(len(names))):
                 raise InputError(f"{where}: got label {shorten(row[label])}, expected a class in 0..{len(names) - 1}")
-            row[label] = names[row[label]]
+            named = [names[number] for number in several]
+            row[label] = named if isinstance(row[label], list) else named[0]
         yield where, row
 
 
@@ -385,8 +398,11 @@ def _json_object(where: str, line: str) -> dict:
     return {key: item for key, item in value.items() if item is not None}
 
 
-def _json_value(where: str, key: str, value) -> str | int | float:
-    """Return the text that a value is, true and false as JSON writes them; a number that is a label stays one."""
+def _json_value(where: str, key: str, value) -> str | int | float | list[str | int | float]:
+    """Return the text that a value is, true and false as JSON writes them; a number that is a label stays one, and so
+    does a list of labels."""
+    if key == "label" and isinstance(value, list):
+        return [_json_value(where, "label", label) if not isinstance(label, list) else label for label in value]
     kinds = {"label": (str, int, float), "id": (str, int)}.get(key, (str,))
     if not isinstance(value, kinds) or (isinstance(value, bool) and key != "label"):
         raise InputError(f"{where}: got {key} {shorten(value)}, expected a string{' or a number' * (len(kinds) > 1)}")
@@ -396,6 +412,21 @@ def _json_value(where: str, key: str, value) -> str | int | float:
     if _NOT_TEXT.search(text):
         raise InputError(f"{where}: got a NUL or half a surrogate pair in {key}, expected text")
     return text
+
+
+def _labels_in(where: str, value: str | int | float | list, multi_label: bool) -> list[str | int | float]:
+    """Return the labels that a row has: one, or with `multi_label` those of a list, or of a text with commas between
+    them. Raises InputError."""
+    if not multi_label:
+        if isinstance(value, list):
+            raise InputError(f"{where}: got label {shorten(value)}, expected one; --task multi-label takes several")
+        return [value]
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")] if value.strip() else []
+    labels = value if isinstance(value, list) else [value]
+    if any(isinstance(label, list) or "," in str(label) for label in labels):
+        raise InputError(f"{where}: got label {shorten(value)}, expected a list of names without commas")
+    return labels
 
 
 def _label_name(where: str, label: str | int | float) -> str:

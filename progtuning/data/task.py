@@ -1,8 +1,8 @@
 """Tasks: what is predicted from a row, and by which metrics.
 
 A task reads and encodes its rows for a model, decides from the outputs of its head, scores what was decided, and writes
-it. There is a subclass for each head: `Classes` and `Numbers` of texts and pairs of texts here, `Questions` in
-`questions`.
+it. There is a subclass for each head: `Classes` and `Numbers` of texts and pairs of texts here, `MultiLabel` in
+`multi_label`, `Questions` in `questions`.
 """
 
 import math
@@ -111,7 +111,7 @@ class Task:
         return {}
 
     def plain(self, decisions: Sequence) -> list:
-        """Return the decisions as JSON has them, a string or number each."""
+        """Return the decisions as JSON has them, for each a string, a number or a list of numbers."""
         raise NotImplementedError
 
     def answers(self, decisions: Sequence, limits: Limits) -> list:
@@ -156,7 +156,11 @@ class Classes(Task):
     def spread(self, rows: Sequence[Example]) -> str:
         """Return the number of rows of each class, of the first 20."""
         counts = Counter(row.label for row in rows)
-        names = [f"{name} {counts[i]:,}" for i, name in enumerate(self.labels[:20])]
+        return self.listed([counts[i] for i in range(len(self.labels))])
+
+    def listed(self, counts: Sequence[int]) -> str:
+        """Return counts, one for each class, with the classes' names, those of the first 20."""
+        names = [f"{name} {count:,}" for name, count in zip(self.labels[:20], counts)]
         return ", ".join(names) + (f", and {len(self.labels) - 20:,} classes more" if len(self.labels) > 20 else "")
 
     def plain(self, decisions: np.ndarray) -> list[int]:

@@ -42,11 +42,11 @@ _POOLER = "pooler.dense.weight"  # the one part of a head that may be frozen, an
 _NO_HEAD = "FEATURE_EXTRACTION"
 
 # How adapter_config.json says which head a model has: by task, or where there is none by the class that was adapted.
-# That of one class or many is told apart by its outputs.
+# Where several heads share a name it is that of the first, which then tells them apart by its outputs and its base.
 _HEADS_OF_PEFT = {
-    **{row.peft_task: name for name, row in HEADS.items() if name != "regression"},
+    **{row.peft_task: name for name, row in reversed(HEADS.items())},
     _NO_HEAD: None,
-    **{row.architecture: name for name, row in HEADS.items() if name != "regression"},
+    **{row.architecture: name for name, row in reversed(HEADS.items())},
     "Model": None,
 }
 _MAX_OUTPUTS = 100_000
@@ -155,7 +155,7 @@ def tuned_config(folder: str | Path, base: str | Path) -> BertConfig:
             return config if head == config.head else config.with_head(head)
         count = _saved_outputs(file, config) or len(config.labels)
     labels = config.labels if count == len(config.labels) else tuple(f"LABEL_{index}" for index in range(count))
-    return config.with_head(sequence_head(count), labels)
+    return config.with_head(sequence_head(count, config.head), labels)
 
 
 def load_tuned(folder: str | Path, base: str | Path, config: BertConfig) -> Model:

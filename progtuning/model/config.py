@@ -37,6 +37,7 @@ class Head:
     num_outputs: int | None = None  # None: one for each class
     per_token: bool = False  # outputs for each token (B, S, C), else for each sequence (B, C)
     problem_type: str | None = None  # of config.json, for what shares an architecture
+    has_several: bool = False  # a sequence has any number of the classes, else one
 
     @property
     def has_labels(self) -> bool:
@@ -128,6 +129,7 @@ _SEQUENCE = ("ForSequenceClassification", "SEQ_CLS")
 HEADS = {
     "classification": Head(*_SEQUENCE, problem_type="single_label_classification"),
     "regression": Head(*_SEQUENCE, num_outputs=1, problem_type="regression"),
+    "multi-label": Head(*_SEQUENCE, problem_type="multi_label_classification", has_several=True),
     # The two outputs of a token are the logits of an answer's start and end.
     "question-answering": Head("ForQuestionAnswering", "QUESTION_ANS", "qa_outputs", num_outputs=2, per_token=True),
 }
@@ -428,18 +430,21 @@ def read_head(values: Mapping) -> tuple[str | None, tuple[str, ...]]:
     if HEADS[found].problem_type is None:
         return found, _labels(values)
     labels, problem = _labels(values), values.get("problem_type")
-    if problem not in (None, "regression", "single_label_classification"):
-        expected = "regression, single_label_classification or none"
-        raise InputError(f"problem_type {problem!r} is not supported, expected {expected}")
+    heads = {head.problem_type: name for name, head in HEADS.items() if head.problem_type}
+    if problem not in (None, *heads):
+        raise InputError(f"problem_type {problem!r} is not supported, expected {', '.join(heads)} or none")
     if problem is not None and (problem == "regression") != (len(labels) == 1):
         expected = "one output" if problem == "regression" else "two or more classes"
         raise InputError(f"problem_type {problem!r} is supported with {expected}, got {len(labels)}")
-    return sequence_head(len(labels)), labels
+    return heads.get(problem, sequence_head(len(labels))), labels
 
 
-def sequence_head(num_outputs: int) -> str:
-    """Return the head with so many outputs for a sequence: for transformers a single one is regression."""
-    return "regression" if num_outputs == 1 else "classification"
+def sequence_head(num_outputs: int, of_base: str | None = None) -> str:
+    """Return the head with so many outputs for a sequence: for transformers a single one is regression, and several are
+    classes of which a sequence has one, unless the head `of_base` says that it has any number."""
+    if num_outputs == 1:
+        return "regression"
+    return of_base if of_base is not None and HEADS[of_base].has_several else "classification"
 
 
 def _labels(values: Mapping) -> tuple[str, ...]:

@@ -91,6 +91,15 @@ class Regression(Classification):
         return F.mse_loss(outputs.squeeze(-1), labels)
 
 
+class MultiLabel(Classification):
+    """Any number of the classes for each sequence: the layers are those of classification."""
+
+    @staticmethod
+    def loss(outputs: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the mean binary cross-entropy, (), of logits and labels 0 or 1, both (B, C) float."""
+        return F.binary_cross_entropy_with_logits(outputs, labels)
+
+
 class QuestionAnswering:
     """Logits of an answer's start and end for each token."""
 
@@ -121,4 +130,9 @@ class QuestionAnswering:
         return F.cross_entropy(outputs, labels)
 
 
-CLASSES = {"classification": Classification, "regression": Regression, "question-answering": QuestionAnswering}
+CLASSES = {
+    "classification": Classification,
+    "regression": Regression,
+    "multi-label": MultiLabel,
+    "question-answering": QuestionAnswering,
+}

@@ -113,7 +113,8 @@ def class_weights(settings: TrainConfig, config: BertConfig, data: EncodedRows) 
     "balanced" is N / (C n_c) for a class of n_c of the N training rows, as in scikit-learn; one without a row counts 1.
     Raises InputError where the task has no classes, or not those that are named.
     """
-    if (settings.class_weights or settings.label_smoothing) and not HEADS[config.head].has_labels:
+    head = HEADS[config.head]
+    if (settings.class_weights or settings.label_smoothing) and (not head.has_labels or head.has_several):
         option = "--class-weights" if settings.class_weights else "--label-smoothing"
         raise InputError(f"{option} is for classification, got it with a {config.head} head")
     if settings.class_weights is None:

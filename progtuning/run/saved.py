@@ -14,7 +14,7 @@ from progtuning.base.files import made_folder, new_folder
 from progtuning.base.sources import MODEL, data_folder, model_folder
 from progtuning.data import glue
 from progtuning.data.hub import load_hub_test
-from progtuning.data.own import as_divided, load_dev
+from progtuning.data.own import as_divided
 from progtuning.data.registry import HUB, KINDS, OWN, load_splits
 from progtuning.data.submission import write_submission
 from progtuning.data.task import Splits, Task
@@ -44,13 +44,13 @@ def load_held_out(task: str, data: str | None, checkpoint: "Checkpoint", reading
     try:
         return OWN[task].load_dev(data, classes, reading)
     except InputError as error:
-        raise InputError(f"{error}{_label_map_hint(classes, _dev_labels(data, reading))}") from None
+        raise InputError(f"{error}{_label_map_hint(classes, _dev_labels(task, data, reading))}") from None
 
 
-def _dev_labels(data: str, reading: DataConfig) -> tuple[str, ...]:
+def _dev_labels(task: str, data: str, reading: DataConfig) -> tuple[str, ...]:
     """Return the class names of the held-out rows, in order; none where they cannot be read."""
     try:
-        return load_dev(data, None, reading).task.labels
+        return OWN[task].load_dev(data, None, reading).task.labels
     except InputError:
         return ()
 
@@ -243,9 +243,8 @@ def predict_file(
 ) -> str:
     """Return the predictions for a file (`-`: standard input), a row for each of its rows.
 
-    For a table of texts, in which `reading` names the columns, they are a TSV of the predicted class `label` and its
-    `probability`, or for regression `score`; for one of questions and contexts, or SQuAD's own JSON, the lines of
-    `answers.to_jsonl`. Raises InputError.
+    For a table of texts, in which `reading` names the columns, they are the TSV of its task's `lines`; for one of
+    questions and contexts, or SQuAD's own JSON, the lines of `answers.to_jsonl`. Raises InputError.
     """
     task = checkpoint.task
     examples = task.read(file, reading)
