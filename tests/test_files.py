@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from progtuning.base.errors import InputError, RunError
-from progtuning.base.files import check_no_input, check_output_file, made_folder, own_descriptor, replacing, write_text
+from progtuning.base.files import (
+    check_new_folder,
+    check_no_input,
+    check_output_file,
+    made_folder,
+    own_descriptor,
+    replacing,
+    write_text,
+)
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: makes a device, or becomes another user")
@@ -191,9 +199,26 @@ def test_an_output_that_cannot_be_written_is_refused_with_its_reason(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_refused_with_its_reason_before_it_is_tried(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "x")
+    reasons = {"file/x/y": "Not a directory", "dangling": "Not a directory", "a" * 256: "File name too long"}
+    for name, reason in reasons.items():
+        with pytest.raises(InputError, match=reason) as error:
+            check_new_folder(f"{tmp_path}/{name}")
+        assert str(error.value).startswith(f"--output-dir {tmp_path}/{name} cannot be made a folder: ")
+        with pytest.raises(OSError):
+            Path(f"{tmp_path}/{name}").mkdir(parents=True)
+    check_new_folder(tmp_path / "new" / "folder")
+    check_new_folder("new")
+    assert not (tmp_path / "new").exists()
+
+
 @as_root
 def test_a_folder_that_takes_no_file_is_refused_before_the_work(public):
     with another_user():
+        with pytest.raises(InputError, match="--output-dir .* Permission denied"):
+            check_new_folder(public / "new" / "folder")
         with pytest.raises(InputError, match="Permission denied"):
             check_output_file(public / "new" / "x")
         with pytest.raises(InputError, match="--output-dir .* Permission denied"):

@@ -192,7 +192,7 @@ def _containers(values: Iterable) -> list:
 
 
 def check_new_folder(path: str | Path, option: str = "--output-dir") -> None:
-    """Raise InputError that names the option where `path` exists and is no empty folder."""
+    """Raise InputError that names the option where `path` exists and is no empty folder, or cannot be made one."""
     if not os.fspath(path):
         raise InputError(f"{option} must be a new or empty folder, got no name")
     path = Path(path)
@@ -201,8 +201,21 @@ def check_new_folder(path: str | Path, option: str = "--output-dir") -> None:
             raise InputError(f"{option} must be a new or empty folder, got {path} with files in it")
         if path.exists() and not path.is_dir():
             raise InputError(f"{option} must be a new or empty folder, got the file {path}")
+        nearest = _nearest(path)
+        if not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        _check_writable(nearest)
     except OSError as error:
         raise InputError(f"{option} {path} cannot be made a folder: {error.strerror or error}") from None
+
+
+def _nearest(path: Path) -> Path:
+    """Return what exists of a path and the folders above it, the lowest."""
+    while True:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()
+            return path
+        path = path.parent
 
 
 def check_output_file(path: str | Path, option: str = "--output") -> None:

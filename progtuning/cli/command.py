@@ -67,7 +67,8 @@ def prints_result(args: argparse.Namespace) -> bool:
     """Say whether the command's result goes to standard output alone, or is asked for there."""
     output = getattr(args, "output", None) or ""
     to_output = output == "-" or own_descriptor(output) == 1
-    return to_output or getattr(args, "json", False) or args.run in (run_evaluate, run_plan, run_paper)
+    is_all = args.run in (run_evaluate, run_plan, run_paper) or getattr(args, "dry_run", False)
+    return to_output or getattr(args, "json", False) or is_all
 
 
 def build_parser() -> Parser:
@@ -94,6 +95,11 @@ def build_parser() -> Parser:
     )
     train.add_argument(
         "--merge", action="store_true", help="write a whole model, the PEFT method's update merged into it"
+    )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, say plan, data and memory, and train and write nothing",
     )
     for settings in SETTINGS:
         add_options(train, settings)

@@ -9,10 +9,10 @@ from progtuning.base.errors import InputError
 from progtuning.base.files import check_no_input, check_output_file, made_folder, read_json, write_text
 from progtuning.cli.compare import DOCUMENT
 from progtuning.cli.options import Parser
-from progtuning.cli.plan import Asked, kernels_of
+from progtuning.cli.plan import Asked
 from progtuning.cli.streams import tell
 from progtuning.cost.explain import Explained
-from progtuning.cost.plan import plan
+from progtuning.cost.plan import kernels_of, plan
 from progtuning.model.config import BertConfig, sequence_head
 from progtuning.report.explained import explained_page, run_document
 from progtuning.report.summary import SUMMARY, Summary, read_worked_summary

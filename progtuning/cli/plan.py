@@ -1,7 +1,7 @@
 """The commands `plan`, `paper` and `report`, which train nothing."""
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from progtuning.base.errors import InputError
@@ -9,9 +9,9 @@ from progtuning.base.files import check_no_input, check_output_file, made_folder
 from progtuning.cli.options import Parser, train_config
 from progtuning.cli.streams import print_json, put_line, tell
 from progtuning.cost.budget import Forecast, even_forecast
-from progtuning.cost.closed_form import ON_CPU, ON_CUDA, Kernels
+from progtuning.cost.closed_form import Kernels
 from progtuning.cost.paper import metric_cells, paper_rows
-from progtuning.cost.plan import plan, plan_calendars, plan_run
+from progtuning.cost.plan import kernels_of, knows_bytes, plan, plan_calendars, plan_run
 from progtuning.methods.schedules import build_schedule
 from progtuning.model.config import ARCHITECTURES, HEADS, BertConfig, sequence_head
 from progtuning.report import pages, tables
@@ -76,7 +76,7 @@ class Asked:
         length = min(128, config.max_length) if args.length is None else args.length
         memory = getattr(args, "memory", None)
         memory = None if memory is None else parse_size("--memory", memory)
-        if args.device == "cpu" and settings.precision != "fp32":
+        if not knows_bytes(args.device, settings):
             got = f"--precision {settings.precision}"
             raise InputError(f"{got}: the bytes of a step in it are known on CUDA alone: --device cuda")
         return cls(args.model, config, settings, length, rows, kernels_of(args.device, settings), memory)
@@ -109,12 +109,6 @@ class Asked:
                 calendars = plan_calendars(forecast, settings.epochs, settings.budget, settings.embeddings)
                 document["calendars"] = calendars
         return document
-
-
-def kernels_of(device: str, settings: TrainConfig) -> Kernels:
-    """Return what the bytes of a step depend on beside its shapes. On a CPU they are those of fp32."""
-    kernels = ON_CPU if device == "cpu" else ON_CUDA[settings.precision]
-    return replace(kernels, checkpointed=settings.checkpoint_activations)
 
 
 def architecture(name: str) -> BertConfig:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from progtuning.base.files import check_new_folder, made_folder, new_folder, write_json, write_text
 from progtuning.cli.options import train_config
-from progtuning.cli.streams import print_json, say, tell
+from progtuning.cli.streams import print_json, put_line, say, tell
 from progtuning.model.config import BertConfig
 from progtuning.report import pages, pictures, tables
 from progtuning.report.summary import SUMMARY
@@ -57,6 +57,7 @@ def run_train(args: argparse.Namespace) -> None:
     from progtuning.base.sources import model_folder
     from progtuning.data.registry import load_splits
     from progtuning.data.task import limit_train
+    from progtuning.run.dry import dry_run
     from progtuning.run.finetune import fine_tune
     from progtuning.run.folder import check_output_folder
     from progtuning.speed.kernels import check_compiler
@@ -79,9 +80,14 @@ def run_train(args: argparse.Namespace) -> None:
             if args.max_train_rows is not None:
                 splits = limit_train(splits, args.max_train_rows, settings.seed)
         output, note = args.output_dir, say if world.is_main else lambda text: None
-        summary = fine_tune(args.model, folder, splits, settings, device, output, args.merge, checkpoints, note, world)
+        make = dry_run if args.dry_run else fine_tune
+        made = make(args.model, folder, splits, settings, device, output, args.merge, checkpoints, note, world)
     if not world.is_main:
         return
+    if args.dry_run:
+        print_json(made) if args.json else put_line(tables.batches_table(made))
+        return
+    summary = made
     card = Path(args.output_dir) / "README.md"
     if not card.exists():  # of a finished run: its reader may have written more into it
         write_text(card, pages.card(summary))

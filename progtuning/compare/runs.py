@@ -23,10 +23,9 @@ from progtuning.compare.grid import CHOICE, Grid, Run, run_of, settings_of, spli
 from progtuning.data.batching import EncodedRows
 from progtuning.data.registry import load_splits
 from progtuning.data.task import Splits, limit_train
-from progtuning.methods.schedules import build_schedule
 from progtuning.model.config import BertConfig
 from progtuning.report.tables import PHASES
-from progtuning.run.build import check_keeps, forecast, steps_of
+from progtuning.run.build import forecast, lay_out
 from progtuning.run.checkpoint import FORMAT
 from progtuning.run.evaluate import predict
 from progtuning.run.finetune import fine_tune, prepare
@@ -210,9 +209,7 @@ def check_run(setup: Setup, run: Run) -> None:
     """Raise InputError where a run has settings that exclude each other, keeps nothing, or has no step to make."""
     settings, device = settings_of(run, setup.base), choose_device(setup.device)
     config, settings, rows = encoded(setup.folder, setup.splits_of(run), settings)
-    schedule = build_schedule(settings, config.num_hidden_layers)
-    check_keeps(config, settings, schedule)
-    steps_of(config, loader_of(rows, settings, device), settings, schedule)
+    lay_out(config, rows, settings, device, World())
 
 
 def identify(setup: Setup) -> dict:

@@ -29,6 +29,15 @@ class Piece(NamedTuple):
     length: int  # tokens of the longest row, to which the others are padded
 
 
+class StageWork(NamedTuple):
+    """What a stage of a run does: optimizer steps, and the FLOPs of their passes."""
+
+    stage: Stage
+    steps: int
+    forward_flops: int
+    backward_flops: int
+
+
 @dataclass
 class Forecast:
     """The batches of a run, and what they cost under a schedule.
@@ -47,10 +56,18 @@ class Forecast:
 
     def flops(self, schedule: Schedule, num_steps: int) -> int:
         """Return C(num_steps)."""
+        return sum(work.forward_flops + work.backward_flops for work in self.by_stage(schedule, num_steps))
+
+    def by_stage(self, schedule: Schedule, num_steps: int) -> list[StageWork]:
+        """Return what each stage does, but those that come to no step, which a run's summary leaves out too."""
         kept = kept_levels([_cut(self.config, self.peft, stage) for stage in schedule.stages])
         levels: dict[tuple[int, int, int], int] = {}  # (shelf, process, row) -> blocks that the kept entry has passed
-        spans = _spans(schedule, num_steps)
-        return sum(self._cost(stage, step, kept[stage.index], levels) for stage, steps in spans for step in steps)
+        stages = []
+        for stage, steps in _spans(schedule, num_steps):
+            costs = [self._cost(stage, step, kept[stage.index], levels) for step in steps]
+            if costs:
+                stages.append(StageWork(stage, len(costs), *map(sum, zip(*costs))))
+        return stages
 
     def full(self, num_epochs: int) -> int:
         """Return C_full."""
@@ -70,17 +87,25 @@ class Forecast:
             raise InputError(f"--budget {budget:g} pays no step of this run: give more, or more --epochs")
         return low
 
-    def _cost(self, stage: Stage, step: int, kept: Mapping[int, int], levels: dict[tuple[int, int, int], int]) -> int:
-        """Return the FLOPs of a step of a stage that keeps `kept`, and keep in `levels` what its passes make."""
-        total = 0
+    def _cost(
+        self, stage: Stage, step: int, kept: Mapping[int, int], levels: dict[tuple[int, int, int], int]
+    ) -> tuple[int, int]:
+        """Return the FLOPs, forward and backward, of a step of a stage that keeps `kept`, and keep in `levels` what its
+        passes make."""
+        forward = backward = 0
         for process, rows, length in self._batch(step):
-            total += _step(self.config, self.peft, stage, len(rows), length, self.checkpointed)
+            of_pass = _step(self.config, self.peft, stage, len(rows), length, self.checkpointed)
+            forward, backward = forward + of_pass[0], backward + of_pass[1]
             for row in rows if kept and self.keeper is not None else ():
                 found = levels.get((min(kept), process, row), 0)
-                total -= _prefix(self.config, self.peft, found, length)
+                forward -= _prefix(self.config, self.peft, found, length)
                 if self.keeper[row] == process:
                     levels |= {(shelf, process, row): level for shelf, level in kept.items() if level > found}
-        return total
+        return forward, backward
+
+    def shapes(self, num_steps: int) -> set[tuple[int, int]]:
+        """Return (rows, tokens of the longest) of what a process takes at once in these steps."""
+        return {(len(rows), length) for step in range(num_steps) for _, rows, length in self._batch(step)}
 
     def _batch(self, step: int) -> Sequence[Piece]:
         epoch, batch = divmod(step, self.steps_per_epoch)
@@ -126,8 +151,10 @@ def _cut(config: BertConfig, peft: PeftConfig, stage: Stage) -> int | None:
 
 
 @lru_cache(maxsize=4096)
-def _step(config: BertConfig, peft: PeftConfig, stage: Stage, rows: int, length: int, checkpointed: bool) -> int:
-    return sum(step_flops(config, _active(config, peft, stage), peft, rows, length, checkpointed))
+def _step(
+    config: BertConfig, peft: PeftConfig, stage: Stage, rows: int, length: int, checkpointed: bool
+) -> tuple[int, int]:
+    return step_flops(config, _active(config, peft, stage), peft, rows, length, checkpointed)
 
 
 @lru_cache(maxsize=4096)

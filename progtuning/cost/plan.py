@@ -1,11 +1,14 @@
-"""The document of `progtuning plan`: what every stage of a run will cost, without weights."""
+"""The documents of `progtuning plan` and of `train --dry-run`: what every stage of a run will cost, without weights."""
 
+from collections.abc import Iterable
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 
 from progtuning.cost.budget import Forecast
 from progtuning.cost.closed_form import (
     ON_CPU,
+    ON_CUDA,
     PLAIN,
     Kernels,
     bytes_of,
@@ -15,11 +18,15 @@ from progtuning.cost.closed_form import (
     largest_batch,
     planned_updates,
     run_trace,
+    state_bytes,
     step_flops,
     units,
+    updated_by_stage,
+    updated_parameters,
 )
 from progtuning.model.config import BertConfig, sequence_head
 from progtuning.settings.peft import PeftConfig
+from progtuning.settings.train import TrainConfig
 from progtuning.stages import SCHEDULES, Schedule, make_schedule
 
 # Documents
@@ -97,10 +104,14 @@ def plan(
 
 def plan_run(forecast: Forecast, schedule: Schedule, num_epochs: int, budget: float | None = None) -> dict:
     """Return what a whole run costs: of `num_epochs` epochs, or of as many steps as `budget` pays."""
-    full = forecast.full(num_epochs)
     steps = num_epochs * forecast.steps_per_epoch
     steps = steps if budget is None else forecast.num_steps(schedule, budget, num_epochs)
-    flops = forecast.flops(schedule, steps)
+    return plan_steps(forecast, num_epochs, steps, forecast.flops(schedule, steps))
+
+
+def plan_steps(forecast: Forecast, num_epochs: int, steps: int, flops: int) -> dict:
+    """Return what a run of so many steps and FLOPs is beside full fine-tuning of `num_epochs` epochs."""
+    full = forecast.full(num_epochs)
     return {
         "steps": steps,
         "epochs": steps / forecast.steps_per_epoch,
@@ -108,6 +119,79 @@ def plan_run(forecast: Forecast, schedule: Schedule, num_epochs: int, budget: fl
         "flops_full": full,
         "flops_share_of_full": flops / full,
     }
+
+
+def plan_batches(
+    forecast: Forecast, schedule: Schedule, settings: TrainConfig, num_steps: int, rows: int, tokens: int, device: str
+) -> dict:
+    """Return what every stage of a run costs whose batches are known: `num_steps` of those of `forecast`.
+
+    FLOPs, steps and updated parameters are those that its `summary.json` will have; of a schedule that decides while it
+    trains, the most that it can cost. The bytes of a step are the most that one of its batches needs in a process, None
+    where they are not known. The training set has `rows` and `tokens`.
+    """
+    config, peft = forecast.config, forecast.peft
+    model, kernels, shapes = units(config, peft), kernels_of(device, settings), _largest(forecast.shapes(num_steps))
+    cuts = [kept for _, kept in schedule.planned]
+    shelves = kept_levels([model.during(kept).cut() for kept in cuts])
+    is_known, is_cached, stages = knows_bytes(device, settings), settings.cache != "off", []
+    for work in forecast.by_stage(schedule, num_steps):
+        active, index = model.during(work.stage), work.stage.index
+        sizes = [bytes_of(active, run_trace(config, active, peft, *shape, kernels)) for shape in shapes]
+        sizes = max(sizes, key=lambda one: sum(one.values()))
+        of_shelf = cache_bytes(config, cuts[index], tokens, settings.cache_dtype, peft) if is_cached else 0
+        stages.append(
+            {
+                "stage": index + 1,
+                "steps": work.steps,
+                "active_blocks": active.active_blocks(),
+                "embeddings": bool(active.embeddings.trainable),
+                "trainable_parameters": active.num_trainable,
+                "forward_flops": work.forward_flops,
+                "backward_flops": work.backward_flops,
+                **(sizes if is_known else state_bytes(active)),
+                "step_bytes": sum(sizes.values()) if is_known else None,
+                "gradient_sum_bytes": bytes_of_sums(active) if schedule.sums_gradients else 0,
+                "cache_bytes": len(shelves[index]) * of_shelf,
+            }
+        )
+    lengths = (Fraction(stage["steps"], forecast.steps_per_epoch) for stage in stages)
+    updated = updated_by_stage((stage["trainable_parameters"], length) for stage, length in zip(stages, lengths))
+    for stage, count in zip(stages, updated):
+        stage["updated_parameters"] = count
+    full = updated_parameters(config, make_schedule("full", config.num_hidden_layers, 1), settings.epochs, peft)
+    flops = sum(stage["forward_flops"] + stage["backward_flops"] for stage in stages)
+    return {
+        "num_blocks": config.num_hidden_layers,
+        "stages": stages,
+        "updated_parameters": sum(updated),
+        "updated_parameters_full": full,
+        "run": {"rows": rows} | plan_steps(forecast, settings.epochs, num_steps, flops),
+    }
+
+
+def _largest(shapes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return those (rows, length) than which no other has both as many rows and as many tokens a row.
+
+    >>> _largest([(8, 5), (8, 9), (3, 9), (2, 12)])
+    [(8, 9), (2, 12)]
+    """
+    found: list[tuple[int, int]] = []
+    for rows, length in sorted(shapes, reverse=True):
+        if not found or length > found[-1][1]:
+            found.append((rows, length))
+    return found
+
+
+def kernels_of(device: str, settings: TrainConfig) -> Kernels:
+    """Return what the bytes of a step depend on beside its shapes. On a CPU they are those of fp32."""
+    kernels = ON_CPU if device == "cpu" else ON_CUDA[settings.precision]
+    return replace(kernels, checkpointed=settings.checkpoint_activations)
+
+
+def knows_bytes(device: str, settings: TrainConfig) -> bool:
+    """Say whether the bytes of a step are known: on a CPU those of fp32 alone."""
+    return device == "cuda" or settings.precision == "fp32"
 
 
 def plan_calendars(forecast: Forecast, num_epochs: int, budget: float, embeddings: str) -> list[dict]:

@@ -143,27 +143,60 @@ def plan_table(document: dict) -> str:
     ]
     header = ["stage", "epochs", "trains", "trainable, M", "updated, M", "forward FLOPs a step"]
     header += ["backward FLOPs a step", "of full", "optimizer, MiB", "a step at most, MiB", "cache a batch, MiB"]
-    updated, full = document["updated_parameters"], document["updated_parameters_full"]
-    parameters = f"{millions(updated)} M, {updated / full:.2f} of full fine-tuning ({millions(full)} M)"
     backward = f"{document['backward_share_of_full']:.2f} of full fine-tuning, on average over the stages"
-    lines = [f"Updated parameters: {parameters}.", f"Backward FLOPs: {backward}."]
-    if sums := max(stage["gradient_sum_bytes"] for stage in document["stages"]):
-        lines.append(
-            f"Gradient sums: {mebibytes(sums)} MiB. adaptive decides while it trains: this is the most it costs."
-        )
+    lines = [updated_line(document), f"Backward FLOPs: {backward}.", *sums_lines(document)]
     if "memory" in document:
         fits = ", ".join(f"{stage['largest_batch']:,}" for stage in document["stages"])
         lines.append(
             f"Largest batch in {document['memory'] / 1e9:g} GB: {document['largest_batch']:,} (by stage: {fits})."
         )
-    if run := document.get("run"):
-        steps = f"{run['steps']:,} steps, {run['epochs']:.2f} epochs of {run['rows']:,} rows"
-        share = f"{run['flops_share_of_full']:.3f} of full fine-tuning ({tera(run['flops_full'])} TFLOP)"
-        lines.append(f"The run: {steps}; {tera(run['flops'])} TFLOP, {share}.")
+    if "run" in document:
+        lines.append(run_line(document["run"]))
     parts = ["\n".join([table(header, rows), "", *lines])]
     if calendars := document.get("calendars"):
         parts.append(calendars_table(calendars))
     return "\n\n".join(parts)
+
+
+def updated_line(document: dict) -> str:
+    updated, full = document["updated_parameters"], document["updated_parameters_full"]
+    share = f"{updated / full:.2f} of full fine-tuning ({millions(full)} M)"
+    return f"Updated parameters: {millions(updated)} M, {share}."
+
+
+def sums_lines(document: dict) -> list[str]:
+    sums = max(stage["gradient_sum_bytes"] for stage in document["stages"])
+    text = f"Gradient sums: {mebibytes(sums)} MiB. adaptive decides while it trains: this is the most it costs."
+    return [text] if sums else []
+
+
+def run_line(run: dict) -> str:
+    steps = f"{run['steps']:,} steps, {run['epochs']:.2f} epochs of {run['rows']:,} rows"
+    share = f"{run['flops_share_of_full']:.3f} of full fine-tuning ({tera(run['flops_full'])} TFLOP)"
+    return f"The run: {steps}; {tera(run['flops'])} TFLOP, {share}."
+
+
+def batches_table(document: dict) -> str:
+    """Return the document of `cost.plan.plan_batches` as a table, and its "notes"."""
+    rows = [
+        [
+            stage["stage"],
+            stage["steps"],
+            blocks_text(stage["active_blocks"], stage["embeddings"]),
+            millions(stage["trainable_parameters"]),
+            millions(stage["updated_parameters"]),
+            tera(stage["forward_flops"]),
+            tera(stage["backward_flops"]),
+            mebibytes(stage["optimizer_bytes"]),
+            None if stage["step_bytes"] is None else mebibytes(stage["step_bytes"]),
+            mebibytes(stage["cache_bytes"]),
+        ]
+        for stage in document["stages"]
+    ]
+    header = ["stage", "steps", "trains", "trainable, M", "updated, M", "forward, TFLOP", "backward, TFLOP"]
+    header += ["optimizer, MiB", "a step at most, MiB", "cache, MiB"]
+    lines = [updated_line(document), *sums_lines(document), run_line(document["run"]), *document["notes"]]
+    return "\n".join([table(header, rows), "", *lines])
 
 
 def calendars_table(calendars: Iterable[dict]) -> str:

@@ -1,7 +1,11 @@
-"""From a model, its training rows and the settings of a run to a `Trainer`: makes the parts that the loop is given."""
+"""From a model, its training rows and the settings of a run to a `Trainer`: makes the parts that the loop is given.
+
+What can be said of a run before any of them is made is its `Course`; `lay_out` checks all that can be checked by then.
+"""
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -13,7 +17,7 @@ from progtuning.cost.closed_form import kept_levels, units
 from progtuning.data.batching import EncodedRows
 from progtuning.engine import StageEngine
 from progtuning.methods.autofreeze import AdaptiveSchedule
-from progtuning.methods.dps import DPS
+from progtuning.methods.dps import DPS, window_length
 from progtuning.methods.schedules import build_schedule
 from progtuning.model import heads
 from progtuning.model.bert import Model
@@ -22,7 +26,7 @@ from progtuning.settings.train import TrainConfig, parse_class_weights
 from progtuning.speed.cache import CachedEngine, PrefixCache, Shelves
 from progtuning.speed.checkpointing import checkpoint_blocks
 from progtuning.speed.kernels import compile_blocks
-from progtuning.speed.unpad import unpad
+from progtuning.speed.unpad import check_unpadded, unpad
 from progtuning.stages import Schedule, make_schedule
 from progtuning.step.guard import FiniteCheck, Guard
 from progtuning.step.ledger import Ledger
@@ -33,6 +37,37 @@ from progtuning.step.optim import build_optimizer, learning_rate_schedule
 from progtuning.step.processes import Replica, World
 from progtuning.step.progress import Progress
 from progtuning.train import Trainer
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a run does, step by step, known before anything is made that trains."""
+
+    schedule: Schedule | AdaptiveSchedule
+    loader: Loader
+    class_weights: np.ndarray | None  # (C,) float32; None: all the same
+    num_steps: int
+
+
+def lay_out(config: BertConfig, data: EncodedRows, settings: TrainConfig, device: torch.device, world: World) -> Course:
+    """Return the course of a run on the rows `data`.
+
+    Raises InputError where the settings do not fit the model's `config`, the rows, the device or the processes.
+    """
+    if settings.batch_tokens is None and settings.batch_size < world.size:
+        raise InputError(f"--batch-size must be at least the {world.size} processes, got {settings.batch_size}")
+    schedule = build_schedule(settings, config.num_hidden_layers)
+    weights = class_weights(settings, config, data)
+    row_weights = None if weights is None else weights[data.labels.numpy()]
+    batches = make_batches(data.lengths, settings)
+    loader = Loader(data, batches, device, world, settings.accumulation_steps, row_weights)
+    num_steps = steps_of(config, loader, settings, schedule)
+    if settings.dps.mode != "off":
+        window_length(settings.dps.update_ratio, num_steps)
+    check_keeps(config, settings, schedule)
+    if settings.unpadded:
+        check_unpadded(device)
+    return Course(schedule, loader, weights, num_steps)
 
 
 def build_trainer(
@@ -48,15 +83,9 @@ def build_trainer(
     `log` takes every row of `metrics.jsonl`. Nothing is drawn from the global generators. Raises InputError where the
     settings do not fit the model, the rows, the device or the processes.
     """
-    if settings.batch_tokens is None and settings.batch_size < world.size:
-        raise InputError(f"--batch-size must be at least the {world.size} processes, got {settings.batch_size}")
+    course = lay_out(model.config, data, settings, device, world)
+    schedule, loader, num_steps = course.schedule, course.loader, course.num_steps
     model.to(device)
-    schedule = build_schedule(settings, model.num_blocks)
-    weights = class_weights(settings, model.config, data)
-    row_weights = None if weights is None else weights[data.labels.numpy()]
-    batches = make_batches(data.lengths, settings)
-    loader = Loader(data, batches, device, world, settings.accumulation_steps, row_weights)
-    num_steps = steps_of(model.config, loader, settings, schedule)
     optimizer = build_optimizer(model, settings.lr, settings.weight_decay, settings.adam_epsilon, settings.lr_decay)
     # The first step of a warm-up has the learning rate 0: a run of one step would train nothing.
     warmup_steps = math.ceil(settings.warmup * num_steps) if num_steps > 1 else 0
@@ -93,7 +122,7 @@ def build_trainer(
         engine=engine,
         loader=loader,
         replica=Replica(engine, world),
-        loss=loss_of(settings, model.config, weights, device),
+        loss=loss_of(settings, model.config, course.class_weights, device),
         optimizer=optimizer,
         lr_schedule=lr_schedule,
         masks=masks,
@@ -197,24 +226,40 @@ def build_engine(
     device: torch.device,
     world: World,
 ) -> StageEngine:
-    """Return the engine, with a cache where the settings have one.
+    """Return the engine, with a cache where the settings have one. Raises what `build_shelves` does."""
+    shelves = build_shelves(model.config, settings, schedule, data, device, world)
+    if shelves is None:
+        return StageEngine(model, optimizer, settings.drops_out_prefix)
+    return CachedEngine(model, optimizer, shelves)
 
-    Raises InputError where the cache is too large, or no stage has anything to keep.
+
+def build_shelves(
+    config: BertConfig,
+    settings: TrainConfig,
+    schedule: Schedule | AdaptiveSchedule,
+    data: EncodedRows,
+    device: torch.device,
+    world: World,
+    used: bool = True,
+) -> Shelves | None:
+    """Return this process's cache, None where the settings have none; one that is not `used` takes no room.
+
+    Raises InputError where it is too large, and RunError where there is no room for it.
     """
     if settings.cache == "off":
-        return StageEngine(model, optimizer, settings.drops_out_prefix)
-    check_keeps(model.config, settings, schedule)
-    own = units(model.config, settings.peft)
+        return None
+    own = units(config, settings.peft)
     kept = kept_levels([own.during(stage).cut() for _, stage in schedule.planned])
     make = partial(
         PrefixCache,
         data.lengths,
-        model.config.hidden_size,
+        config.hidden_size,
         settings.cache,
         settings.cache_dtype,
         settings.cache_limit,
         kept=world.owns(len(data)),
         num_sharing=world.local_size * len(set().union(*kept)),
         device=device,
+        used=used,
     )
-    return CachedEngine(model, optimizer, Shelves(kept, make))
+    return Shelves(kept, make)

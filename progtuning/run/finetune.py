@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,14 +10,14 @@ import torch
 from progtuning.base.errors import InputError, Interrupted
 from progtuning.base.sources import split_revision
 from progtuning.data.batching import EncodedRows
-from progtuning.data.task import Splits
+from progtuning.data.task import Splits, Task
 from progtuning.data.tokenization import Tokenizer, load_tokenizer
 from progtuning.methods.apply import apply_peft
 from progtuning.methods.lora import unwrap
 from progtuning.methods.saved import save_peft
 from progtuning.model.bert import Model
 from progtuning.model.config import BertConfig
-from progtuning.model.weights import CONFIG, load_model, save_pretrained
+from progtuning.model.weights import CONFIG, LoadReport, load_model, save_pretrained
 from progtuning.report.summary import SUMMARY, Summary, read_summary, write_summary
 from progtuning.run.best import Best, EnoughEvaluations
 from progtuning.run.build import build_trainer
@@ -27,6 +27,7 @@ from progtuning.run.identity import identify
 from progtuning.run.signals import StopSignals
 from progtuning.settings.peft import MERGEABLE
 from progtuning.settings.train import CheckpointConfig, TrainConfig
+from progtuning.speed.cache import Shelves
 from progtuning.speed.kernels import reporting_compiler
 from progtuning.step.measure import attention_backends, environment
 from progtuning.step.processes import World
@@ -55,6 +56,53 @@ def prepare(
     return config, settings, tokenizer, train_rows, dev_rows
 
 
+@dataclass
+class Start:
+    """What a run begins with: the settings with nothing left open, the encoded rows, and the model as it starts."""
+
+    settings: TrainConfig
+    tokenizer: Tokenizer
+    train_rows: EncodedRows
+    dev_rows: dict[str, EncodedRows]
+    model: Model
+    loaded: LoadReport
+
+    def account(self, splits: Splits) -> list[str]:
+        """Return the lines that say what was read."""
+        return splits.task.account(splits, {"train": self.train_rows, **self.dev_rows}, self.settings)
+
+    def identity(self, task: Task, device: torch.device, world: World) -> dict:
+        rows = (self.train_rows, self.dev_rows)
+        return identify(self.settings, task, *rows, self.tokenizer, self.model, device, world.size)
+
+
+def start(folder: Path, splits: Splits, settings: TrainConfig, merge: bool) -> Start:
+    """Read all that a run begins with. Raises InputError."""
+    if merge and settings.peft.method not in MERGEABLE:
+        methods = f"{', '.join(MERGEABLE[:-1])} or {MERGEABLE[-1]}"
+        raise InputError(f"--merge needs --peft {methods}, got {settings.peft.method}")
+    config, settings, tokenizer, train_rows, dev_rows = prepare(folder, splits, settings)
+    model, loaded = load_model(folder, config, settings.seed)
+    apply_peft(model, settings.peft, settings.seed)
+    return Start(settings, tokenizer, train_rows, dev_rows, model, loaded)
+
+
+def promises(
+    settings: TrainConfig, num_steps: int, steps_per_epoch: int, cache: Shelves | None, world: World
+) -> list[str]:
+    """Return the lines that say how many steps a budget pays, and what the prefix cache takes."""
+    lines = []
+    if settings.budget is not None:
+        epochs = num_steps / steps_per_epoch
+        lines.append(f"The budget of {settings.budget:g} pays {num_steps:,} steps, {epochs:.2f} epochs.")
+    if cache:
+        tokens, size = cache.num_tokens, cache.nbytes
+        whose = "The prefix cache" if world.size == 1 else f"Each of the {world.size} processes' prefix caches"
+        takes = f"takes {size / 1e9:.3g} GB of {settings.cache}: {tokens:,} tokens in {settings.cache_dtype}."
+        lines.append(f"{whose} {takes}")
+    return lines
+
+
 def fine_tune(
     model_name: str,
     folder: Path,
@@ -80,33 +128,24 @@ def fine_tune(
     """
     task = splits.task
     with world.agreed():
-        if merge and settings.peft.method not in MERGEABLE:
-            methods = f"{', '.join(MERGEABLE[:-1])} or {MERGEABLE[-1]}"
-            raise InputError(f"--merge needs --peft {methods}, got {settings.peft.method}")
-        config, settings, tokenizer, train_rows, dev_rows = prepare(folder, splits, settings)
-        model, loaded = load_model(folder, config, settings.seed)
-        apply_peft(model, settings.peft, settings.seed)
+        begun = start(folder, splits, settings, merge)
+        settings, train_rows, dev_rows, model = begun.settings, begun.train_rows, begun.dev_rows, begun.model
         trainer = build_trainer(model, train_rows, settings, device, world=world)
-    if settings.budget is not None:
-        epochs = trainer.num_steps / len(trainer.loader)
-        say(f"The budget of {settings.budget:g} pays {trainer.num_steps:,} steps, {epochs:.2f} epochs.")
     cache = trainer.ledger.cache
-    if cache:
-        tokens, size = cache.num_tokens, cache.nbytes
-        whose = "The prefix cache" if world.size == 1 else f"Each of the {world.size} processes' prefix caches"
-        say(f"{whose} takes {size / 1e9:.3g} GB of {settings.cache}: {tokens:,} tokens in {settings.cache_dtype}.")
+    for line in promises(settings, trainer.num_steps, len(trainer.loader), cache, world):
+        say(line)
 
     def identity() -> dict:
-        return identify(settings, task, train_rows, dev_rows, tokenizer, model, device, world.size)
+        return begun.identity(task, device, world)
 
     cache = cache or nullcontext()
     with StopSignals(world) as signals, RunFolder(output_dir, checkpoints, identity, say, world) as run, cache:
-        for note in loaded.notes:
+        for note in begun.loaded.notes:
             say(note)
         if run.is_resumed and world.first((run.path / SUMMARY).is_file()):
             say(f"The run in {output_dir} is finished already.")
             return read_summary(run.path) if world.is_main else None
-        for line in task.account(splits, {"train": train_rows, **dev_rows}, settings):
+        for line in begun.account(splits):
             say(line)
         best = Best(settings, task.main_metric)
         run.restore(trainer, best)
@@ -138,15 +177,15 @@ def fine_tune(
                 epochs=run.log.rows[-1]["epoch"],
                 best=best.found,
                 **trainer.ledger.account(),
-                fresh_parameters=loaded.fresh,
-                unused_tensors=loaded.unused,
+                fresh_parameters=begun.loaded.fresh,
+                unused_tensors=begun.loaded.unused,
                 settings=asdict(settings),
                 **environment(device),
-                attention_backends=attention_backends(config, device, settings.precision),
+                attention_backends=attention_backends(model.config, device, settings.precision),
             )
             if output_dir is not None and world.is_main:
-                write_model(model, Path(output_dir), settings, model_name, merge, loaded.fresh)
-                tokenizer.save(output_dir)
+                write_model(model, Path(output_dir), settings, model_name, merge, begun.loaded.fresh)
+                begun.tokenizer.save(output_dir)
                 write_summary(Path(output_dir), summary)
     return summary if world.is_main else None
 

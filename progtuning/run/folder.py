@@ -76,12 +76,7 @@ class RunFolder:
             self.is_resumed = options.resume and is_run(self.path)
             if not self.is_resumed and not _is_blank(self.path):  # another run has been in it since the check
                 check_new_folder(self.path)
-            run = {
-                "format": FORMAT,
-                "identity": identity(),
-                "versions": {"progtuning": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()},
-            }
-            run = json.loads(json.dumps(run))  # tuples become lists, as they are in the file
+            run = described(identity())
             if self.is_resumed:
                 begun = read_json(self.path / RUN)
                 check_same(begun, run, self.path)
@@ -190,6 +185,13 @@ class RunFolder:
         self.log.close()
 
 
+def described(identity: Mapping) -> dict:
+    """Return what `run.json` holds of a run that is what `identify` says."""
+    versions = {"progtuning": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    run = {"format": FORMAT, "identity": identity, "versions": versions}
+    return json.loads(json.dumps(run))  # tuples become lists, as they are in the file
+
+
 def _checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
@@ -219,7 +221,7 @@ def is_run(path: str | Path) -> bool:
 
 def check_output_folder(path: str | Path, resume: bool) -> None:
     """Raise InputError where `path` is neither new nor empty, nor, to resume, the folder of a run."""
-    if not os.fspath(path) or not resume:
+    if not os.fspath(path) or not resume or not os.path.lexists(path):
         check_new_folder(path)
         return
     path = Path(path)

@@ -55,6 +55,7 @@ class PrefixCache:
 
     Several processes on a machine can divide the examples: each keeps those where `kept`, (N,) bool, says so (None:
     all), and runs the whole prefix of any other every time. The limit is for the `num_sharing` processes together.
+    One that is not to be `used` is measured and checked, and takes no room.
 
     Raises InputError where the size exceeds `limit` bytes (None: half of what is free), RunError where the place
     cannot hold it.
@@ -70,6 +71,7 @@ class PrefixCache:
         kept: np.ndarray | None = None,
         num_sharing: int = 1,
         device: torch.device = torch.device("cpu"),
+        used: bool = True,
     ):
         self.lengths = np.asarray(lengths, dtype=np.int64)  # (N,)
         self.kept = np.ones(len(self.lengths), dtype=bool) if kept is None else kept  # (N,)
@@ -84,8 +86,10 @@ class PrefixCache:
         if place == "device" and device.type == "cuda":
             num_sharing = 1  # each process has a GPU of its own
         _check_limit(num_sharing * self.nbytes, place, limit, self.device)
-        made = _on_disk(self.nbytes) if place == "disk" else _in_memory(self.nbytes, place, self.device)
-        self._states: Tensor | None = made.view(DTYPES[dtype]).view(shape)  # (n_0 + ... + n_{N-1}, D)
+        self._states: Tensor | None = None  # (n_0 + ... + n_{N-1}, D)
+        if used:
+            made = _on_disk(self.nbytes) if place == "disk" else _in_memory(self.nbytes, place, self.device)
+            self._states = made.view(DTYPES[dtype]).view(shape)
         self._arriving: list[tuple[np.ndarray, Tensor, torch.cuda.Event]] = []  # copies on their way from the device
 
     def fetch(

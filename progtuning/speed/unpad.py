@@ -36,11 +36,16 @@ class Packing(NamedTuple):
 def unpad(model: Model, device: torch.device) -> None:
     """Make the encoder of `model` run unpadded. Names and results (to rounding) stay.
 
-    Raises InputError where `device` cannot: on a CPU the rows would run one by one.
+    Raises InputError as `check_unpadded` does.
     """
+    check_unpadded(device)
+    replace_attention(model)
+
+
+def check_unpadded(device: torch.device) -> None:
+    """Raise InputError where `device` cannot: on a CPU the rows would run one by one."""
     if device.type != "cuda":
         raise InputError(f"--unpadded needs CUDA, got {device.type}")
-    replace_attention(model)
 
 
 def replace_attention(model: Model) -> None:
