@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -590,3 +591,56 @@ def test_the_table_has_costs_averaged_over_the_seeds_decisions_and_rows_with_and
     )
     assert by_method[3][-2:] == ["1.50", "0.50"] and by_task[3][-3:-1] == ["1.50", "0.50"]
     assert [line[2:] for line in decided[2:]] == [["1", "1", "none"], ["2", "2", "2 after 27"]]
+
+
+# pays.py
+
+
+def comparison(folder: Path, task: str, labels: Sequence[int], schedules: dict[str, dict[int, list[int]]]) -> Path:
+    """Write the files of a comparison at one budget: of each schedule the predictions of each seed."""
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"identity": {"task": {"name": task}}}))
+    common = {"part": "result", "budget": 0.5, "lr": 1e-4}
+    rows = [common | {"part": "choice", "schedule": "full", "seed": 1, "metrics": {"accuracy": 0.0}}]
+    for schedule, by_seed in schedules.items():
+        for seed, predictions in by_seed.items():
+            metrics = {"accuracy": float(np.mean(np.equal(predictions, labels)))}
+            rows.append(common | {"schedule": schedule, "seed": seed, "predictions": predictions, "metrics": metrics})
+    rows.append(common | {"schedule": "2", "seed": 3, "error": "diverged"})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_differences_to_full_at_equal_cost_stand_beside_each_other_with_their_mean(tmp_path, capsys):
+    import pays
+
+    labels, right, wrong = [0, 1] * 20, [0, 1] * 20, [1, 0] * 20
+    (tmp_path / "SST-2").mkdir()
+    lines = "sentence\tlabel\n" + "".join(f"a film\t{label}\n" for label in labels)
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / "SST-2" / name).write_text(lines)
+    half = right[:20] + wrong[20:]
+    one = comparison(tmp_path / "one", "sst-2", labels, {"full": {1: half, 2: half}, "2": {1: right, 2: right}})
+    two = comparison(tmp_path / "two", "sst-2", labels, {"full": {1: right, 2: right}, "2": {1: right, 2: half}})
+    picture = tmp_path / "frontier.png"
+    pays.main([str(one), str(two), "--glue", str(tmp_path), "--output", str(picture)])
+    full, frozen = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]
+    ]
+    assert full == ["0.5", "full", "50.0 ± 0.0, 2 seeds", "100.0 ± 0.0, 2 seeds", ""]
+    assert frozen[:2] == ["0.5", "2"] and frozen[2].startswith("+50.0 (") and frozen[3].startswith("-25.0 (")
+    assert frozen[4].startswith("+12.5 (")  # the seed that failed takes part in none
+    draws, _ = pays.compared([one, two], pays.Data(tmp_path, None))
+    of_tasks = draws[0.5, "2"]
+    np.testing.assert_allclose(of_tasks[pays.MEAN], (of_tasks["one"] + of_tasks["two"]) / 2)
+    low, high = pays.percentiles(of_tasks["one"])
+    assert 0.3 < low < 0.5 < high < 0.7  # 40 rows of which half differ
+    pytest.importorskip("matplotlib")
+    assert picture.stat().st_size > 5000
+
+
+def test_a_folder_of_no_comparison_is_refused(tmp_path):
+    import pays
+
+    with pytest.raises(InputError, match="run.json"):
+        pays.main([str(tmp_path)])

@@ -47,44 +47,54 @@ def points(difference: float, low: float, high: float) -> str:
     return f"{100 * difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
+def results(rows: Iterable[Mapping]) -> dict[tuple[float, str], list[Mapping]]:
+    """Return the rows of each budget and schedule that has results. Of a schedule several of whose learning rates have
+    some, the last chosen counts."""
+    made: dict[tuple[float, str], dict[float, list]] = {}
+    for row in rows:
+        if row["part"] == RESULT:
+            made.setdefault((row["budget"], row["schedule"]), {}).setdefault(row["lr"], []).append(row)
+    return {key: list(by_rate.values())[-1] for key, by_rate in made.items()}
+
+
+def ended(rows: Iterable[Mapping]) -> list[Mapping]:
+    """Return the rows of runs that did not fail."""
+    return [row for row in rows if "predictions" in row]
+
+
 def cells(rows: Iterable[Mapping], grid: Grid, sampled: Sampled, num_rows: int) -> list[dict]:
     """Return a document for each budget and schedule that has results.
 
     "to_full" has the difference to full fine-tuning at that budget and its 95 % interval, None without a seed in
-    common; "choice_share" the cost of the schedule's choice of its learning rate, as a share of full fine-tuning. Of a
-    schedule several of whose learning rates have results, the last chosen counts.
+    common; "choice_share" the cost of the schedule's choice of its learning rate, as a share of full fine-tuning.
     """
     rows = list(rows)
-    made = {}
-    for row in rows:
-        if row["part"] == RESULT and row["budget"] in grid.budgets and row["schedule"] in grid.schedules:
-            made.setdefault((row["budget"], row["schedule"]), {}).setdefault(row["lr"], []).append(row)
-    found = []
+    of_grid = [row for row in rows if row["budget"] in grid.budgets and row["schedule"] in grid.schedules]
+    made, found = results(of_grid), []
     for budget in grid.budgets:
         for schedule in grid.schedules:
             if (budget, schedule) not in made:
                 continue
-            lr, own = list(made[budget, schedule].items())[-1]
-            ended = [row for row in own if "predictions" in row]
-            base = [row for row in list(made.get((budget, BASE), {None: []}).values())[-1] if "predictions" in row]
+            own = made[budget, schedule]
+            whole, base = ended(own), ended(made.get((budget, BASE), []))
             spent = [row for row in rows if row["part"] == CHOICE and row["schedule"] == schedule and "flops" in row]
             cell = {
                 "budget": budget,
                 "schedule": schedule,
-                "lr": lr,
-                "seeds": len(ended),
-                "failed": len(own) - len(ended),
+                "lr": own[0]["lr"],
+                "seeds": len(whole),
+                "failed": len(own) - len(whole),
             }
-            if ended:
+            if whole:
                 everything = np.arange(num_rows)
-                cell["scores"] = [sampled(row["predictions"])(everything) for row in ended]
+                cell["scores"] = [sampled(row["predictions"])(everything) for row in whole]
                 cell["metric"] = statistics.mean(cell["scores"])
-                cell["cost"] = statistics.mean(row["flops"] / row["flops_full"] for row in ended)
+                cell["cost"] = statistics.mean(row["flops"] / row["flops_full"] for row in whole)
                 for key in ("seconds", "steps", "updated_parameters"):
-                    cell[key] = statistics.mean(row[key] for row in ended)
-                cell["choice_share"] = sum(row["flops"] for row in spent) / ended[0]["flops_full"]
+                    cell[key] = statistics.mean(row[key] for row in whole)
+                cell["choice_share"] = sum(row["flops"] for row in spent) / whole[0]["flops_full"]
                 if schedule != BASE:
-                    draws = bootstrap(ended, base, sampled, num_rows)
+                    draws = bootstrap(whole, base, sampled, num_rows)
                     if not np.isnan(draws[0]):
                         cell["to_full"] = [float(draws[0]), *percentiles(draws)]
                         # for the sentence, which makes one statement of all: Bonferroni
@@ -153,14 +163,14 @@ def advice(found: Sequence[Mapping], metric: str) -> str:
     A schedule is above full fine-tuning where the interval of the difference, of all comparisons together (0.95,
     Bonferroni), lies above 0.
     """
-    ended = [cell for cell in found if "metric" in cell]
-    compared = [cell for cell in ended if "to_full_of_all" in cell]
+    measured = [cell for cell in found if "metric" in cell]
+    compared = [cell for cell in measured if "to_full_of_all" in cell]
     above = [cell for cell in compared if cell["to_full_of_all"][0] > 0]
-    full = max((cell for cell in ended if cell["schedule"] == BASE), key=_metric, default=None)
-    if not ended:
+    full = max((cell for cell in measured if cell["schedule"] == BASE), key=_metric, default=None)
+    if not measured:
         return "No run ended with a metric: lower --lrs."
     if not compared:
-        best = max(ended, key=_metric)
+        best = max(measured, key=_metric)
         where = f"{best['schedule']} at {best['budget']:g}"
         return f"Nothing stands beside full fine-tuning at the same cost; the highest {metric} has {where}."
     if above:
@@ -193,9 +203,9 @@ def draw_frontier(found: Sequence[Mapping], metric: str, path) -> bool:
     if figure is None:
         return False
     axes = figure.subplots()
-    ended = [cell for cell in found if "metric" in cell]
-    for marker, schedule in zip("osD^vP*Xhd" * 9, dict.fromkeys(cell["schedule"] for cell in ended)):
-        own = sorted((cell for cell in ended if cell["schedule"] == schedule), key=lambda cell: cell["cost"])
+    measured = [cell for cell in found if "metric" in cell]
+    for marker, schedule in zip("osD^vP*Xhd" * 9, dict.fromkeys(cell["schedule"] for cell in measured)):
+        own = sorted((cell for cell in measured if cell["schedule"] == schedule), key=lambda cell: cell["cost"])
         deviation = [100 * statistics.stdev(c["scores"]) if len(c["scores"]) > 1 else 0 for c in own]
         values = ([cell["cost"] for cell in own], [100 * cell["metric"] for cell in own], deviation)
         axes.errorbar(*values, marker=marker, capsize=3, label=schedule)
