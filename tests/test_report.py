@@ -61,6 +61,17 @@ def test_without_matplotlib_the_report_is_the_tables_alone(runs, tmp_path, monke
     assert "![" not in (tmp_path / "page.md").read_text() and len(list(tmp_path.iterdir())) == 1
 
 
+def test_the_folder_of_the_page_is_made_and_where_it_cannot_be_the_runs_are_not_drawn(runs, tmp_path, monkeypatch):
+    page = tmp_path / "new" / "folder" / "page.md"
+    status, out, err = call("report", runs / "full", "-o", page)
+    assert (status, out) == (0, f"Written: {page}\n"), err
+    assert page.read_text().startswith("# Runs\n")
+    monkeypatch.setattr("progtuning.report.pages.compare", lambda *_: pytest.fail("the work has begun"))
+    line = refused(*call("report", runs / "full", "-o", page / "under" / "a file.md"))
+    assert f"--output {page}/under/a file.md: cannot be written: Not a directory" in line
+    assert [path.name for path in page.parent.parent.iterdir()] == ["folder"]
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     assert "summary.json: cannot be read" in refused(*call("report", tmp_path, "-o", tmp_path / "page.md"))
     (tmp_path / "summary.json").write_text("{}")
