@@ -193,10 +193,13 @@ def split_revision(name: str) -> tuple[str, str | None]:
     >>> split_revision("bert-base-cased@v1"), split_revision("org/name")
     (('google-bert/bert-base-cased', 'v1'), ('org/name', None))
     """
-    if os.path.isdir(name):
-        return str(Path(name).resolve()), None
-    match = _REPOSITORY.fullmatch(today_name(name))
-    return (match[1], match[2]) if match else (name, None)
+    return (str(Path(name).resolve()), None) if os.path.isdir(name) else hub_model(name) or (name, None)
+
+
+def hub_model(name: str) -> tuple[str, str | None] | None:
+    """Return repository and revision of a model that `model_folder` takes from the Hub; None for any other."""
+    match = None if os.path.isdir(name) else _REPOSITORY.fullmatch(today_name(name))
+    return match and (match[1], match[2])
 
 
 def today_name(name: str) -> str:

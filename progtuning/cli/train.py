@@ -8,7 +8,7 @@ from progtuning.base.files import check_new_folder, made_folder, new_folder, wri
 from progtuning.cli.options import train_config
 from progtuning.cli.streams import print_json, put_line, say, tell
 from progtuning.model.config import BertConfig
-from progtuning.report import pages, pictures, tables
+from progtuning.report import hub, pages, pictures, tables
 from progtuning.report.summary import SUMMARY
 from progtuning.settings.options import given
 from progtuning.settings.train import CheckpointConfig, DataConfig, TrainConfig
@@ -55,6 +55,7 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     from progtuning.base.sources import model_folder
+    from progtuning.data.hub import dataset_of
     from progtuning.data.registry import load_splits
     from progtuning.data.task import limit_train
     from progtuning.run.dry import dry_run
@@ -90,7 +91,8 @@ def run_train(args: argparse.Namespace) -> None:
     summary = made
     card = Path(args.output_dir) / "README.md"
     if not card.exists():  # of a finished run: its reader may have written more into it
-        write_text(card, pages.card(summary))
+        is_whole = args.merge or settings.peft.method == "none"
+        write_text(card, hub.model_card(summary, splits.task.head, is_whole, dataset_of(args.task, args.data)))
     if args.json:
         print_json(summary.to_json())
         return

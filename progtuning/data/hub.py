@@ -12,7 +12,7 @@ from pathlib import Path
 from progtuning.base.errors import InputError, RunError
 from progtuning.base.sources import data_folder
 from progtuning.data import squad
-from progtuning.data.glue import glue_task
+from progtuning.data.glue import FOLDERS, glue_task, is_task
 from progtuning.data.parquet import parquet_rows, pyarrow
 from progtuning.data.questions import TASKS
 from progtuning.data.tables import Example, shorten
@@ -51,6 +51,24 @@ def load_hub(task: str) -> Splits:
     glue, train = glue_task(task), _glue_split(task, "train")
     dev = {split: _glue_split(task, split.replace("dev", "validation")) for split in glue.dev}
     return Splits(glue.task, train, dev)
+
+
+def dataset_of(task: str, data: str | None) -> dict[str, str] | None:
+    """Return what the Hub calls the data of a task, as its metadata have it; None where it is not the Hub's.
+
+    That is "name", "type" (the repository), and where there is one "config", "revision", and the "split" held out.
+    """
+    if is_task(task):
+        name = glue_task(task).task.name
+        return {"name": f"GLUE {FOLDERS[name]}", "type": GLUE, "config": _GLUE[name][0], "split": "validation"}
+    if task in _SQUAD:
+        repository, config = _SQUAD[task]
+        return {"name": task, "type": repository, "config": config, "split": "validation"}
+    if not (match := _NAME.fullmatch(data or "")):
+        return None
+    repository, revision, config = match.groups()
+    found = {"name": repository, "type": repository, "config": config, "revision": revision and revision[1:]}
+    return {key: value for key, value in found.items() if value}
 
 
 def load_hub_test(task: str) -> dict[str, list[Example]]:
