@@ -1,4 +1,4 @@
-"""The README.md of an output folder as the Hugging Face Hub wants it: metadata before the card, code that loads it after.
+"""The README.md of an output folder as the Hugging Face Hub wants it: metadata before the card, code to load it after.
 
 The metadata are YAML. Text stands there as a JSON string, which is YAML too, whatever the text.
 """
