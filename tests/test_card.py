@@ -6,33 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-import yaml
 from huggingface_hub import ModelCard
-from hypothesis import given
-from hypothesis import strategies as st
 
 from progtuning.data.hub import dataset_of
 from progtuning.model.config import HEADS
-from progtuning.report.hub import USES, model_card, yaml_lines
+from progtuning.report.hub import USES, model_card
 from progtuning.report.summary import read_summary
 from progtuning.run.saved import load_checkpoint
 from tests.conftest import WORDS
 from tests.squad_files import write_squad
 from tests.test_cli import FAST, METHODS, call, trained  # noqa: F401
-
-ANY_TEXT = st.text(st.characters())  # half surrogate pairs too
-SCALARS = ANY_TEXT | st.floats(allow_nan=False, allow_infinity=False) | st.integers()
-KEYS = st.sampled_from(["name", "base_model", "model-index"])
-VALUES = st.recursive(
-    st.dictionaries(KEYS, SCALARS | st.lists(SCALARS, min_size=1), min_size=1),
-    lambda inner: st.dictionaries(KEYS, inner | st.lists(inner, min_size=1), min_size=1),
-    max_leaves=8,
-)
-
-
-@given(VALUES)
-def test_yaml_reads_back_what_was_written_whatever_the_text(values):
-    assert yaml.safe_load("\n".join(yaml_lines(values))) == values
 
 
 def test_every_head_has_its_use_and_the_metadata_of_a_card_are_what_the_hub_reads(trained):

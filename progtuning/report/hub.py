@@ -1,11 +1,6 @@
-"""The README.md of an output folder as the Hugging Face Hub wants it: metadata before the card, code to load it after.
+"""The README.md of an output folder as the Hub wants it: metadata, the card, and the code that loads the folder."""
 
-The metadata are YAML. Text stands there as a JSON string, which is YAML too, whatever the text.
-"""
-
-import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 
 from progtuning.base.sources import hub_model, split_revision
@@ -41,8 +36,6 @@ USES = {
         'print(tokenizer.decode(inputs["input_ids"][0, first : last + 1]))',
     ),
 }
-# What YAML takes for a line's end, or does not take, and JSON lets stand.
-_UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
 def model_card(summary: Summary, head: str, is_whole: bool, dataset: Mapping[str, str] | None = None) -> str:
@@ -53,66 +46,43 @@ def model_card(summary: Summary, head: str, is_whole: bool, dataset: Mapping[str
     method = summary.settings["peft"]["method"]
     library = "transformers" if is_whole else {"lora": "peft"}.get(method, "progtuning")
     use = use_elsewhere(summary, head, library) if library != "progtuning" else use_here(head, method)
-    metadata = "\n".join(yaml_lines(metadata_of(summary, head, library, dataset)))
+    metadata = metadata_of(summary, head, library, dataset)
     return f"---\n{metadata}\n---\n\n{card(summary)}\n## How to use it\n\n{use}"
 
 
-def metadata_of(summary: Summary, head: str, library: str, dataset: Mapping[str, str] | None) -> dict:
-    """Return the metadata of the card, as huggingface.co/docs/hub/model-cards has them."""
+def metadata_of(summary: Summary, head: str, library: str, dataset: Mapping[str, str] | None) -> str:
+    """Return the metadata of the card as YAML, as huggingface.co/docs/hub/model-cards has them."""
+    from huggingface_hub import ModelCardData  # when imported it reads HF_ENDPOINT
+
     task, base, method = USES[head][0], hub_model(summary.model), summary.settings["peft"]["method"]
-    name = f"{summary.model} fine-tuned on {summary.task}"
     results = list(results_of(summary, task, dataset or {"name": summary.task, "type": summary.task}))
-    found = dict.fromkeys(metric["type"] for result in results for metric in result["metrics"])
-    return {
-        **({"base_model": base[0]} if base else {}),
-        **({"datasets": [dataset["type"]]} if dataset else {}),
-        "library_name": library,
-        "pipeline_tag": task,
-        "tags": ["progtuning", *([method] if method != "none" else [])],
-        "metrics": list(found),
-        "model-index": [{"name": name, "results": results}],
-    }
+    data = ModelCardData(
+        base_model=base and base[0],
+        datasets=[dataset["type"]] if dataset else None,
+        library_name=library,
+        pipeline_tag=task,
+        tags=["progtuning", *([method] if method != "none" else [])],
+        metrics=list(dict.fromkeys(result.metric_type for result in results)),
+        model_name=f"{summary.model} fine-tuned on {summary.task}",
+        eval_results=results,
+    )
+    return data.to_yaml()
 
 
-def results_of(summary: Summary, task: str, dataset: Mapping[str, str]) -> Iterator[dict]:
-    """Yield what was measured on each held-out split. Names of metrics begin with the split's where it is not alone."""
+def results_of(summary: Summary, task: str, dataset: Mapping[str, str]) -> Iterator:
+    """Yield an EvalResult for each metric of each held-out split, whose name it begins with where it is not alone."""
+    from huggingface_hub import EvalResult
+
     splits = list(summary.dev_rows or ["dev"])
     for split in splits:
         before = "" if len(splits) == 1 else f"{split}/"
-        metrics = [
-            {"type": known, "value": summary.metrics[before + name], "name": before + name}
-            for name, known in METRICS.items()
-            if before + name in summary.metrics
-        ]
-        named = {"split": split.replace("dev", dataset["split"])} if "split" in dataset else {}
-        yield {"task": {"type": task, "name": summary.task}, "dataset": {**dataset, **named}, "metrics": metrics}
-
-
-def yaml_lines(values: Mapping, indent: str = "") -> Iterator[str]:
-    """Yield the lines of YAML that say `values`, of text, numbers, and mappings and lists of such; keys are plain."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield f"{indent}{key}:"
-            yield from yaml_lines(value, f"{indent}  ")
-        elif isinstance(value, list):
-            yield f"{indent}{key}:"
-            for item in value:
-                lines = yaml_lines(item, f"{indent}  ") if isinstance(item, Mapping) else [scalar(item)]
-                yield from (f"{indent}- {line.lstrip()}" if i == 0 else line for i, line in enumerate(lines))
-        else:
-            yield f"{indent}{key}: {scalar(value)}"
-
-
-def scalar(value: str | float) -> str:
-    """Return text or a number as YAML: of a number with a point, without which some readers take 1e-05 for text.
-
-    >>> scalar('say "no"'), scalar(1e-05), scalar(3)
-    ('"say \\\\"no\\\\""', '1.0e-05', '3')
-    """
-    if isinstance(value, float):
-        mantissa, e, exponent = repr(value).partition("e")
-        return mantissa + (".0" if e and "." not in mantissa else "") + e + exponent
-    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
+        of_set = {f"dataset_{key}": value for key, value in dataset.items()}
+        if "split" in dataset:
+            of_set["dataset_split"] = split.replace("dev", dataset["split"])
+        for name, known in METRICS.items():
+            if before + name in summary.metrics:
+                measured = {"metric_value": summary.metrics[before + name], "metric_name": before + name}
+                yield EvalResult(task_type=task, task_name=summary.task, metric_type=known, **of_set, **measured)
 
 
 def use_elsewhere(summary: Summary, head: str, library: str) -> str:
