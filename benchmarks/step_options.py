@@ -14,7 +14,7 @@
 A batch has rows of evenly spread lengths, so that `--paddings` is its share of padding. Full fine-tuning, all blocks.
 The table has each variant's time and the memory that a step adds, of plain, and the ideal: FLOPs in closed form, of
 real tokens where unpadded; bytes of activations, gradients and what a block works with. On a CPU the memory is the
-resident set, which does not tell one variant from those before it: give one.
+resident set, which does not tell one variant from those before it: it is there where one is given alone.
 """
 
 import argparse
@@ -99,16 +99,21 @@ class Step:
         return F.cross_entropy(self.engine(self.ids, self.mask).float(), self.labels)
 
 
-def row(step: Step, timing: Timing, plain: Timing, sizes: Callable[[bool], dict], slots: int, resident: int) -> dict:
-    """Return a variant's measured ratios to plain, and the ideal beside each."""
+def row(
+    step: Step, timing: Timing, plain: Timing | None, sizes: Callable[[bool], dict], slots: int, resident: int | None
+) -> dict:
+    """Return a variant's measured ratios to plain, where that took its turns too, and the ideal beside each.
+
+    `resident` is the resident set before the first step, None where it tells no memory of a step.
+    """
     added = None if timing.peak_bytes is None else timing.peak_bytes - step.before
-    if step.device.type == "cpu":
+    if resident is not None:
         added = peak_bytes(step.device) - resident
     found = sizes(step.name == "checkpointed")
     return {
         "variant": step.name,
         "milliseconds": timing.milliseconds(*tables.PHASES),
-        "step_measured": timing.ratio(plain, *tables.PHASES),
+        "step_measured": plain and timing.ratio(plain, *tables.PHASES),
         "step_ideal": found["flops"] / sizes(False)["flops"] * (step.tokens / slots if step.is_unpadded else 1),
         "tokens_per_second": 1000 * step.tokens / timing.milliseconds(*tables.PHASES),
         "share_of_tokens": step.tokens / slots,
@@ -134,16 +139,16 @@ def measure(name: str, padding: float, dropout: float, args: argparse.Namespace,
     config = BertConfig.from_dict(ARCHITECTURES[name].to_dict() | {"attention_probs_dropout_prob": dropout})
     config = config.with_head("classification", ("no", "yes"))
     built(config, device)
-    reset_peak_bytes(device)
-    resident = peak_bytes(device) if device.type == "cpu" else 0
     wanted = [one for one in args.variants if padding or one not in ("unpadded", "nested", "both")]
     wanted = [one for one in wanted if device.type == "cuda" or one != "cudnn"]
+    reset_peak_bytes(device)
+    resident = peak_bytes(device) if device.type == "cpu" and len(wanted) == 1 else None
     steps = {one: Step(one, config, args.batch_size, length, padding, device) for one in wanted}
     variants = {one: step.variant() for one, step in steps.items()}
     *_, timings = harness.take_turns(variants, args.rounds, args.steps, device, args.precision)
     kernels = ON_CPU if device.type == "cpu" else ON_CUDA[args.precision]
     sizes = partial(sizes_of, config, args.batch_size, length, kernels, device.type == "cpu")
-    plain = timings[wanted[0]]
+    plain = timings.get("plain")
     common = {"model": name, "length": length, "padding": padding, "attention_dropout": dropout}
     slots = args.batch_size * length
     return [common | row(steps[one], timings[one], plain, sizes, slots, resident) for one in wanted]
@@ -154,7 +159,8 @@ def table(rows: Sequence[dict]) -> str:
     header += ["tokens/s", "a step adds, MiB", "closed form, MiB"]
     cells = [
         [row["model"], row["length"], f"{row['padding']:.2f}", f"{row['attention_dropout']:g}", row["variant"]]
-        + [f"{row['milliseconds']:.1f}", f"{row['step_measured']['median']:.2f}", f"{row['step_ideal']:.2f}"]
+        + [f"{row['milliseconds']:.1f}", harness.number((row["step_measured"] or {}).get("median"), ".2f")]
+        + [f"{row['step_ideal']:.2f}"]
         + [f"{row['tokens_per_second']:,.0f}"]
         + [
             harness.number(row[key] and row[key] / 2**20, ",.0f") if row["variant"] in ("plain", "checkpointed") else ""

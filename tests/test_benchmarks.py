@@ -416,6 +416,11 @@ def test_options_of_a_step_have_time_memory_and_what_the_closed_forms_promise(tm
     assert plain["step_ideal"] == 1 and unpadded["step_ideal"] == unpadded["share_of_tokens"] == 0.75
     assert 1.3 < checkpointed["step_ideal"] < 1.4 and checkpointed["closed_form_bytes"] < plain["closed_form_bytes"]
     assert all(row["milliseconds"] > 0 for row in rows) and "| checkpointed |" in capsys.readouterr().out
+    assert plain["step_measured"]["median"] == 1 and plain["added_bytes"] is None  # what others took is among it
+    alone = f"--device cpu {shape.replace('0 0.25', '0')} --variants checkpointed --output {tmp_path / 'alone'}"
+    step_options.main(alone.split())
+    (checkpointed,) = json.loads((tmp_path / "alone" / "step_options_cpu_fp32.json").read_text())["rows"]
+    assert checkpointed["step_measured"] is None and checkpointed["added_bytes"] is not None
 
 
 # gpu.py
