@@ -219,6 +219,22 @@ def test_what_a_peft_method_trained_on_a_base_without_a_pooler_evaluates_as_it_d
     assert json.loads(out)["metrics"] == summary["metrics"]
 
 
+@pytest.mark.parametrize("options, trained_pooler", [([], True), (["--lora-pooler"], False), ([], False)])
+def test_a_run_says_where_lora_freezes_a_pooler_that_was_never_trained(
+    options, trained_pooler, tiny_folder, tiny_task, tmp_path
+):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    tensors = load_file(base / "model.safetensors")
+    if not trained_pooler:
+        tensors["bert.pooler.dense.bias"].zero_()
+    save_file(tensors, base / "model.safetensors")
+    arguments = ["--model", base, "--task", "classification", "--data", tiny_task, "--peft", "lora", *options, *FAST]
+    status, _, err = call("train", *arguments, "--dry-run", "--output-dir", tmp_path / "run")
+    assert status == 0, err
+    assert ("if nothing is learnt, --lora-pooler trains it" in err) == (not trained_pooler and not options)
+
+
 BLOCKS = {"lora": (False, [1, 4]), "adapter": (False, [1, 4]), "bitfit": (True, [1, 4]), "spafit": (False, [2, 4])}
 
 

@@ -47,7 +47,7 @@ def dry_run(
             identity = begun.identity(splits.task, device, world)
             check_same(read_json(Path(output_dir) / RUN), described(identity), Path(output_dir))
     lines = promises(settings, course.num_steps, len(course.loader), cache, world)
-    for line in (*lines, *begun.loaded.notes, *begun.account(splits)):
+    for line in (*lines, *begun.notes, *begun.account(splits)):
         say(line)
     prices = forecast(config, course.loader, settings)
     tokens = int(rows.lengths.sum())

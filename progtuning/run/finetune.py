@@ -67,6 +67,16 @@ class Start:
     model: Model
     loaded: LoadReport
 
+    @property
+    def notes(self) -> list[str]:
+        """What a person who trains the model should know, a line each."""
+        notes, pooler = list(self.loaded.notes), getattr(self.model, "pooler", None)
+        frozen = self.settings.peft.method == "lora" and not self.settings.peft.lora_pooler
+        if frozen and pooler is not None and not pooler.dense.bias.any():  # as it is drawn; training moves it
+            never = "The model's pooler was never trained (its biases are 0), and --peft lora freezes it"
+            notes.append(f"{never}: if nothing is learnt, --lora-pooler trains it with the head.")
+        return notes
+
     def account(self, splits: Splits) -> list[str]:
         """Return the lines that say what was read."""
         return splits.task.account(splits, {"train": self.train_rows, **self.dev_rows}, self.settings)
@@ -140,7 +150,7 @@ def fine_tune(
 
     cache = cache or nullcontext()
     with StopSignals(world) as signals, RunFolder(output_dir, checkpoints, identity, say, world) as run, cache:
-        for note in begun.loaded.notes:
+        for note in begun.notes:
             say(note)
         if run.is_resumed and world.first((run.path / SUMMARY).is_file()):
             say(f"The run in {output_dir} is finished already.")
