@@ -327,7 +327,10 @@ def test_label_map_names_the_classes_of_a_checkpoint_that_has_none(base, opinion
     edit(unnamed, id2label={"0": "LABEL_0", "1": "LABEL_1"})
     task = ["--task", "classification", "--data", opinions, "--json"]
     line = fails(capsys, "evaluate", "--checkpoint", unnamed, *task)
-    assert line.endswith("if they are the same in this order, give --label-map LABEL_0=dislike,LABEL_1=like")
+    hint = "if they are the same in this order, give --label-map LABEL_0=dislike,LABEL_1=like"
+    assert line.endswith(hint)
+    wrong = fails(capsys, "evaluate", "--checkpoint", unnamed, *task, "--label-map", "LABEL_0=no,LABEL_1=like")
+    assert wrong.endswith(hint)  # by the names that the option takes, whatever it said before
     option = ["--label-map", "LABEL_0=like,LABEL_1=dislike"]
     assert call(capsys, "evaluate", "--checkpoint", unnamed, *task, *option)["metrics"] == RIGHT
     files = ["--input", opinions / "texts.tsv", "--output", "-"]

@@ -44,7 +44,8 @@ def load_held_out(task: str, data: str | None, checkpoint: "Checkpoint", reading
     try:
         return OWN[task].load_dev(data, classes, reading)
     except InputError as error:
-        raise InputError(f"{error}{_label_map_hint(classes, _dev_labels(task, data, reading))}") from None
+        hint = _label_map_hint(checkpoint.own_labels, _dev_labels(task, data, reading))
+        raise InputError(f"{error}{hint}") from None
 
 
 def _dev_labels(task: str, data: str, reading: DataConfig) -> tuple[str, ...]:
@@ -56,7 +57,8 @@ def _dev_labels(task: str, data: str, reading: DataConfig) -> tuple[str, ...]:
 
 
 def _label_map_hint(classes: Sequence[str], wanted: Sequence[str]) -> str:
-    """Say how --label-map would give `classes` of a model the names `wanted`; nothing where it could not."""
+    """Say how --label-map would give `classes`, as a model's file names them, the names `wanted`; nothing where it
+    could not."""
     if len(classes) != len(wanted) or set(classes) == set(wanted):
         return ""
     spelt = {_plain(name): name for name in wanted}
@@ -82,6 +84,7 @@ class Checkpoint:
     max_length: int  # tokens
     squad: SquadConfig
     null_answers: bool  # whether it was trained on questions that have no answer
+    own_labels: tuple[str, ...]  # the names that its classes have in its file, in order; --label-map gives others
     pairs: bool | None = None  # whether it was trained on pairs of texts; None: not known, or on questions
     division: dict | None = None  # options by which its file was divided into rows to train on and to hold out
 
@@ -165,7 +168,8 @@ def load_checkpoint(
     except InputError as error:
         raise error if max_length is not None else InputError(f"{path}: settings.max_length: {error}") from None
     pairs, division = (None, None) if training is None else (training.pairs, training.division)
-    return Checkpoint(folder, model, tokenizer, max_length, squad_settings, null_answers, pairs, division)
+    own_labels = config.labels
+    return Checkpoint(folder, model, tokenizer, max_length, squad_settings, null_answers, own_labels, pairs, division)
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -198,7 +202,8 @@ def fit_task(checkpoint: Checkpoint, task: Task) -> None:
     check_head(checkpoint, task.head, task.name)
     classes = checkpoint.model.config.labels
     if task.labels and set(classes) != set(task.labels):
-        got, expected, hint = ", ".join(classes), ", ".join(task.labels), _label_map_hint(classes, task.labels)
+        got, expected = ", ".join(classes), ", ".join(task.labels)
+        hint = _label_map_hint(checkpoint.own_labels, task.labels)
         where = f"--checkpoint {checkpoint.folder}"
         raise InputError(f"{where} has the classes {got}, expected those of the task {task.name}: {expected}{hint}")
     if task.labels:
