@@ -246,8 +246,9 @@ def test_a_long_loss_is_thinned_by_its_means():
 def test_what_is_no_run_or_has_no_log_is_refused_and_so_is_a_run_with_another_model(run_folder, tmp_path):
     output = ("-o", tmp_path / "page.html")
     assert "explain needs --model, or --run" in refused(*call("explain", *output))
-    line = refused(*call("explain", "--run", run_folder, "--rows", "9", "--epochs", "2", "--peft", "lora", *output))
-    assert "--run has a model and options of its own: leave out --rows, --epochs, --peft" in line
+    options = ["--rows", "9", "--device", "cuda", "--epochs", "2", "--peft", "lora"]
+    line = refused(*call("explain", "--run", run_folder, *options, *output))
+    assert "--run has a model and options of its own: leave out --rows, --device, --epochs, --peft" in line
     assert "summary.json: cannot be read" in refused(*call("explain", "--run", tmp_path, *output))
     assert "same file as the input" in refused(*call("explain", "--run", run_folder, "-o", run_folder / "summary.json"))
     bad = tmp_path / "bad"

@@ -86,7 +86,11 @@ def explained_document(asked: Asked) -> dict:
 
 def document_of_runs(folders: Sequence[Path], args: argparse.Namespace) -> dict:
     """Return what the page shows of runs: the plan of the first, and of each what was measured beside its own plan."""
-    own = [f"--{name}" for name in ("model", "length", "labels", "head", "rows") if getattr(args, name) is not None]
+    own = [
+        f"--{name}"
+        for name in ("model", "length", "labels", "head", "rows", "device")
+        if getattr(args, name) is not None
+    ]
     own += [option_name(kind, name) for kind in (TrainConfig, PeftConfig) for name in given(args, kind)]
     if own:
         raise InputError(f"--run has a model and options of its own: leave out {', '.join(own)}")

@@ -33,8 +33,7 @@ def add_plan_options(parser: Parser, needs_model: bool = True) -> None:
     planned = "schedule stages calendar budget embeddings epochs batch_size precision cache cache_dtype"
     add_options(parser, TrainConfig, only=[*planned.split(), "checkpoint_activations"])
     add_options(parser, PeftConfig)
-    text = "whose kernels the bytes of a step are of (%(default)s)"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=text)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="whose kernels the bytes of a step are of (cpu)")
 
 
 def add_memory_options(parser: Parser) -> None:
@@ -76,10 +75,11 @@ class Asked:
         length = min(128, config.max_length) if args.length is None else args.length
         memory = getattr(args, "memory", None)
         memory = None if memory is None else parse_size("--memory", memory)
-        if not knows_bytes(args.device, settings):
+        device = args.device or "cpu"
+        if not knows_bytes(device, settings):
             got = f"--precision {settings.precision}"
             raise InputError(f"{got}: the bytes of a step in it are known on CUDA alone: --device cuda")
-        return cls(args.model, config, settings, length, rows, kernels_of(args.device, settings), memory)
+        return cls(args.model, config, settings, length, rows, kernels_of(device, settings), memory)
 
     def schedule(self, settings: TrainConfig) -> Schedule:
         return build_schedule(settings, self.config.num_hidden_layers)
