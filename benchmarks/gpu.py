@@ -220,7 +220,7 @@ RUNS = {  # options of train, and the run that it stands beside
 ONLY_ON_CUDA = ("unpadded",)
 STUDIES = {"sts-b": "STS-B", "movie-reviews": None, "mrpc": "MRPC", "sst-2": "SST-2"}  # tasks, and their folders
 STUDY = "--epochs 3 --batch-size 16 --budgets 0.5 1 --lrs 5e-5 1e-4 2e-4 --seeds 5"
-STUDY += " --schedules full shrinking+cache growing+cache 2+cache 3+cache"
+STUDY += " --schedules full shrinking+cache growing+cache 2+cache 2:2,4:1+cache"
 TINY_STUDY = "--epochs 3 --schedules full shrinking+cache --budgets 1 --lrs 1e-4 --seeds 1"
 
 

@@ -4,8 +4,8 @@
 
 Every folder has the `run.json` and `rows.jsonl` of one comparison. Of each schedule and budget the table has the
 difference to full fine-tuning at the same budget, in points of the task's first metric, and its mean over the tasks,
-with 95 % intervals: a paired bootstrap over held-out rows and seeds, the tasks themselves fixed. The mean is over the
-tasks alone that have the schedule, and stands only where two have it. `--output` names a picture (.png).
+with 95 % intervals: a paired bootstrap over held-out rows and seeds, the tasks themselves fixed. The mean stands only
+where every task has the schedule. `--output` names a picture (.png).
 """
 
 import argparse
@@ -46,7 +46,7 @@ def compared(folders: Sequence[Path], data: Data) -> tuple[Draws, dict[tuple[flo
             if schedule != BASE and not np.isnan(difference[0]):
                 draws.setdefault((budget, schedule), {})[folder.name] = difference
     for of_tasks in draws.values():
-        if len(of_tasks) > 1:
+        if len(of_tasks) == len(folders) > 1:
             of_tasks[MEAN] = np.mean(list(of_tasks.values()), axis=0)
     return draws, found
 

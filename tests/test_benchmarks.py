@@ -635,9 +635,12 @@ def test_differences_to_full_at_equal_cost_stand_beside_each_other_with_their_me
     assert full == ["0.5", "full", "50.0 ± 0.0, 2 seeds", "100.0 ± 0.0, 2 seeds", ""]
     assert frozen[:2] == ["0.5", "2"] and frozen[2].startswith("+50.0 (") and frozen[3].startswith("-25.0 (")
     assert frozen[4].startswith("+12.5 (")  # the seed that failed takes part in none
-    draws, _ = pays.compared([one, two], pays.Data(tmp_path, None))
+    data = pays.Data(tmp_path, None)
+    draws, _ = pays.compared([one, two], data)
     of_tasks = draws[0.5, "2"]
     np.testing.assert_allclose(of_tasks[pays.MEAN], (of_tasks["one"] + of_tasks["two"]) / 2)
+    draws, _ = pays.compared([one, comparison(tmp_path / "three", "sst-2", labels, {"full": {1: half}})], data)
+    assert list(draws[0.5, "2"]) == ["one"]  # no mean of the tasks that happen to have it
     low, high = pays.percentiles(of_tasks["one"])
     assert 0.3 < low < 0.5 < high < 0.7  # 40 rows of which half differ
     pytest.importorskip("matplotlib")
