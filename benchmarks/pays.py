@@ -86,7 +86,7 @@ def draw(draws: Draws, path: Path) -> bool:
     if figure is None:
         return False
     sizes = [sum(budget == one for one, _ in draws) for budget in budgets]
-    panels = figure.subplots(len(budgets), 1, sharex=True, squeeze=False, height_ratios=sizes)[:, 0]
+    panels = figure.subplots(len(budgets), 1, squeeze=False, height_ratios=sizes)[:, 0]
     for axes, budget in zip(panels, budgets):
         schedules = [schedule for one, schedule in draws if one == budget]
         for place, name in enumerate([*names, MEAN]):
