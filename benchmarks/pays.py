@@ -1,6 +1,6 @@
 """Where freezing pays: what `progtuning compare` left of several tasks, side by side at equal cost.
 
-    python benchmarks/pays.py benchmarks/results/pays/* --glue glue_data --output benchmarks/results/pays/frontier
+    python benchmarks/pays.py benchmarks/results/pays/sts-b benchmarks/results/pays/mrpc --glue glue_data --output both
 
 Every folder has the `run.json` and `rows.jsonl` of one comparison. Of each schedule and budget the table has the
 difference to full fine-tuning at the same budget, in points of the task's first metric, and its mean over the tasks,
@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from accuracy import Data, HeldOut
+from accuracy import Data, HeldOut, interval
 from harness import read_rows, run_script, spread
 
 from progtuning.base.files import read_json
-from progtuning.compare.frontier import BASE, bootstrap, ended, percentiles, points, results
+from progtuning.compare.frontier import BASE, bootstrap, ended, percentiles, results
 from progtuning.compare.runs import ROWS
 from progtuning.report import tables
 from progtuning.report.pictures import new_figure, save_figure
@@ -65,13 +65,16 @@ def table(draws: Draws, found: Mapping[tuple[float, str], Mapping[str, list]]) -
             elif schedule == BASE:
                 cells.append(f"{spread([100 * row['metrics'][metrics[name]] for row in own])}, {_seeds(own)}")
             else:
-                draw = draws.get((budget, schedule), {}).get(name)
-                cells.append(None if draw is None else f"{points(draw[0], *percentiles(draw))}, {_seeds(own)}")
-        mean = draws.get((budget, schedule), {}).get(MEAN)
-        average = None if mean is None else points(mean[0], *percentiles(mean))
-        lines.append([f"{budget:g}", schedule, *cells, average])
+                difference = _interval(draws, budget, schedule, name)
+                cells.append(difference and f"{difference}, {_seeds(own)}")
+        lines.append([f"{budget:g}", schedule, *cells, _interval(draws, budget, schedule, MEAN)])
     header = ["budget", "schedule", *(f"{name}, {metrics[name]}" for name in names), "mean of the tasks"]
     return tables.table(header, lines)
+
+
+def _interval(draws: Draws, budget: float, schedule: str, name: str) -> str | None:
+    found = draws.get((budget, schedule), {}).get(name)
+    return None if found is None else interval(found)
 
 
 def _seeds(rows: Sequence[Mapping]) -> str:
