@@ -126,6 +126,11 @@ def test_a_list_of_numbered_classes_of_the_library_datasets_has_their_names(tmp_
         parquet.write_table(table, tmp_path / f"{number}.parquet")
         labels, found = read_table(tmp_path / f"{number}.parquet", multi_label=True)
         assert labels == LABELS and [row.label for row in found] == HOT
+    for bad in ([[3]], [[-1]], [[0.0]], [[[0]]], [[None]]):
+        rows = [{"text": "a", "label": label} for label in bad]
+        table = pyarrow.Table.from_pylist(rows).replace_schema_metadata({"huggingface": json.dumps(features)})
+        parquet.write_table(table, path := tmp_path / "bad.parquet")
+        assert error_of(read_table, path, multi_label=True).endswith(f"got label {bad[0]}, expected a class in 0..2")
 
 
 @pytest.mark.parametrize(

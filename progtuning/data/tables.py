@@ -357,7 +357,7 @@ def _numbered_classes(path: Path, rows: Iterator[tuple[str, dict]], label: str |
     for where, row in rows:
         if names and row.get(label) is not None:
             several = row[label] if isinstance(row[label], list) else [row[label]]
-            if not set(several) <= set(range(len(names))):
+            if not all(isinstance(number, int) and number in range(len(names)) for number in several):
                 raise InputError(f"{where}: got label {shorten(row[label])}, expected a class in 0..{len(names) - 1}")
             named = [names[number] for number in several]
             row[label] = named if isinstance(row[label], list) else named[0]
