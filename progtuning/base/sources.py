@@ -25,7 +25,7 @@ import errno
 import fnmatch
 import gzip
 import hashlib
-import importlib.util
+import importlib.machinery
 import os
 import re
 import shutil
@@ -403,7 +403,8 @@ def _download(name: str, version: str, sha256: str | None, wheels_only: bool, st
 
     With a digest, and without `wheels_only`, a source archive will do too.
     """
-    if importlib.util.find_spec("pip") is None:
+    # Not importlib.util.find_spec: until Python 3.11 setuptools takes that for pip itself and then cannot be imported.
+    if importlib.machinery.PathFinder.find_spec("pip") is None:
         raise RunError("pip, which does the fetching, is not installed in this Python; try: python -m ensurepip")
     requirements, log, downloaded = staging / "requirements.txt", staging / "pip.log", staging / "downloaded"
     requirements.write_text(f"{name}=={version}" + (f" --hash=sha256:{sha256}" if sha256 else ""))
