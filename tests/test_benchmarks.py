@@ -647,6 +647,44 @@ def test_differences_to_full_at_equal_cost_stand_beside_each_other_with_their_me
     assert picture.stat().st_size > 5000
 
 
+@pytest.mark.parametrize(
+    "curve, budget",
+    [
+        ({0.25: 60, 0.5: 70, 1: 90}, 0.75),
+        ({0.25: 60, 0.5: 80, 1: 70}, 0.5),
+        ({0.25: 81, 0.5: 70, 1: 90}, 0.25),
+        ({0.5: 80, 1: 85}, 0.5),
+        ({0.25: 60, 0.5: 70, 1: 79.9}, None),
+    ],
+)
+def test_the_budget_at_which_a_curve_first_is_as_good_is_read_between_its_points(curve, budget):
+    import pays
+
+    assert pays.reached(curve, 80) == (None if budget is None else pytest.approx(budget))
+
+
+def test_what_is_as_good_as_full_at_a_budget_of_one_has_its_budget_seconds_and_bytes(tmp_path):
+    import pays
+
+    def rows(metric, seconds):
+        one = {"seed": 1, "seconds": seconds, "peak_bytes": 10 * seconds}
+        return {"sts-b": [one | {"metrics": {"pearson": metric + d, "spearman": 0}} for d in (-0.01, 0.01)]}
+
+    found = {(budget, "full"): rows(0.6 + 0.1 * budget, 8 * budget) for budget in (1, 0.25, 0.5)}
+    found |= {(budget, "2+cache"): rows(0.65 + 0.1 * budget, 6 * budget) for budget in (0.25, 1, 0.75)}
+    found |= {(budget, "growing"): rows(0.5, 4) for budget in (0.25, 0.75, 1.5)} | {(0.5, "4"): rows(0.9, 1)}
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in pays.as_good_table(found).splitlines()[2:]]
+    assert cells == [
+        ["full", "1.00", "1.00", "1.00"],
+        ["2+cache", "0.50", "0.75", "0.75"],
+        ["growing", "over 1.50", "", ""],
+    ]
+    assert pays.as_good_table({key: one for key, one in found.items() if key != (1, "full")}) is None
+    pytest.importorskip("matplotlib")
+    assert pays.draw_curves(found, tmp_path / "curves.png") and (tmp_path / "curves.png").stat().st_size > 5000
+    assert not pays.draw_curves({key: one for key, one in found.items() if key[0] == 0.25}, tmp_path / "none.png")
+
+
 def test_a_folder_of_no_comparison_is_refused(tmp_path):
     import pays
 
