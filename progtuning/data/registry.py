@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from progtuning.base.errors import InputError
-from progtuning.base.sources import data_folder
+from progtuning.base.sources import DATA, data_folder
 from progtuning.data import glue, questions
 from progtuning.data.hub import load_hub
 from progtuning.data.multi_label import MultiLabel
@@ -43,7 +43,7 @@ def load_splits(task: str, data: str | None, reading: DataConfig = DataConfig())
     """
     check_reading(task, reading)
     if task == "movie-reviews":
-        return movie_reviews(data_folder(data or "movie-reviews"))
+        return movie_reviews(data_folder(data or DATA.built_in[task]))
     if task.lower() in glue.TEST_TASKS:
         raise InputError(
             f"--task {task} is for predict --glue-submission alone, expected a task to train or measure on"
