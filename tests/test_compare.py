@@ -79,11 +79,17 @@ def test_a_schedule_is_a_named_one_or_a_calendar_with_or_without_a_cache():
             settings_of(run._replace(schedule=name), base)
 
 
+def test_the_schedules_by_default_are_those_of_the_study():
+    assert default_schedules(6, 3) == ("full", "shrinking+cache", "growing+cache", "2+cache", "2:2,4:1+cache")
+    assert default_schedules(12, 1) == ("full", "4+cache", "4:2,8:1+cache")
+
+
 def test_the_schedules_by_default_can_be_run_with_any_number_of_blocks_and_stages():
     for blocks, stages in product(range(1, 14), (1, 3)):
         found = default_schedules(blocks, stages)
         assert found[0] == "full" and len(set(found)) == len(found)
         assert ("shrinking+cache" in found) == ("growing+cache" in found) == (stages > 1 and blocks > 1)
+        assert sum(":" in name for name in found) == (blocks > 2)
         for name in found:
             settings_of(Run(RESULT, name, 1.0, 1e-4, 1), TrainConfig(stages=stages))
 

@@ -23,7 +23,7 @@ def add_compare_options(parser: Parser) -> None:
     parser.add_argument("--output-dir", required=True, help="a new or empty folder, or with --resume that of before")
     text = "schedules, or calendars (2, or 0:2,4:1), each with what stands behind it: +cache, +eval (frozen blocks do "
     text += "not drop out), +never or +always (when E trains), +lr0.8 (--lr-decay)"
-    text += " (full, shrinking and growing, and a third and a half of the blocks frozen, all these +cache)"
+    text += " (full, and +cache: shrinking, growing, a third of the blocks frozen, and a third and at the end two)"
     parser.add_argument("--schedules", nargs="+", metavar="SCHEDULE", help=text)
     text = "shares of the FLOPs of full fine-tuning for --epochs (0.5 1)"
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 1.0], metavar="B", help=text)
