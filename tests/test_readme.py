@@ -141,6 +141,19 @@ def test_every_schedule_is_in_the_readmes_table(schedule):
     assert re.search(rf"^\| `{schedule}` ", README, re.MULTILINE)
 
 
+def test_the_differences_at_equal_cost_are_those_of_the_laboratory_books_table():
+    def cells(text: str, budget: str) -> list[list[str]]:
+        lines = [line for line in text.splitlines() if re.match(rf"\| +{re.escape(budget)} \| ", line)]
+        return [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines]
+
+    (header,) = [line for line in README.splitlines() if line.startswith("| of the FLOPs of 3 full epochs")]
+    schedules = [cell.strip(" `") for cell in header.split("|")[3:-1]]
+    for budget in ("0.25", "0.5", "1"):
+        (row,) = cells(README, budget)
+        in_book = {line[1]: line[-1] for line in cells(BOOK, budget) if len(line) == 7}
+        assert row[2:] == [in_book[schedule] for schedule in schedules]
+
+
 def test_the_figures_on_embeddings_are_those_of_the_closed_forms():
     from progtuning.cost.closed_form import updated_parameters
     from progtuning.model.config import ARCHITECTURES
