@@ -34,13 +34,14 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
 TORCHRUN += ["--rdzv-endpoint", "localhost:0"]  # any free port
+PROGRAM = ["-m", "progtuning"]
 # A process that dies is noticed by its closed connection; nothing here may need the timeout of one that is silent.
 SOON = 120  # seconds, with a machine that is busy
 assert SOON < TIMEOUT.total_seconds() / 2
 
 
-def start(arguments: Sequence[str], size: int = 2) -> list[subprocess.Popen]:
-    """Start the command line in `size` processes as torchrun would, but with nobody to end the rest after one."""
+def start(arguments: Sequence[str], size: int = 2, program: Sequence[str] = PROGRAM) -> list[subprocess.Popen]:
+    """Start a program in `size` processes as torchrun would, but with nobody to end the rest after one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -49,7 +50,7 @@ def start(arguments: Sequence[str], size: int = 2) -> list[subprocess.Popen]:
         variables = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = ENVIRONMENT | {name: str(value) for name, value in variables.items()}
-        command = [sys.executable, "-m", "progtuning", *map(str, arguments)]
+        command = [sys.executable, *program, *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         processes.append(subprocess.Popen(command, text=True, env=environment, **pipes))
     return processes
@@ -444,6 +445,44 @@ def test_a_process_whose_fellow_is_killed_ends_with_an_error_by_itself(tiny_fold
     last = error.splitlines()[-1]
     assert last.startswith("progtuning: error: rank 1 of 2: another process has ended or does not answer: ")
     assert "Traceback" not in error
+
+
+BUSY_THREAD = """
+import sys, threading, time
+import torch
+import torch.distributed as dist
+from progtuning.base.errors import Interrupted
+from progtuning.cli import command
+from progtuning.step.processes import join
+
+def take_the_lock_again_and_again(future):
+    while threading.current_thread() is not threading.main_thread():
+        time.sleep(0.001)
+
+def train(args):
+    with join() as world:
+        time.sleep(1 - world.rank)  # rank 1 must be waiting, else no thread of gloo calls it back
+        sum = dist.all_reduce(torch.ones(1), async_op=True).get_future()
+        sum.wait() if world.is_main else sum.then(take_the_lock_again_and_again)
+        time.sleep(1 + world.rank)
+        print("before the error")
+        raise {"gloo": RuntimeError("gloo: reset by peer"), "stop": Interrupted("SIGTERM", 15), "bug": KeyError("x")}[case]
+
+case = sys.argv.pop()
+command.run_train = train
+sys.exit(command.main(["train", "--model", "m", "--task", "cola", "--data", "d", "--output-dir", "o"]))
+"""
+
+
+@pytest.mark.parametrize("case, status, last", [
+    ("gloo", 1, "progtuning: error: rank 1 of 2: another process has ended or does not answer: gloo: reset by peer"),
+    ("stop", 143, ""),  # rank 0 speaks
+    ("bug", 1, "KeyError: 'x'"),
+])  # fmt: skip
+def test_a_thread_of_gloo_that_is_still_at_work_does_not_abort_a_process_that_ends(case, status, last):
+    _, (got, output, error) = finish(start([case], program=["-c", BUSY_THREAD]))
+    assert (got, output) == (status, "before the error\n"), error
+    assert "terminate" not in error and (error.splitlines() or [""])[-1].endswith(last)
 
 
 def test_torchrun_ends_with_an_error_when_a_process_is_killed_and_leaves_none_behind(tiny_folder, tiny_task, tmp_path):

@@ -19,13 +19,15 @@ share, the caches together are as large as one process's, and a row at home is f
 on average, 7 % of the rows for 2 ranks and batches of 32, 12 % for 4 ranks and 18 % for 8.
 """
 
+import atexit
 import gc
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -222,7 +224,8 @@ class Replica:
 def join(say: Callable[[str], None] = lambda text: None) -> Iterator[World]:
     """Join the processes that torchrun started, for the length of the block; without torchrun, give a world of one.
 
-    Must be called in the main thread. After an error SIGINT and SIGTERM have no effect any more: the process is to end.
+    Must be called in the main thread. After an error the process is to end: SIGINT and SIGTERM have no effect any more,
+    and where threads of the backend may still be at work, the interpreter ends without its teardown.
     GPUs communicate by NCCL, tensors on the CPU by gloo. `say` is told where the others are long in coming. Raises
     InputError where torchrun's environment is incomplete, and RunError where another process of the run ends or does
     not answer.
@@ -240,17 +243,35 @@ def join(say: Callable[[str], None] = lambda text: None) -> Iterator[World]:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # torchrun ends the rest after one: let each end by itself
         if isinstance(error, KeyboardInterrupt):
+            _end_without_teardown(128 + getattr(error, "signal", signal.SIGINT))
             raise world.once(error) from None
         if isinstance(error, (RunError, InputError, SystemExit)):
             if not with_nccl:
-                dist.destroy_process_group()  # ends gloo's threads, which could abort an interpreter that ends first
+                dist.destroy_process_group()  # ends gloo's threads
             raise
+        _end_without_teardown(1)
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         reason = " ".join(str(error).split())
         message = f"rank {world.rank} of {world.size}: another process has ended or does not answer: {reason}"
         raise RunError(message) from None
     dist.destroy_process_group()  # after other errors it might wait for a process that is no more
+
+
+def _end_without_teardown(status: int) -> None:
+    """Give the process this exit status when the interpreter ends, and spare it the teardown.
+
+    There a thread of gloo aborts the process where it waits for the interpreter's lock. Such a thread can be at work
+    where the process group is not destroyed, which might wait for a process that is no more.
+    """
+
+    def end() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError, OSError, ValueError):  # closed, or never there
+                stream.flush()
+        os._exit(status)
+
+    atexit.register(end)
 
 
 @contextmanager
