@@ -466,9 +466,9 @@ def train(args):
         sum.wait() if world.is_main else sum.then(take_the_lock_again_and_again)
         time.sleep(1 + world.rank)
         print("before the error")
-        raise {"gloo": RuntimeError("gloo: reset by peer"), "stop": Interrupted("SIGTERM", 15), "bug": KeyError("x")}[case]
+        raise errors[sys.argv[1]]
 
-case = sys.argv.pop()
+errors = {"gloo": RuntimeError("gloo: reset by peer"), "stop": Interrupted("SIGTERM", 15), "bug": KeyError("x")}
 command.run_train = train
 sys.exit(command.main(["train", "--model", "m", "--task", "cola", "--data", "d", "--output-dir", "o"]))
 """
