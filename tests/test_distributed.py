@@ -462,8 +462,8 @@ def take_the_lock_again_and_again(future):
 def train(args):
     with join() as world:
         time.sleep(1 - world.rank)  # rank 1 must be waiting, else no thread of gloo calls it back
-        sum = dist.all_reduce(torch.ones(1), async_op=True).get_future()
-        sum.wait() if world.is_main else sum.then(take_the_lock_again_and_again)
+        future = dist.all_reduce(torch.ones(1), async_op=True).get_future()
+        future.wait() if world.is_main else future.then(take_the_lock_again_and_again)
         time.sleep(1 + world.rank)
         print("before the error")
         raise errors[sys.argv[1]]
