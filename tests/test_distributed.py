@@ -468,7 +468,13 @@ def train(args):
         print("before the error")
         raise errors[sys.argv[1]]
 
+if sys.argv[1] == "NCCL":  # where there is a GPU, gloo is part of a group that is left standing
+    torch.cuda.is_available = dist.is_nccl_available = lambda: True
+    begin = dist.init_process_group
+    dist.init_process_group = lambda backends, **more: begin("gloo", **more)
+
 errors = {"gloo": RuntimeError("gloo: reset by peer"), "stop": Interrupted("SIGTERM", 15), "bug": KeyError("x")}
+errors["NCCL"] = SystemExit(2)  # what rank 1 is given for wrong use that every process meets
 command.run_train = train
 sys.exit(command.main(["train", "--model", "m", "--task", "cola", "--data", "d", "--output-dir", "o"]))
 """
@@ -478,6 +484,7 @@ sys.exit(command.main(["train", "--model", "m", "--task", "cola", "--data", "d",
     ("gloo", 1, "progtuning: error: rank 1 of 2: another process has ended or does not answer: gloo: reset by peer"),
     ("stop", 143, ""),  # rank 0 speaks
     ("bug", 1, "KeyError: 'x'"),
+    ("NCCL", 2, ""),
 ])  # fmt: skip
 def test_a_thread_of_gloo_that_is_still_at_work_does_not_abort_a_process_that_ends(case, status, last):
     _, (got, output, error) = finish(start([case], program=["-c", BUSY_THREAD]))

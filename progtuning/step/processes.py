@@ -145,7 +145,7 @@ class World:
             return error
         if isinstance(error, KeyboardInterrupt):
             return SystemExit(128 + getattr(error, "signal", signal.SIGINT))
-        return SystemExit(2 if isinstance(error, InputError) else 1)
+        return SystemExit(_status(error))
 
     def first_alone(self, fetch: Callable[[], Result]) -> Result:
         """Return fetch(), which one process of each machine calls before the others, so that these download nothing."""
@@ -246,7 +246,9 @@ def join(say: Callable[[str], None] = lambda text: None) -> Iterator[World]:
             _end_without_teardown(128 + getattr(error, "signal", signal.SIGINT))
             raise world.once(error) from None
         if isinstance(error, (RunError, InputError, SystemExit)):
-            if not with_nccl:
+            if with_nccl:  # to destroy its group may wait for another process, to leave it standing is warned of
+                _end_without_teardown(_status(error))
+            else:
                 dist.destroy_process_group()  # ends gloo's threads
             raise
         _end_without_teardown(1)
@@ -258,11 +260,16 @@ def join(say: Callable[[str], None] = lambda text: None) -> Iterator[World]:
     dist.destroy_process_group()  # after other errors it might wait for a process that is no more
 
 
+def _status(error: InputError | RunError | SystemExit) -> int:
+    """Return the exit status of a process that ends by this error."""
+    return error.code if isinstance(error, SystemExit) else 2 if isinstance(error, InputError) else 1
+
+
 def _end_without_teardown(status: int) -> None:
     """Give the process this exit status when the interpreter ends, and spare it the teardown.
 
-    There a thread of gloo aborts the process where it waits for the interpreter's lock. Such a thread can be at work
-    where the process group is not destroyed, which might wait for a process that is no more.
+    There a thread of gloo aborts the process where it waits for the interpreter's lock, and NCCL warns. Such a thread can
+    be at work where the process group is not destroyed, which might wait for a process that is no more.
     """
 
     def end() -> None:
