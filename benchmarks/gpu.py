@@ -9,8 +9,7 @@ step that is done there is not repeated: the same command goes on, also on anoth
 The last lines are a table: step, seconds, figure, ideal. The ideal is what the FLOPs promise, if nothing else is said.
 
 --glue and --cache are folders made beforehand: GLUE's official folders, and progtuning's cache with the model
-(PROGTUNING_CACHE). With --rehearse all sizes are tiny, model and task are made up, and what only CUDA can do is left
-out.
+(PROGTUNING_CACHE). With --rehearse all sizes are tiny, and model and task are made up.
 """
 
 import argparse
@@ -213,11 +212,10 @@ RUNS = {  # options of train, and the run that it stands beside
     "cache in memory": ("--cache memory", "plain"),
     "cache on the device": ("--cache device", "plain"),
     "DPS": ("--dps dense --dps-update-ratio 0.1", "plain"),
-    "padded": ("--no-group-by-length --attention-probs-dropout-prob 0", "padded"),
-    "unpadded": ("--no-group-by-length --attention-probs-dropout-prob 0 --unpadded", "padded"),
+    "padded": ("--no-group-by-length", "padded"),
+    "unpadded": ("--no-group-by-length --unpadded", "padded"),
     "compile": ("--compile", "plain"),
 }
-ONLY_ON_CUDA = ("unpadded",)
 STUDIES = {"sts-b": "STS-B", "movie-reviews": None, "mrpc": "MRPC", "sst-2": "SST-2"}  # tasks, and their folders
 STUDY = "--epochs 3 --batch-size 16 --budgets 0.5 1 --lrs 5e-5 1e-4 2e-4 --seeds 5"
 STUDY += " --schedules full shrinking+cache growing+cache 2+cache 2:2,4:1+cache"
@@ -238,12 +236,12 @@ def steps_of(args: argparse.Namespace, work: Path) -> list[Step]:
 
     options = f"--epochs 3 --lr 1e-4 --precision {precision} {'--batch-size 8' if tiny else ''}".split()
     options += [*given, *on]
-    of_cuda = [] if tiny else [f"tests/test_{name}.py" for name in ("unpad", "train", "resume", "compile")]
-    tests = [python, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/test_devices.py", *of_cuda]
+    modules = ("devices",) if tiny else ("devices", "unpad", "train", "resume", "compile", "accounting")
+    tests = [python, "-m", "pytest", "-v", "-p", "no:cacheprovider", *(f"tests/test_{name}.py" for name in modules)]
     tests += ["-k", args.device]
     if importlib.util.find_spec("xdist") and not tiny:
-        tests += ["-n", "4"]
-    steps = [Step("tests", 90, tests, lambda: test_figures(args.output / "tests.log"))]
+        tests += ["-n", str(min(8, os.cpu_count()))]
+    steps = [Step("tests", 120, tests, lambda: test_figures(args.output / "tests.log"))]
     savings = results / f"backward_savings_{args.device}_{precision}.json"
     for model, length in (("minilm-l6", 16),) if tiny else (("bert-large-uncased", 384), ("bert-base-uncased", 128)):
         rounds = "--rounds 1 --steps 1" if tiny else "--rounds 3 --time-limit 1.5"
@@ -255,19 +253,18 @@ def steps_of(args: argparse.Namespace, work: Path) -> list[Step]:
     peers = results / f"peers_{args.device}_{precision}.json"
     steps.append(Step("peers", 60, script("peers", f"{text} --output {results}"), lambda: peers_figures(peers)))
     models = "minilm-l6 --length 16 --batch-size 4" if tiny else "bert-base-uncased bert-large-uncased"
-    text = f"--models {models} --variants plain {'' if tiny else 'unpadded nested cudnn '}checkpointed --rounds 2"
+    text = f"--models {models} --variants plain {'' if tiny else 'cudnn '}unpadded checkpointed --rounds 2"
     text += f" --steps {1 if tiny else 3} --paddings 0 0.1 0.2 0.4 --output {results}"
     steps.append(Step("options", 60, script("step_options", text)))
     for name, (more, beside) in RUNS.items():
-        if args.device == "cpu" and name in ONLY_ON_CUDA:
-            continue
         command = [python, "-m", "progtuning", "train", *options, *more.split(), "--output-dir", str(work / name)]
         command += ["--evaluate", "end"]
         folders = (work / name, args.output / "runs" / name, args.output / "runs" / beside, name == "unpadded")
         limit = 120 if name == "compile" else 60
         steps.append(Step(name, limit, command, lambda folders=folders: run_figures(*folders)))
     killed = [python, "benchmarks/gpu.py", "--kill", str(work), "--output", str(args.output), "--", *options]
-    steps.append(Step("resumed", 60, killed, lambda: resumed_figures(args.output / "resumed.json")))
+    killed += ["--save-every", "4" if tiny else "100"]
+    steps.append(Step("resumed", 100, killed, lambda: resumed_figures(args.output / "resumed.json")))
     steps.append(Step("gather", 30, script("gather", "--rows 640 --batches 20" if tiny else "")))
     text = "--epochs 3 --batch-size 8" if tiny else "--epochs 3"
     end_to_end = [*script("end_to_end", f"{text} --seeds 1 --output {results}"), *given]
@@ -287,7 +284,7 @@ def steps_of(args: argparse.Namespace, work: Path) -> list[Step]:
 
 def kill_and_resume(options: Sequence[str], work: Path, output: Path) -> None:
     """Kill a run after its first checkpoint, resume it, and write how it differs from "plain", which was not killed."""
-    command = [sys.executable, "-m", "progtuning", "train", *options, "--evaluate", "end", "--save-every", "4"]
+    command = [sys.executable, "-m", "progtuning", "train", *options, "--evaluate", "end"]
     whole, killed = work / "plain", work / "killed"
     if not (whole / SUMMARY).exists():
         subprocess.run([*command, "--output-dir", str(whole)], check=True)

@@ -4,8 +4,7 @@
     python benchmarks/step_options.py --variants plain checkpointed --models bert-base-uncased --device cpu
 
     plain           rows padded to the longest of the batch
-    unpadded        --unpadded: real tokens alone
-    nested          the same where attention is by nested tensors in any case
+    unpadded        --unpadded: real tokens alone, but in attention
     compiled        --compile
     both            --compile --unpadded
     checkpointed    --checkpoint-activations
@@ -37,9 +36,9 @@ from progtuning.model.bert import Model, build_model
 from progtuning.model.config import ARCHITECTURES, BertConfig
 from progtuning.report import tables
 from progtuning.settings.peft import PeftConfig
-from progtuning.speed import unpad
 from progtuning.speed.checkpointing import checkpoint_blocks
 from progtuning.speed.kernels import compile_blocks
+from progtuning.speed.unpad import unpad
 from progtuning.stages import Stage
 from progtuning.step.device import choose_device
 from progtuning.step.measure import peak_bytes, reset_peak_bytes
@@ -48,14 +47,12 @@ from progtuning.step.optim import build_optimizer
 SHAPES = {"bert-base-uncased": 128, "bert-large-uncased": 384, "minilm-l6": 128}  # tokens
 PARTS: dict[str, list[Callable[[Model], None]]] = {
     "plain": [],
-    "unpadded": [unpad.replace_attention],
-    "nested": [unpad.replace_attention],
+    "unpadded": [unpad],
     "compiled": [compile_blocks],
-    "both": [unpad.replace_attention, compile_blocks],
+    "both": [unpad, compile_blocks],
     "checkpointed": [checkpoint_blocks],
     "cudnn": [],
 }
-VARLEN = unpad.varlen_attn  # None where PyTorch has none
 
 
 @lru_cache(maxsize=1)
@@ -83,13 +80,12 @@ class Step:
 
     @property
     def is_unpadded(self) -> bool:
-        return unpad.replace_attention in PARTS[self.name]
+        return unpad in PARTS[self.name]
 
     def variant(self) -> Variant:
         return Variant(self.engine, self.optimizer, self.loss, self.enter)
 
     def enter(self) -> None:
-        unpad.varlen_attn = None if self.name == "nested" else VARLEN
         blocks = self.engine.num_blocks
         self.engine.train().enter(Stage(0, blocks, 0, True))
         self.before = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
@@ -139,7 +135,7 @@ def measure(name: str, padding: float, dropout: float, args: argparse.Namespace,
     config = BertConfig.from_dict(ARCHITECTURES[name].to_dict() | {"attention_probs_dropout_prob": dropout})
     config = config.with_head("classification", ("no", "yes"))
     built(config, device)
-    wanted = [one for one in args.variants if padding or one not in ("unpadded", "nested", "both")]
+    wanted = [one for one in args.variants if padding or one not in ("unpadded", "both")]
     wanted = [one for one in wanted if device.type == "cuda" or one != "cudnn"]
     reset_peak_bytes(device)
     resident = peak_bytes(device) if device.type == "cpu" and len(wanted) == 1 else None

@@ -391,10 +391,6 @@ BAD_OPTIONS = {
     "bounds": (["--peft", "spafit", "--spafit-bounds", "3,2"], "--spafit-bounds must be 4-9 or 4-14, or N1,N2 with"),
     "high bounds": (["--peft", "spafit", "--spafit-bounds", "3,5"], "0 <= N1 <= N2 <= 4, got '3,5'"),
     "two sizes": (["--batch-tokens", "64"], "--batch-size and --batch-tokens exclude each other"),
-    "unpadded on a CPU": (
-        ["--unpadded"],
-        "--unpadded needs CUDA, got cpu",
-    ),
     "cache": (["--cache", "ram"], "--cache must be one of off, memory, disk, device, got 'ram'"),
     "cache and dropout": (["--cache", "disk", "--prefix-dropout"], "leave out --prefix-dropout"),
     "cache of nothing": (["--cache", "memory", "--embeddings", "always"], "--cache memory has nothing to keep"),

@@ -3,7 +3,7 @@
 A CPU is always one, CUDA where there is one. On CUDA some sums are taken in an order that changes from run to run.
 Under deterministic algorithms, which the fixture asks for, what is bit for bit on a CPU is bit for bit there too.
 Between two devices, and where products have other shapes (a cache), it is equal within the bound that is stated.
-Compiled blocks are tested so in test_compile.py; unpadded ones and synchronisation have CUDA tests in test_unpad.py and
+Compiled and unpadded blocks are tested so in test_compile.py and test_unpad.py; that no step waits for CUDA, in
 test_train.py.
 """
 
@@ -42,6 +42,7 @@ RUNS = {  # 9 steps: 24 rows in batches of 8, 3 epochs
     "cache in memory": {"cache": "memory"},
     "cache on the device": {"cache": "device"},
     "checkpointed blocks": {"checkpoint_activations": True},
+    "unpadded blocks": {"unpadded": True},
     **{name: {"peft": peft} for name, peft in PEFT.items()},
 }
 

@@ -26,7 +26,7 @@ from progtuning.settings.train import TrainConfig, parse_class_weights
 from progtuning.speed.cache import CachedEngine, PrefixCache, Shelves
 from progtuning.speed.checkpointing import checkpoint_blocks
 from progtuning.speed.kernels import compile_blocks
-from progtuning.speed.unpad import check_unpadded, unpad
+from progtuning.speed.unpad import unpad
 from progtuning.stages import Schedule, make_schedule
 from progtuning.step.guard import FiniteCheck, Guard
 from progtuning.step.ledger import Ledger
@@ -65,8 +65,6 @@ def lay_out(config: BertConfig, data: EncodedRows, settings: TrainConfig, device
     if settings.dps.mode != "off":
         window_length(settings.dps.update_ratio, num_steps)
     check_keeps(config, settings, schedule)
-    if settings.unpadded:
-        check_unpadded(device)
     return Course(schedule, loader, weights, num_steps)
 
 
@@ -98,7 +96,7 @@ def build_trainer(
     if settings.compile:
         compile_blocks(model)
     if settings.unpadded:
-        unpad(model, device)
+        unpad(model)
     cache = engine.cache if isinstance(engine, CachedEngine) else None
     ledger = Ledger(
         engine=engine,

@@ -150,7 +150,7 @@ class TrainConfig(Options):
     )
     precision: str = option("fp32", "{choices}", choices=PRECISIONS)  # bf16: autocast
     compile: bool = option(False, "compile each block with torch.compile")
-    unpadded: bool = option(False, "run the blocks without padding; CUDA")
+    unpadded: bool = option(False, "run the blocks without padding, but for attention: where padding is much")
     checkpoint_activations: bool = option(
         False, "keep of each block its input alone and run it again in the backward pass: less memory, more time"
     )

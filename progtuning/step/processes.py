@@ -268,8 +268,8 @@ def _status(error: InputError | RunError | SystemExit) -> int:
 def _end_without_teardown(status: int) -> None:
     """Give the process this exit status when the interpreter ends, and spare it the teardown.
 
-    There a thread of gloo aborts the process where it waits for the interpreter's lock, and NCCL warns. Such a thread can
-    be at work where the process group is not destroyed, which might wait for a process that is no more.
+    There a thread of gloo aborts the process where it waits for the interpreter's lock, and NCCL warns. Such a thread
+    can be at work where the process group is not destroyed, which might wait for a process that is no more.
     """
 
     def end() -> None:
