@@ -106,6 +106,7 @@ class Trainer:
         """Begin a stage: what trains, what the optimizer holds, where the graph is cut; and its account."""
         self.ledger.enter(stage)
         self.engine.enter(stage)
+        self.ledger.reset_peak()
 
     def backward(self, pieces: Sequence[Piece]) -> Tensor:
         """Run forward and backward over a batch; return its mean loss, (), on the device.
@@ -117,7 +118,7 @@ class Trainer:
         self.masks.before_step()
         for number, (rows, weight, tensors) in enumerate(pieces, 1):
             inputs, labels = to_device(tensors, device)
-            self.ledger.count(rows, inputs["input_ids"].shape[1])
+            self.ledger.count(rows, inputs["input_ids"].shape[1], weight)
             with self.replica.reducing(last=number == len(pieces)):
                 with clock.phase("forward"), forward_pass(device, self.precision):
                     outputs = self.replica(**inputs, rows=rows)

@@ -216,3 +216,23 @@ def test_a_budgeted_run_of_train_says_its_steps_resumes_and_keeps_its_calendar(t
 def test_parse_calendar_scales_shares_to_integers():
     assert parse_calendar("0:0.25, 3:1.5") == [(0, 1), (3, 6)]
     assert build_schedule(TrainConfig(calendar="2"), 4).shares == (1,)
+
+
+@pytest.mark.parametrize("schedule", ["full", "shrinking", "adaptive"])
+def test_the_stages_of_a_plan_with_a_budget_are_those_of_the_run_that_it_pays(schedule, tmp_path):
+    asked = f"--model minilm-l6 --schedule {schedule} --budget 0.5 --rows 64 --length 16 --batch-size 8".split()
+    document = json.loads(call("plan", *asked, "--json")[1])
+    run, stages = document["run"], document["stages"]
+    assert sum(stage["epochs"] for stage in stages) == pytest.approx(run["epochs"])
+    updated = [stage["epochs"] * stage["trainable_parameters"] for stage in stages]
+    assert document["updated_parameters"] == pytest.approx(sum(updated), abs=1)
+    assert run["steps"] == {"full": 12, "shrinking": 15, "adaptive": 12}[schedule]  # of the 24 of three epochs
+    if schedule == "full":
+        assert document["updated_share_of_full"] == run["flops_share_of_full"] == 0.5
+    page = tmp_path / "page.html"
+    assert call("explain", *asked, "-o", page)[0] == 0 and page.stat().st_size > 10_000
+
+
+def test_a_plan_refuses_a_cache_that_a_run_would_refuse():
+    status, _, error = call("plan", "--model", "minilm-l6", "--schedule", "full", "--cache", "memory")
+    assert status == 2 and "--cache memory has nothing to keep" in error

@@ -25,13 +25,14 @@ from progtuning.data.batching import EncodedRows
 from progtuning.data.tokenization import Encoding
 from progtuning.engine import StageEngine
 from progtuning.methods.apply import apply_peft
-from progtuning.run.build import build_trainer
+from progtuning.run.build import build_shelves, build_trainer
 from progtuning.run.state import refill_cache
 from progtuning.settings.peft import PeftConfig
 from progtuning.settings.train import DPSConfig, TrainConfig, parse_size
 from progtuning.speed.cache import CachedEngine, PrefixCache, Shelves
-from progtuning.stages import Stage
+from progtuning.stages import Stage, make_schedule
 from progtuning.step.measure import free_disk, free_memory
+from progtuning.step.processes import World
 from progtuning.train import Trainer
 from tests.models import TINY, tiny_batch, tiny_model
 
@@ -60,11 +61,11 @@ def rows(count: int = 40, spans: bool = False) -> EncodedRows:
 
 def trainer(**changes) -> Trainer:
     """A trainer of a model that drops out, by a PEFT method of METHODS where `changes` has a "peft", with their
-    "head" and "model_type".
+    "head", "model_type" and "embedding_size".
     """
     changes = changes | {"peft": METHODS.get(changes.get("peft"), PeftConfig())}
     head = changes.pop("head", "classification")
-    kind = {"model_type": changes.pop("model_type", "bert"), "head": head}
+    kind = {"head": head} | {key: changes.pop(key) for key in ("model_type", "embedding_size") if key in changes}
     model = tiny_model(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.1, **kind)
     apply_peft(model, changes["peft"])
     return build_trainer(model, rows(spans=head == "question-answering"), replace(SETTINGS, **changes), CPU)
@@ -103,7 +104,7 @@ CASES = {
     "BitFit": {"peft": "bitfit"},
     "SPAFIT, every stage": {"peft": "spafit", "schedule": "full"},
     "DistilBERT": {"model_type": "distilbert"},
-    "ELECTRA with a projection of E": {"model_type": "electra", "embeddings": "never"},
+    "ELECTRA with a projection of E": {"model_type": "electra", "embedding_size": 8, "embeddings": "never"},
     "DPS dense": {"dps": DPSConfig("dense", update_ratio=0.1)},
     "DPS mix": {"dps": DPSConfig("mix", update_ratio=0.1)},
 }
@@ -191,6 +192,7 @@ def test_hits_and_misses_count_the_examples_of_every_stage():
         "growing",
         "LoRA, embeddings always",
         "SPAFIT, every stage",
+        "ELECTRA with a projection of E",
     ],
 )
 def test_the_account_leaves_out_the_flops_that_the_cache_spares(case):
@@ -396,6 +398,21 @@ def test_a_cache_that_nobody_shares_is_held_to_its_limit_once_and_one_of_two_twi
     assert PrefixCache([3, 5], 16, limit=8 * 16 * 4).num_tokens == 8
     with pytest.raises(InputError):
         PrefixCache([3, 5], 16, limit=8 * 16 * 4, num_sharing=2)
+
+
+@pytest.mark.parametrize("place, device", [("memory", "cpu"), ("device", "cpu"), ("device", "cuda")])
+def test_the_limit_is_for_all_shelves_together(place, device):
+    """None takes room here: of CUDA the arithmetic alone is tried."""
+    data, schedule = rows(20), make_schedule("growing", 4, 3)
+    one = int(data.lengths.sum()) * 16 * 4  # bytes; `growing` of 3 stages has two shelves
+
+    def shelves(limit):
+        asked = replace(SETTINGS, schedule="growing", cache=place, cache_limit=limit)
+        return build_shelves(TINY, asked, schedule, data, torch.device(device), World(), used=False)
+
+    assert shelves(2 * one).nbytes == 2 * one
+    with pytest.raises(InputError, match=f"--cache {place} needs"):
+        shelves(2 * one - 1)
 
 
 def test_a_batch_lacks_only_what_is_to_be_kept_and_has_not_passed_the_cut():

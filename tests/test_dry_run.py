@@ -85,9 +85,9 @@ def test_the_bytes_of_a_step_are_the_most_that_any_of_its_batches_needs(
     arguments = [*command(name, tiny_folder, tiny_task), "--output-dir", tmp_path / "run", "--json"]
     plan, shapes, count = json.loads(call(*arguments, "--dry-run")[1]), set(), Ledger.count
 
-    def noting(ledger, rows, length):
+    def noting(ledger, rows, length, weight):
         shapes.add((len(rows), length))
-        count(ledger, rows, length)
+        count(ledger, rows, length, weight)
 
     monkeypatch.setattr(Ledger, "count", noting)
     assert call(*arguments)[0] == 0

@@ -23,8 +23,8 @@ in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this m
 
 RUNS = {
     "shrinking": ["--batch-size", "8"],
-    "lora": ["--peft", "lora", "--lora-targets", "value,output", "--length", "32"],
-    "adapters": ["--peft", "adapter", "--adapter-embedding-layer-norm", "--schedule", "growing", "--cache", "memory"],
+    "lora": ["--peft", "lora", "--lora-targets", "value,output", "--length", "32", "--cache", "memory"],
+    "adapters": ["--peft", "adapter", "--adapter-embedding-layer-norm", "--schedule", "growing"],
     "biases": ["--peft", "bitfit", "--calendar", "0:2,4:1,12:1", "--head", "question-answering"],
     "spafit": ["--peft", "spafit", "--schedule", "without-low-blocks", "--embeddings", "always"],
     "adaptive": ["--schedule", "adaptive"],

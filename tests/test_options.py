@@ -12,6 +12,7 @@ from progtuning.cli.options import train_config
 from progtuning.settings.options import Options, add_options, given, option, option_name, options
 from progtuning.settings.peft import PeftConfig
 from progtuning.settings.train import CheckpointConfig, DPSConfig, SquadConfig, TrainConfig
+from tests.test_cli import call
 
 CLASSES = (TrainConfig, PeftConfig, DPSConfig, SquadConfig, CheckpointConfig)
 TRAIN = ["train", "--model", "m", "--task", "t", "--output-dir", "o"]
@@ -151,3 +152,33 @@ def test_a_setting_that_is_not_known_has_the_name_that_its_option_would_have():
     assert option_name(TrainConfig, "peft/left_out") == "--left-out"
     assert option_name(TrainConfig, "lr/left_out") == "--lr-left-out"
     assert option_name(TrainConfig, "peft") == "--peft"
+
+
+IN_VAIN = {  # options of train, and what is said of them
+    "--lora-r 2": "--lora-r says nothing without --peft lora or spafit: leave it out, or give that too",
+    "--peft bitfit --lora-pooler": "--lora-pooler says nothing without --peft lora",
+    "--peft lora --adapter-size 3": "--adapter-size says nothing without --peft adapter",
+    "--bitfit-biases all": "--bitfit-biases says nothing without --peft bitfit",
+    "--peft lora --spafit-bounds 1,2": "--spafit-bounds says nothing without --peft spafit",
+    "--dps-p 0.5": "--dps-p says nothing without --dps dense or mix",
+    "--dps-update-ratio 0.1": "--dps-update-ratio says nothing without --dps dense or mix",
+    "--cache-dtype bf16": "--cache-dtype says nothing without --cache memory or disk or device",
+    "--cache-limit 1MB": "--cache-limit says nothing without --cache memory or disk or device",
+    "--freeze-percentile 90": "--freeze-percentile says nothing without --schedule adaptive",
+    "--doc-stride 64": "--doc-stride is for --task squad or squad_v2, got it with the task ",
+}
+
+
+@pytest.mark.parametrize("text", IN_VAIN)
+def test_an_option_that_says_nothing_without_another_is_refused(text, tiny_folder, tiny_task, tmp_path):
+    run = ["--model", tiny_folder, "--task", "classification", "--data", tiny_task, "--output-dir", tmp_path / "run"]
+    status, output, error = call("train", *run, *text.split(), "--device", "cpu")
+    assert (status, output) == (2, "") and IN_VAIN[text] in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_and_a_comparison_refuse_them_too_but_what_they_make_use_of(tiny_folder, tiny_task, tmp_path):
+    assert call("plan", "--model", "bert-base-uncased", "--lora-r", "2")[0] == 2
+    assert call("plan", "--model", "bert-base-uncased", "--cache-dtype", "bf16")[0] == 0  # of the cache that it plans
+    run = ["--model", tiny_folder, "--task", "classification", "--data", tiny_task, "--output-dir", tmp_path / "run"]
+    assert "--lora-r says nothing" in call("compare", *run, "--lora-r", "2", "--device", "cpu")[2]

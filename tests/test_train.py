@@ -30,7 +30,9 @@ from progtuning.run.state import state_dict
 from progtuning.settings.peft import PEFT_METHODS, PeftConfig
 from progtuning.settings.train import DPSConfig, TrainConfig
 from progtuning.stages import EMBEDDING_POLICIES, SCHEDULES
+from progtuning.step import ledger
 from progtuning.step.loader import Loader, collate_inputs
+from progtuning.step.processes import World
 from progtuning.train import Trainer
 from tests.models import TINY, tiny_model
 
@@ -228,7 +230,71 @@ def test_the_account_of_a_run_is_the_closed_form_over_its_batches(policy, epochs
     for stage in account["stages"]:
         assert set(stage.seconds) == {"forward", "backward", "optimizer"}
         assert all(seconds > 0 for seconds in stage.seconds.values())
-        assert stage.peak_bytes is None or stage.peak_bytes > 2**20
+
+
+def test_a_row_that_stands_in_for_an_empty_share_is_work_but_no_example():
+    runs = [trainer(rows(40), batch_size=3, epochs=1) for _ in range(3)]
+    for rank, run in enumerate(runs):
+        run.loader.world = World(rank, 3)
+        run.enter(run.schedule.at_step(0, run.num_steps))
+        for pieces in run.loader.epoch(0):  # the last batch has a row, and two processes have none
+            for rows_, weight, tensors in pieces:
+                run.ledger.count(rows_, tensors["input_ids"].shape[1], weight)
+    counts = [[getattr(run.ledger.now, name) for name in ("examples", "tokens", "slots")] for run in runs]
+    lengths = runs[0].loader.data.lengths
+    assert list(map(sum, zip(*counts))) == [40, lengths.sum(), lengths.sum()]
+    passes = [run.ledger.now.forward_flops for run in runs]
+    assert sum(passes) > trainer_flops(runs[0])
+
+
+def trainer_flops(run: Trainer) -> int:
+    """Return the forward FLOPs of each row of the run, by itself and once."""
+    config = run.engine.model.config
+    active = closed_form.units(config).during(run.schedule.stages[0])
+    lengths = run.loader.data.lengths.tolist()
+    return sum(closed_form.step_flops(config, active, PeftConfig(), 1, length)[0] for length in lengths)
+
+
+def test_the_peak_of_a_stage_is_that_of_its_own_steps(monkeypatch):
+    """Neither of what the optimizer held before, nor of an evaluation or a checkpoint, nor of what was before a resume."""
+    memory = {"now": 0, "peak": 0}
+
+    def hold(size: int) -> None:
+        memory["now"] = size
+        memory["peak"] = max(memory["peak"], size)
+
+    monkeypatch.setattr(ledger, "reset_peak_bytes", lambda device: memory.update(peak=memory["now"]))
+    monkeypatch.setattr(ledger, "peak_bytes", lambda device: memory["peak"])
+    run = trainer(schedule="shrinking")
+    backward, enter = run.backward, run.engine.enter
+
+    def measured(pieces):
+        boundary = run.engine.stage.boundary
+        hold(100 - 10 * boundary)  # activations
+        loss = backward(pieces)
+        hold(50 - 10 * boundary)  # moments stay
+        return loss
+
+    def entering(stage):
+        enter(stage)
+        hold(50 - 10 * stage.boundary)  # those of what freezes are given back
+
+    def evaluating(epoch):
+        hold(999)
+        hold(20)
+        run.ledger.reset_peak()
+
+    run.backward, run.engine.enter = measured, entering
+    run.fit(evaluating)
+    assert [cost.peak_bytes for cost in run.ledger.costs] == [
+        100 - 10 * stage.boundary for stage in run.schedule.stages
+    ]
+    saved = run.ledger.state_dict()
+    hold(999)
+    hold(20)
+    run.ledger.load_state_dict(saved)
+    run.ledger.measure_peak()
+    assert [cost["peak_bytes"] for cost in run.ledger.state_dict()] == [cost["peak_bytes"] for cost in saved]
 
 
 @settings(max_examples=50, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))

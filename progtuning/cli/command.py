@@ -160,7 +160,7 @@ def build_parser() -> Parser:
     add_task_options(probe)
     probe.add_argument("--output-dir", required=True, help="a new or empty folder, for probe.json and a picture")
     probe.add_argument("--max-train-rows", type=int, metavar="N", help="train on a sample of N rows")
-    left_out = {"schedule", "stages", "freeze_percentile", "evaluate", "keep", "patience"}
+    left_out = {"schedule", "stages", "calendar", "budget", "freeze_percentile", "evaluate", "keep", "patience"}
     left_out |= {"cache", "cache_dtype", "cache_limit"}
     add_options(probe, TrainConfig, only=options(TrainConfig).keys() - left_out)
     add_run_options(probe)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from progtuning.base.checks import check_number
 from progtuning.base.files import write_json, write_text
-from progtuning.cli.options import Parser, add_task_options, train_config
+from progtuning.cli.options import Parser, add_task_options, check_beside, train_config
 from progtuning.cli.streams import print_json, say, tell
 from progtuning.compare.grid import Grid, default_rates, default_schedules, seeds_of
 from progtuning.model.config import BertConfig
@@ -51,6 +51,7 @@ def run_compare(args: argparse.Namespace) -> None:
     folder = model_folder(args.model)
     num_blocks = BertConfig.from_json(folder / "config.json", keep_head=False).num_hidden_layers
     base = train_config(args, num_blocks, args.task)
+    check_beside(args, base.peft, base.dps)
     grid = Grid(
         schedules=tuple(args.schedules or default_schedules(num_blocks, base.num_stages)),
         budgets=tuple(sorted(args.budgets)),

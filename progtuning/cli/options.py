@@ -7,7 +7,7 @@ from collections.abc import Callable
 from progtuning.base.errors import InputError
 from progtuning.cli.streams import let_first_speak, one_line, put
 from progtuning.model.config import parse_label_map
-from progtuning.settings.options import add_options, given, options
+from progtuning.settings.options import Options, add_options, given, option_name, options
 from progtuning.settings.peft import PeftConfig, parse_bounds
 from progtuning.settings.recipes import TASK_DEFAULTS, recipe
 from progtuning.settings.train import DataConfig, DPSConfig, SquadConfig, TrainConfig, parse_size
@@ -83,6 +83,16 @@ def train_config(args: argparse.Namespace, num_blocks: int, task: str | None = N
         peft, dps = PeftConfig(**values[PeftConfig]), DPSConfig(**values[DPSConfig])
     defaults = TASK_DEFAULTS.get(task, {})
     return TrainConfig(**defaults | values[TrainConfig], peft=peft, dps=dps, squad=SquadConfig(**values[SquadConfig]))
+
+
+def check_beside(args: argparse.Namespace, *settings: Options) -> None:
+    """Raise InputError where an option of these settings is given that says nothing without another."""
+    for own in settings:
+        for name in given(args, type(own)):
+            main, values = options(type(own))[name].metadata["option"].beside or (name, None)
+            if values and getattr(own, main) not in values:
+                flag, needed = option_name(type(own), name), f"{option_name(type(own), main)} {' or '.join(values)}"
+                raise InputError(f"{flag} says nothing without {needed}: leave it out, or give that too")
 
 
 def label_map(args: argparse.Namespace) -> dict[str, str]:

@@ -2,17 +2,18 @@
 
 import argparse
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from progtuning.base.errors import InputError
 from progtuning.base.files import check_no_input, check_output_file, made_folder, write_text
-from progtuning.cli.options import Parser, train_config
+from progtuning.cli.options import Parser, check_beside, train_config
 from progtuning.cli.streams import print_json, put_line, tell
 from progtuning.cost.budget import Forecast, even_forecast
 from progtuning.cost.closed_form import Kernels
 from progtuning.cost.paper import metric_cells, paper_rows
-from progtuning.cost.plan import kernels_of, knows_bytes, plan, plan_calendars, plan_run
-from progtuning.methods.schedules import build_schedule
+from progtuning.cost.plan import check_keeps, kernels_of, knows_bytes, plan, plan_calendars, plan_run
+from progtuning.methods.schedules import build_schedule, priced_schedule
 from progtuning.model.config import ARCHITECTURES, HEADS, BertConfig, sequence_head
 from progtuning.report import pages, tables
 from progtuning.report.summary import SUMMARY, read_worked_summary
@@ -70,6 +71,8 @@ class Asked:
         head = sequence_head(labels) if args.head in (None, "classification") else args.head
         config = config.with_head(head, tuple(f"LABEL_{i}" for i in range(labels)))
         settings = train_config(args, config.num_hidden_layers)
+        check_beside(args, settings.peft)
+        check_keeps(config, settings, build_schedule(settings, config.num_hidden_layers))
         if not 1 <= rows <= 10_000_000:
             raise InputError(f"--rows must be in 1..10000000, got {rows}")
         length = min(128, config.max_length) if args.length is None else args.length
@@ -90,24 +93,26 @@ class Asked:
 
     def plan(self, settings: TrainConfig) -> dict:
         """Return the document of `plan --json` under `settings`, of the same batches and method."""
-        schedule = self.schedule(settings)
+        schedule, epochs = self.schedule(settings), settings.epochs
+        forecast, run = self.forecast(settings.cache != "off"), None
+        if settings.kind.is_planned or settings.budget is not None:  # else nobody knows its cost
+            run = plan_run(forecast, priced_schedule(settings, self.config.num_hidden_layers), epochs, settings.budget)
         shape = (settings.peft, settings.batch_size, self.length)
         document = plan(
             self.config,
             schedule,
-            settings.epochs,
+            epochs,
             *shape,
             self.model_name,
             cache_dtype=settings.cache_dtype,
             kernels=self.kernels,
             memory=self.memory,
+            run_epochs=None if settings.budget is None else Fraction(run["steps"], forecast.steps_per_epoch),
         )
-        if settings.kind.is_planned:
-            forecast = self.forecast(settings.cache != "off")
-            document["run"] = {"rows": self.rows} | plan_run(forecast, schedule, settings.epochs, settings.budget)
-            if settings.budget is not None:
-                calendars = plan_calendars(forecast, settings.epochs, settings.budget, settings.embeddings)
-                document["calendars"] = calendars
+        if run is not None:
+            document["run"] = {"rows": self.rows} | run
+        if settings.budget is not None:
+            document["calendars"] = plan_calendars(forecast, epochs, settings.budget, settings.embeddings)
         return document
 
 

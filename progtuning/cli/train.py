@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from progtuning.base.files import check_new_folder, made_folder, new_folder, write_json, write_text
-from progtuning.cli.options import train_config
+from progtuning.cli.options import check_beside, train_config
 from progtuning.cli.streams import print_json, put_line, say, tell
 from progtuning.model.config import BertConfig
 from progtuning.report import hub, pages, pictures, tables
@@ -78,6 +78,7 @@ def run_train(args: argparse.Namespace) -> None:
             num_blocks = BertConfig.from_json(folder / "config.json", keep_head=False).num_hidden_layers
             num_rows = min(len(splits.train), args.max_train_rows or len(splits.train))
             settings = train_config(args, num_blocks, args.task, num_rows)
+            check_beside(args, settings, settings.peft, settings.dps)
             if args.max_train_rows is not None:
                 splits = limit_train(splits, args.max_train_rows, settings.seed)
         output, note = args.output_dir, say if world.is_main else lambda text: None
@@ -121,6 +122,7 @@ def run_probe(args: argparse.Namespace) -> None:
         args.embeddings = "always"  # Figure 1 trains E with every block
     num_blocks = BertConfig.from_json(folder / "config.json", keep_head=False).num_hidden_layers
     settings = train_config(args, num_blocks, args.task)
+    check_beside(args, settings, settings.peft, settings.dps)
     if args.max_train_rows is not None:
         splits = limit_train(splits, args.max_train_rows, settings.seed)
     output = new_folder(args.output_dir)

@@ -2,9 +2,11 @@
 
     C(N)    FLOPs of a run of N optimizer steps: forward and backward, less what a prefix cache spares
     C_full  FLOPs of full fine-tuning by the same method, over the epochs asked for, of the same batches
-    N(b)    the steps that budget b pays: the most with C(N) <= b * C_full
+    N(b)    the steps that budget b pays: C(N) <= b * C_full < C(N + 1)
 
-Stages and the learning-rate line divide exactly those steps, so that C(N) is within a step of the budget.
+Stages and the learning-rate line divide exactly those steps, so that C(N) is within a step of the budget. Where the cut
+falls, as in `growing`, C can fall where a step more moves a long batch to a cheaper stage, so that there may be other
+such N; it is one of them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -208,6 +208,7 @@ def updated_parameters(config: BertConfig, schedule: Schedule, num_epochs: int, 
 
     Rounded to the nearest integer where that is not whole.
     """
+    check_number("--epochs", num_epochs, int, low=1)
     return sum(planned_updates(units(config, peft), schedule, num_epochs))
 
 
@@ -228,8 +229,7 @@ def updated_by_stage(stages: Iterable[tuple[int, Fraction]]) -> list[int]:
     return counts
 
 
-def planned_updates(model: Units, schedule: Schedule, num_epochs: int) -> list[int]:
-    check_number("--epochs", num_epochs, int, low=1)
+def planned_updates(model: Units, schedule: Schedule, num_epochs: int | Fraction) -> list[int]:
     epochs = (Fraction(num_epochs * share, sum(schedule.shares)) for share in schedule.shares)
     stages = zip(schedule.planned, epochs, strict=True)
     return updated_by_stage((model.during(stage).num_trainable, length) for (stage, _), length in stages)

@@ -56,7 +56,7 @@ class Explained:
                     "units": [self._number(one) for one in self._units(active, trace)],
                 }
             )
-        if "run" in plan:
+        if "run" in plan and not schedule.sums_gradients:  # else nobody knows what the run costs
             cached = replace(self.forecast, keeper=[0] * plan["run"]["rows"])
             for name, forecast in (("without_cache", self.forecast), ("with_cache", cached)):
                 document[name] = plan_run(forecast, schedule, self.num_epochs)

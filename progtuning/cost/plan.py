@@ -5,6 +5,8 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 
+from progtuning.base.checks import check_number
+from progtuning.base.errors import InputError
 from progtuning.cost.budget import Forecast
 from progtuning.cost.closed_form import (
     ON_CPU,
@@ -44,8 +46,11 @@ def plan(
     cache_dtype: str = "fp32",
     kernels: Kernels = ON_CPU,
     memory: int | None = None,
+    run_epochs: Fraction | None = None,
 ) -> dict:
     """Return the document that `progtuning plan --json` prints: what every stage of a run costs.
+
+    The run is `num_epochs` long, or with a budget `run_epochs`; full fine-tuning, which it stands beside, `num_epochs`.
 
     FLOPs and bytes are those of one training step over (batch, length) tokens by the `kernels` given; the cache holds
     `tokens` tokens, one batch where None. With `memory`, in bytes, each stage has the largest batch whose step fits.
@@ -54,6 +59,7 @@ def plan(
     method: every block and E in every epoch.
     A config that names no head is given a classification head. Raises InputError where an argument is out of range.
     """
+    check_number("--epochs", num_epochs, int, low=1)
     if config.head is None:
         config = config.with_head(sequence_head(len(config.labels)), config.labels)
     model = units(config, peft)
@@ -61,12 +67,13 @@ def plan(
     full_updated = sum(planned_updates(model, full, num_epochs))
     of_full = model.during(full.stages[0])
     full_backward = step_flops(config, of_full, peft, batch, length, kernels.checkpointed)[1]
-    updated = planned_updates(model, schedule, num_epochs)
+    run_epochs = num_epochs if run_epochs is None else run_epochs
+    updated = planned_updates(model, schedule, run_epochs)
     stages = []
     num_tokens = batch * length if tokens is None else tokens
     shelves = kept_levels([model.during(kept).cut() for _, kept in schedule.planned])
     for (stage, kept), share, stage_updated in zip(schedule.planned, schedule.shares, updated):
-        epochs = Fraction(num_epochs * share, sum(schedule.shares))
+        epochs = Fraction(run_epochs * share, sum(schedule.shares))
         active = model.during(stage)
         trace = run_trace(config, active, peft, batch, length, kernels)
         sizes = bytes_of(active, trace)
@@ -192,6 +199,16 @@ def kernels_of(device: str, settings: TrainConfig) -> Kernels:
 def knows_bytes(device: str, settings: TrainConfig) -> bool:
     """Say whether the bytes of a step are known: on a CPU those of fp32 alone."""
     return device == "cuda" or settings.precision == "fp32"
+
+
+def check_keeps(config: BertConfig, settings: TrainConfig, schedule: Schedule) -> None:
+    """Raise InputError where the settings have a cache and no stage has anything to keep."""
+    own = units(config, settings.peft)
+    if settings.cache != "off" and not any(own.during(kept).cut() for _, kept in schedule.planned):
+        raise InputError(
+            f"--cache {settings.cache} has nothing to keep: under {settings.named_schedule}, --embeddings "
+            f"{settings.embeddings} and {len(schedule.planned)} stages no block is ever frozen below all that trains"
+        )
 
 
 def plan_calendars(forecast: Forecast, num_epochs: int, budget: float, embeddings: str) -> list[dict]:

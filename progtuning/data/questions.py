@@ -32,9 +32,8 @@ class Questions(Task):
     def of_model(cls, labels: tuple[str, ...], null_answers: bool) -> "Questions":
         return TASKS["squad_v2" if null_answers else "squad"]
 
-    def check(self, limits: Limits) -> None:
-        if not self.null_answers:
-            super().check(limits)
+    def strange_squad_options(self) -> tuple[str, ...]:
+        return () if self.null_answers else ("null_threshold",)
 
     def read(self, path: str | Path, reading: DataConfig = DataConfig()) -> list[Question]:
         if reading.names_columns:

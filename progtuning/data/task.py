@@ -8,7 +8,7 @@ it. There is a subclass for each head: `Classes` and `Numbers` of texts and pair
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -21,6 +21,7 @@ from progtuning.data.batching import EncodedRows, encode_examples
 from progtuning.data.tables import Example, class_index, has_pairs, parse_number, read_table, shorten
 from progtuning.data.tokenization import Tokenizer
 from progtuning.model.config import HEADS
+from progtuning.settings.options import option_name, options
 from progtuning.settings.train import DataConfig, SquadConfig
 
 
@@ -59,8 +60,15 @@ class Task:
 
     def check(self, limits: Limits) -> None:
         """Raise InputError where an option is given that the task does not have."""
-        if limits.squad.null_threshold is not None:
-            raise InputError(f"--null-threshold is for --task squad_v2, got it with the task {self.name}")
+        for name in self.strange_squad_options():
+            if getattr(limits.squad, name) != getattr(SquadConfig, name):
+                whose = "squad_v2" if name == "null_threshold" else "squad or squad_v2"
+                flag = option_name(SquadConfig, name)
+                raise InputError(f"{flag} is for --task {whose}, got it with the task {self.name}")
+
+    def strange_squad_options(self) -> Collection[str]:
+        """The fields of SquadConfig that the task does not have."""
+        return options(SquadConfig)
 
     def read(self, path: str | Path, reading: DataConfig = DataConfig()) -> Sequence:
         """Read rows to be predicted, without labels, from a file (`-`: standard input). Raises InputError."""

@@ -20,3 +20,9 @@ def build_schedule(settings: TrainConfig, num_blocks: int) -> Schedule | Adaptiv
     if settings.schedule == AdaptiveSchedule.name:
         return AdaptiveSchedule(*arguments, settings.freeze_percentile)
     return make_schedule(settings.schedule, *arguments)
+
+
+def priced_schedule(settings: TrainConfig, num_blocks: int) -> Schedule:
+    """Return the schedule by whose cost a budget is counted: of one that decides while it trains, whose cost nobody
+    knows before, full fine-tuning, which is the most that it can cost."""
+    return build_schedule(settings, num_blocks) if settings.kind.is_planned else make_schedule("full", num_blocks, 1)

@@ -14,11 +14,12 @@ import torch
 from progtuning.base.errors import InputError
 from progtuning.cost.budget import Forecast, Piece
 from progtuning.cost.closed_form import kept_levels, units
+from progtuning.cost.plan import check_keeps
 from progtuning.data.batching import EncodedRows
 from progtuning.engine import StageEngine
 from progtuning.methods.autofreeze import AdaptiveSchedule
 from progtuning.methods.dps import DPS, window_length
-from progtuning.methods.schedules import build_schedule
+from progtuning.methods.schedules import build_schedule, priced_schedule
 from progtuning.model import heads
 from progtuning.model.bert import Model
 from progtuning.model.config import HEADS, BertConfig
@@ -27,7 +28,7 @@ from progtuning.speed.cache import CachedEngine, PrefixCache, Shelves
 from progtuning.speed.checkpointing import checkpoint_blocks
 from progtuning.speed.kernels import compile_blocks
 from progtuning.speed.unpad import unpad
-from progtuning.stages import Schedule, make_schedule
+from progtuning.stages import Schedule
 from progtuning.step.guard import FiniteCheck, Guard
 from progtuning.step.ledger import Ledger
 from progtuning.step.loader import Loader, make_batches
@@ -61,7 +62,7 @@ def lay_out(config: BertConfig, data: EncodedRows, settings: TrainConfig, device
     row_weights = None if weights is None else weights[data.labels.numpy()]
     batches = make_batches(data.lengths, settings)
     loader = Loader(data, batches, device, world, settings.accumulation_steps, row_weights)
-    num_steps = steps_of(config, loader, settings, schedule)
+    num_steps = steps_of(config, loader, settings)
     if settings.dps.mode != "off":
         window_length(settings.dps.update_ratio, num_steps)
     check_keeps(config, settings, schedule)
@@ -167,26 +168,15 @@ def loss_of(settings: TrainConfig, config: BertConfig, weights: np.ndarray | Non
     return partial(loss, class_weights=on_device, label_smoothing=settings.label_smoothing)
 
 
-def steps_of(config: BertConfig, loader: Loader, settings: TrainConfig, schedule: Schedule | AdaptiveSchedule) -> int:
+def steps_of(config: BertConfig, loader: Loader, settings: TrainConfig) -> int:
     """Return the optimizer steps of a run: those of its epochs, or what its budget pays.
 
-    Of a schedule that decides while it trains nobody knows the cost before; its budget pays the steps that full
-    fine-tuning would have, and is the most that it can cost. Raises InputError where the budget pays none.
+    Raises InputError where the budget pays none.
     """
     if settings.budget is None:
         return settings.epochs * len(loader)
-    planned = schedule if settings.kind.is_planned else make_schedule("full", config.num_hidden_layers, 1)
-    return forecast(config, loader, settings).num_steps(planned, settings.budget, settings.epochs)
-
-
-def check_keeps(config: BertConfig, settings: TrainConfig, schedule: Schedule | AdaptiveSchedule) -> None:
-    """Raise InputError where the settings have a cache and no stage has anything to keep."""
-    own = units(config, settings.peft)
-    if settings.cache != "off" and not any(own.during(kept).cut() for _, kept in schedule.planned):
-        raise InputError(
-            f"--cache {settings.cache} has nothing to keep: under {settings.named_schedule}, --embeddings "
-            f"{settings.embeddings} and {len(schedule.planned)} stages no block is ever frozen below all that trains"
-        )
+    priced = priced_schedule(settings, config.num_hidden_layers)
+    return forecast(config, loader, settings).num_steps(priced, settings.budget, settings.epochs)
 
 
 def peak_of(settings: TrainConfig, device: torch.device) -> float | None:
@@ -248,6 +238,7 @@ def build_shelves(
         return None
     own = units(config, settings.peft)
     kept = kept_levels([own.during(stage).cut() for _, stage in schedule.planned])
+    has_own_memory = settings.cache == "device" and device.type == "cuda"  # a GPU for each process
     make = partial(
         PrefixCache,
         data.lengths,
@@ -256,7 +247,7 @@ def build_shelves(
         settings.cache_dtype,
         settings.cache_limit,
         kept=world.owns(len(data)),
-        num_sharing=world.local_size * len(set().union(*kept)),
+        num_sharing=(1 if has_own_memory else world.local_size) * len(set().union(*kept)),
         device=device,
         used=used,
     )

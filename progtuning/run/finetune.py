@@ -170,6 +170,7 @@ def fine_tune(
                     )
                 run.log({"epoch": epoch + 1, "metrics": measured.metrics})
                 best.see(epoch, measured, trainer.engine)
+                trainer.ledger.reset_peak()
 
         with signals.held(), reporting_compiler():
             fit_and_save(trainer, measure, run, best, signals)
@@ -211,6 +212,7 @@ def fit_and_save(
         signals.check()
         if save_every and (stage_ends or trainer.step % save_every == 0):
             run.save(trainer, best)
+            trainer.ledger.reset_peak()
 
     try:
         trainer.fit(measure, after_step)

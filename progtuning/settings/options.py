@@ -28,6 +28,7 @@ class Option:
     at_most: float = INFINITY
     is_text: bool = False  # the command line hands its text on, for what reads it to know more
     is_flag: bool = False  # a bool without a --no- form
+    beside: tuple[str, tuple[str, ...]] | None = None  # a field, and its values without which this says nothing
 
 
 def option(default, help: str, **rule) -> Any:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import partial
 
 from progtuning.base.checks import check_number
 from progtuning.base.errors import InputError
@@ -11,6 +12,10 @@ from progtuning.settings.options import Options, option
 
 PEFT_METHODS = ("none", "adapter", "bitfit", "lora", "spafit")
 MERGEABLE = ("lora", "bitfit", "spafit")  # what they do to a model fits in its own layers
+_of_adapter, _of_lora, _of_lora_alone, _of_bitfit, _of_spafit = (
+    partial(option, beside=("method", methods))
+    for methods in (("adapter",), ("lora", "spafit"), ("lora",), ("bitfit",), ("spafit",))
+)
 
 
 @dataclass(frozen=True)
@@ -22,25 +27,28 @@ class PeftConfig(Options):
     """
 
     method: str = option("none", "{choices}", name="peft", choices=PEFT_METHODS)  # "none" trains every parameter
-    adapter_size: int = option(64, "width of the bottleneck", at_least=1, at_most=2**16)
-    adapter_activation: str = option("gelu", "{choices}", choices=ACTIVATIONS)
+    adapter_size: int = _of_adapter(64, "width of the bottleneck", at_least=1, at_most=2**16)
+    adapter_activation: str = _of_adapter("gelu", "{choices}", choices=ACTIVATIONS)
     # Houlsby et al. (2019) train the LayerNorms of the blocks with the adapters,
-    adapter_layer_norms: bool = option(True, "train the blocks' LayerNorms with the adapters")
+    adapter_layer_norms: bool = _of_adapter(True, "train the blocks' LayerNorms with the adapters")
     # and in their code E's, beneath which no backward pass can be cut.
-    adapter_embedding_layer_norm: bool = option(False, "train E's too, in the stages that train E")
+    adapter_embedding_layer_norm: bool = _of_adapter(False, "train E's too, in the stages that train E")
     # Their Section 3.6 has this deviation, their code 1e-3.
-    adapter_init_std: float = option(1e-2, "deviation of the adapters' weights at the start", at_least=1e-8, at_most=1)
-    lora_r: int = option(8, "rank", at_least=1)
-    lora_alpha: float = option(16.0, "the update is scaled by alpha / r", at_least=0)
-    lora_dropout: float = option(0.0, "dropout before A", at_least=0, at_most=1)
-    lora_targets: tuple[str, ...] = option(
+    adapter_init_std: float = _of_adapter(
+        1e-2, "deviation of the adapters' weights at the start", at_least=1e-8, at_most=1
+    )
+    lora_r: int = _of_lora(8, "rank", at_least=1)
+    lora_alpha: float = _of_lora(16.0, "the update is scaled by alpha / r", at_least=0)
+    lora_dropout: float = _of_lora(0.0, "dropout before A", at_least=0, at_most=1)
+    lora_targets: tuple[str, ...] = _of_lora(
         ("query", "value"), f"comma-separated, of {', '.join(BLOCK_LINEARS)}", choices=tuple(BLOCK_LINEARS)
     )
-    lora_pooler: bool = option(False, "train BERT's pooler with the head")  # RoBERTa's head has a dense layer for it
+    # RoBERTa's head has a dense layer for it.
+    lora_pooler: bool = _of_lora_alone(False, "train BERT's pooler with the head")
     # "query,intermediate" is the half-size variant of Zaken et al. (2021).
-    bitfit_biases: str = option("all", "all, or query,intermediate", choices=("all", "query,intermediate"))
+    bitfit_biases: str = _of_bitfit("all", "all, or query,intermediate", choices=("all", "query,intermediate"))
     # N1 <= N2: blocks below N1 frozen, below N2 biases only, the rest LoRA
-    spafit_bounds: tuple[int, int] | None = option(None, "N1,N2, or 4-9 or 4-14 (of 24 blocks) (4-9)", is_text=True)
+    spafit_bounds: tuple[int, int] | None = _of_spafit(None, "N1,N2, or 4-9 or 4-14 (of 24 blocks) (4-9)", is_text=True)
 
     def __post_init__(self):
         super().__post_init__()

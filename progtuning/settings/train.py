@@ -63,9 +63,21 @@ class DPSConfig(Options):
     """Gradient-chosen subnetworks (Zhang et al. 2022). Raises InputError that names the option that is out of range."""
 
     mode: str = option("off", "gradient-chosen subnetworks: {choices}", name="dps", choices=DPS_MODES)
-    p: float = option(0.3, "share of each matrix that a subnetwork leaves out", name="dps-p", at_least=0, at_most=1)
+    p: float = option(
+        0.3,
+        "share of each matrix that a subnetwork leaves out",
+        name="dps-p",
+        at_least=0,
+        at_most=1,
+        beside=("mode", DPS_MODES[1:]),
+    )
     update_ratio: float = option(
-        0.05, "length of a window, as a share of all steps", name="dps-update-ratio", at_least=0, at_most=1
+        0.05,
+        "length of a window, as a share of all steps",
+        name="dps-update-ratio",
+        at_least=0,
+        at_most=1,
+        beside=("mode", DPS_MODES[1:]),
     )
 
     def __post_init__(self):
@@ -124,7 +136,11 @@ class TrainConfig(Options):
         None, "as many steps as cost this share of full fine-tuning's FLOPs over --epochs", at_least=1e-9, at_most=1e6
     )
     freeze_percentile: float = option(
-        50.0, "of the scores of adaptive: lower ones freeze, from below", at_least=0, at_most=100
+        50.0,
+        "of the scores of adaptive: lower ones freeze, from below",
+        at_least=0,
+        at_most=100,
+        beside=("schedule", ("adaptive",)),
     )
     embeddings: str = option("with-block-1", "when E trains: {choices}", choices=EMBEDDING_POLICIES)
     epochs: int = option(3, "passes over the training rows", at_least=1, at_most=100_000)
@@ -161,9 +177,15 @@ class TrainConfig(Options):
     # Below the cut. A cache needs it off, and "adaptive" has it so (AutoFreeze).
     prefix_dropout: bool | None = option(None, "dropout in the frozen blocks (true; false with --cache or adaptive)")
     cache: str = option("off", "keep the output of the frozen blocks for each example: {choices}", choices=CACHES)
-    cache_dtype: str = option("fp32", "what the cache holds: {choices}", choices=PRECISIONS)
+    cache_dtype: str = option(
+        "fp32", "what the cache holds: {choices}", choices=PRECISIONS, beside=("cache", CACHES[1:])
+    )
     cache_limit: int | None = option(  # bytes
-        None, "largest cache, in GB or with a unit: 500MB (half of what is free)", at_least=1, is_text=True
+        None,
+        "largest cache, in GB or with a unit: 500MB (half of what is free)",
+        at_least=1,
+        is_text=True,
+        beside=("cache", CACHES[1:]),
     )
     group_by_length: bool = option(True, "batches of like lengths")
     matmul_peak: float | None = option(  # TFLOP/s

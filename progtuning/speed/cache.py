@@ -54,7 +54,8 @@ class PrefixCache:
     example gets the rounded values.
 
     Several processes on a machine can divide the examples: each keeps those where `kept`, (N,) bool, says so (None:
-    all), and runs the whole prefix of any other every time. The limit is for the `num_sharing` processes together.
+    all), and runs the whole prefix of any other every time. The limit is for `num_sharing` caches of this size
+    together.
     One that is not to be `used` is measured and checked, and takes no room.
 
     Raises InputError where the size exceeds `limit` bytes (None: half of what is free), RunError where the place
@@ -83,8 +84,6 @@ class PrefixCache:
         shape = (int(ends[-1]), hidden_size)
         self.num_tokens = shape[0]
         self.nbytes = shape[0] * shape[1] * ITEMSIZE[dtype]
-        if place == "device" and device.type == "cuda":
-            num_sharing = 1  # each process has a GPU of its own
         _check_limit(num_sharing * self.nbytes, place, limit, self.device)
         self._states: Tensor | None = None  # (n_0 + ... + n_{N-1}, D)
         if used:

@@ -127,10 +127,9 @@ class Ledger:
         return self.now.clock
 
     def enter(self, stage: Stage) -> None:
-        """Begin the account of a stage, before the engine enters it: so the peak of the one before is not its own."""
+        """Begin the account of a stage, before the engine enters it. Its peak counts from `reset_peak` on."""
         if self.costs:
             self.measure_peak()
-        reset_peak_bytes(self.device)
         names = frozenset(self.engine.trainable_names(stage))
         count = sum(self.engine.candidates[name].numel() for name in names)
         cost = StageCost(stage, names, count, Clock(self.device), gradient_sum_bytes=self.schedule.state_bytes(names))
@@ -139,21 +138,29 @@ class Ledger:
         self.costs.append(cost)
 
     def measure_peak(self) -> None:
-        """Note the most memory since the stage began, or since this was last asked for."""
+        """Note the most memory since `reset_peak`, where that is more than the stage had before."""
         self.now.measure_peak(self.device)
 
-    def count(self, rows: Sequence[int], length: int) -> None:
-        """Add the work of one forward and backward pass over `rows`, padded to `length` tokens, before it is done."""
+    def reset_peak(self) -> None:
+        """Leave out of the stage's peak what was held until now: by the stage before, by an evaluation."""
+        reset_peak_bytes(self.device)
+
+    def count(self, rows: Sequence[int], length: int, weight: float = 1.0) -> None:
+        """Add the work of one forward and backward pass over `rows`, padded to `length` tokens, before it is done.
+
+        Rows of weight 0 stand in for a share of a batch that is empty: work, but no examples.
+        """
         cost, config, peft = self.now, self.engine.model.config, self.peft
         forward, backward = _flops(config, peft, cost.names, len(rows), length, self.checkpointed)
         cost.forward_flops += forward
         cost.backward_flops += backward
-        cost.examples += len(rows)
-        cost.tokens += int(self.lengths[rows].sum())
-        cost.slots += len(rows) * length
+        if weight:
+            cost.examples += len(rows)
+            cost.tokens += int(self.lengths[rows].sum())
+            cost.slots += len(rows) * length
         if self.cache and self.engine.cut:
             levels = self.cache.levels[rows].tolist()  # of each row, how many of its lowest blocks are kept and spared
-            cost.forward_flops -= sum(_prefix_flops(config, peft, level, 1, length) for level in levels)
+            cost.forward_flops -= sum(_prefix_flops(config, peft, level, 1, length) for level in levels if level)
             hits = levels.count(self.engine.cut)
             cost.cache_hits += hits
             cost.cache_misses += len(rows) - hits
@@ -200,6 +207,7 @@ class Ledger:
         """Take up what `state_dict` gave."""
         names = (frozenset(self.engine.trainable_names(Stage(**cost["stage"]))) for cost in state)
         self.costs = [StageCost.from_state_dict(cost, of_cost, self.device) for cost, of_cost in zip(state, names)]
+        self.reset_peak()
 
 
 def _of_all(stage: StageSummary, of_ranks: Sequence[Mapping]) -> StageSummary:
