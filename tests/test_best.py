@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from progtuning.engine import StageEngine
 from progtuning.run.best import Best, EnoughEvaluations
 from progtuning.run.evaluate import Measured
+from progtuning.run.log import LOG
 from progtuning.run.saved import load_checkpoint
 from progtuning.settings.train import TrainConfig
 from progtuning.stages import Stage
@@ -106,6 +107,15 @@ def test_a_run_ends_when_its_patience_does_and_says_so(tiny_folder, tiny_task, t
     assert list(scores) == [1, 2] and summary["epochs"] == 2 and summary["best"]["epoch"] == 1
     assert sum(stage["steps"] for stage in summary["stages"]) == 80
     assert "The run ended after epoch 2: `--patience 1`." in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_the_loss_of_the_steps_before_an_early_end_is_logged_and_explained(tiny_folder, tiny_task, tmp_path):
+    """Of 4 steps, where a row is due every 10 and at the planned end."""
+    few = ["--patience", "1", "--epochs", "8", "--lr", "0", "--max-train-rows", "16"]
+    train(tiny_folder, tiny_task, tmp_path / "run", *few)
+    rows = [json.loads(line) for line in (tmp_path / "run" / LOG).read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [rows[-1]["step"]]
+    assert call("explain", "--run", tmp_path / "run", "-o", tmp_path / "page.html")[0] == 0
 
 
 @pytest.mark.parametrize("option", [["--keep", "best"], ["--patience", "2"]])

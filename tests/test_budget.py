@@ -11,6 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from progtuning.base.errors import InputError
+from progtuning.cost.budget import even_forecast
 from progtuning.methods.apply import apply_peft
 from progtuning.methods.schedules import build_schedule
 from progtuning.run.build import forecast
@@ -19,7 +20,7 @@ from progtuning.settings.peft import PeftConfig
 from progtuning.settings.train import TrainConfig, parse_calendar
 from progtuning.stages import SCHEDULES, make_calendar, make_schedule
 from progtuning.step.processes import World
-from tests.models import tiny_model
+from tests.models import TINY, tiny_model
 from tests.test_cli import call
 from tests.test_train import SETTINGS, rows, trainer, weights
 
@@ -236,3 +237,28 @@ def test_the_stages_of_a_plan_with_a_budget_are_those_of_the_run_that_it_pays(sc
 def test_a_plan_refuses_a_cache_that_a_run_would_refuse():
     status, _, error = call("plan", "--model", "minilm-l6", "--schedule", "full", "--cache", "memory")
     assert status == 2 and "--cache memory has nothing to keep" in error
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 5)), min_size=1, max_size=4),
+    st.integers(1, 20),
+    st.integers(1, 7),
+    st.integers(1, 60),
+    st.booleans(),
+)
+def test_where_batches_stay_whole_epochs_are_counted_as_their_steps_are_one_by_one(calendar, rows, batch, steps, cache):
+    schedule = make_calendar("any", calendar, num_blocks=4)
+    quick = even_forecast(TINY, rows, batch, length=7, cache=cache)
+    assert quick.by_stage(schedule, steps) == replace(quick, batches_stay=False).by_stage(schedule, steps)
+
+
+def test_a_plan_of_steps_that_cost_next_to_nothing_ends_and_a_run_of_them_is_refused():
+    """The head alone above a cache: a thousandth of full fine-tuning, or less."""
+    asked = "--model bert-base-uncased --calendar 12 --cache memory --budget 0.5"
+    run = json.loads(call("plan", *asked.split(), "--json")[1])["run"]
+    assert run["epochs"] > 10_000 and run["flops_share_of_full"] == pytest.approx(0.5, abs=1e-6)
+    forecast_of_run = replace(even_forecast(TINY, 8, 4, length=7, cache=True), batches_stay=False)
+    head = make_calendar("4", [(4, 1)], num_blocks=4)
+    with pytest.raises(InputError, match="^--budget 900 pays more than 200 times the steps of --epochs: give fewer$"):
+        forecast_of_run.num_steps(head, 900, 1)

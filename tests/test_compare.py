@@ -1,6 +1,10 @@
 """`progtuning compare`: the runs that it makes, their rows, the choice of learning rates, statistics and advice."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +29,8 @@ from progtuning.data.tables import Example
 from progtuning.data.task import Classes, Numbers
 from progtuning.settings.train import TrainConfig
 from tests.test_cli import call, refused
+
+ROOT = Path(__file__).resolve().parents[1]
 
 GRID = Grid(("full", "shrinking+cache"), (0.5,), (1e-3, 3e-3), (1, 2))
 
@@ -374,3 +380,54 @@ def test_answers_are_scored_as_their_task_scores_decisions(name):
     expected = task.score(decisions, SimpleNamespace(questions=questions), TrainConfig())
     sampled = task.sampled(task.answers(decisions, TrainConfig()), questions)
     assert sampled(np.arange(len(golds))) == pytest.approx(expected[task.main_metric])
+
+
+@pytest.mark.parametrize("schedule", ["shrinking+never+always", "growing+eval+eval", "2+lr0.8+lr0.9", "2+cache+cache"])
+def test_a_suffix_that_says_again_what_stands_before_it_is_refused(schedule):
+    with pytest.raises(InputError, match=rf"--schedules {re.escape(schedule)}: \+\S+ says again what stands before it"):
+        settings_of(Run(RESULT, schedule, 0.5, 1e-3, 1), TrainConfig())
+
+
+WORKERS = """
+import time
+from functools import partial
+from progtuning.compare.runs import side_by_side
+if __name__ == "__main__":
+    list(side_by_side([partial(time.sleep, 600)] * 2, jobs=2))
+"""
+
+
+def test_workers_end_when_the_process_that_began_them_is_killed(tmp_path):
+    (tmp_path / "workers.py").write_text(WORKERS)
+    parent = subprocess.Popen([sys.executable, tmp_path / "workers.py"], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+
+    def at_work() -> list[str]:
+        """The workers that wait in `sleep`, past their imports."""
+        return [pid for pid in children.read_text().split() if is_worker(pid) and threads(pid) > 1]
+
+    try:
+        wait_until(lambda: len(at_work()) == 2)
+        workers = at_work()
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_until(lambda: not any(map(is_worker, workers)))
+
+
+def is_worker(pid: str) -> bool:
+    try:
+        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def threads(pid: str) -> int:
+    return len(os.listdir(f"/proc/{pid}/task"))
+
+
+def wait_until(is_so, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -373,3 +373,13 @@ def test_a_label_map_is_refused_where_there_are_no_classes():
 def test_a_label_map_is_written_as_it_is_read(names):
     option, text = shlex.split(format_label_map(names))
     assert option == "--label-map" and parse_label_map(text) == names
+
+
+def test_a_pooler_that_the_base_lacks_and_blocks_that_its_config_lacks_are_said(base, opinions, tmp_path, capsys):
+    path = base / "model.safetensors"
+    save_file({key: value for key, value in load_file(path).items() if "pooler" not in key}, path)
+    edit(base, num_hidden_layers=3)
+    task = ["--task", "classification", "--data", opinions, "--output-dir", tmp_path / "output"]
+    told = call(capsys, "train", "--model", base, *task, *OPTIONS)["err"]
+    assert "Drawn afresh: the pooler, which the model does not have" in told
+    assert "The file has 4 blocks, config.json fewer: those above are left out." in told

@@ -6,6 +6,7 @@ import io
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -159,7 +160,6 @@ def test_options_of_ones_own_files_are_refused_where_they_say_nothing(tiny_folde
     assert "exclude each other" in error_of(DataConfig, dev_share=0.5, dev_split="test")
     (path := tmp_path / "a.csv").write_bytes(as_bytes(TRAIN, "csv"))
     assert "--train-split and --dev-split are for a folder" in error_of(load_own, path, DataConfig(dev_split="a"))
-    assert "has too few rows" in error_of(load_own, path, DataConfig(dev_share=1.0))
     glue = ["--task", "sst-2", "--data", tmp_path, "--text-column", "a"]
     assert "--text-column" in refused(*call("train", "--model", tiny_folder, *glue, "--output-dir", tmp_path / "out"))
 
@@ -243,3 +243,60 @@ def test_compare_and_probe_read_a_file_by_its_columns(tiny_folder, tmp_path):
     assert status == 0 and "accuracy" in out, err
     status, out, err = call("probe", *shared, "--output-dir", tmp_path / "probe")
     assert status == 0 and "accuracy" in out, err
+
+
+def times(unit: str, value: int) -> bytes:
+    """A Parquet file with a column of times beside the texts, which a person did not ask for."""
+    texts = [f"film {i}" for i in range(40)]
+    columns = {
+        "text": texts,
+        "label": ["a", "b"] * 20,
+        "when": pyarrow.array([value] * 40, pyarrow.type_for_alias(unit)),
+    }
+    parquet.write_table(pyarrow.table(columns), out := io.BytesIO())
+    return out.getvalue()
+
+
+def broken_texts() -> bytes:
+    offsets = pyarrow.py_buffer(np.arange(0, 82, 2, dtype=np.int32))
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 40, [None, offsets, pyarrow.py_buffer(b"\xff\xfe" * 40)])
+    parquet.write_table(pyarrow.table({"text": texts, "label": ["a", "b"] * 20}), out := io.BytesIO())
+    return out.getvalue()
+
+
+def two_labels() -> bytes:
+    columns = [pyarrow.array(["good film"] * 40), pyarrow.array(["a", "b"] * 20), pyarrow.array(["x"] * 39 + ["y"])]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, ["text", "label", "label"]), out := io.BytesIO())
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("content, message", [
+    (two_labels(), "got more than one column 'label', expected one"),
+    (times("timestamp[ns]", 1), "not a Parquet file that can be read: Nanosecond resolution"),
+    (times("timestamp[us]", 2**60), "not a Parquet file that can be read: date value out of range"),
+    (broken_texts(), "not a Parquet file that can be read: 'utf-8' codec"),
+])  # fmt: skip
+def test_what_python_cannot_hold_of_a_parquet_file_is_one_line_that_names_it(content, message, tmp_path):
+    (tmp_path / "rows.parquet").write_bytes(content)
+    error = error_of(load_own, tmp_path / "rows.parquet")
+    assert error.startswith(str(tmp_path / "rows.parquet")) and message in error and "\n" not in error
+    columns = DataConfig(text_column="text", label_column="label")  # where these are named, others are not read
+    if b"when" in content:
+        assert len(load_own(tmp_path / "rows.parquet", columns).train) == 32
+
+
+def test_a_file_that_cannot_be_divided_says_why(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"film {i},{i / 10}\n" for i in range(100)))
+    line = error_of(load_own, tmp_path / "rows.csv", DataConfig(), regression=False)
+    assert "100 rows in 100 classes are too few to hold 0.2 of each out" in line and "--task regression" in line
+    for share in (0.0, 1.0):
+        line = error_of(load_own, tmp_path / "rows.csv", DataConfig(dev_share=share))
+        assert line.startswith("--dev-share must be between 0 and 1")
+
+
+def test_a_packed_file_is_one_whatever_the_case_of_its_name(tmp_path):
+    content = b"text,label\n" + b"".join(b"good %d,a\nbad %d,b\n" % (i, i) for i in range(5))
+    (tmp_path / "ROWS.CSV.GZ").write_bytes(gzip.compress(content))
+    (tmp_path / "rows.csv").write_bytes(content)
+    upper, lower = (load_own(tmp_path / name, DataConfig(dev_share=0.5)) for name in ("ROWS.CSV.GZ", "rows.csv"))
+    assert list(upper.train) == list(lower.train)

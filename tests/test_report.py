@@ -114,7 +114,7 @@ WRONG = [  # place, what is wrong there, and how the message names it
     ("stages", [None, {}, [1], [None], []], "stages"),
     (
         "stages.0.active_blocks",
-        [DROPPED, 1, [1], [1, 2, 3], [0, 4], [1, 5], [1.0, 4], [True, 4], {}],
+        [DROPPED, 1, [1], [1, 2, 3], [0, 4], [1, 5], [1.0, 4], [True, 4], [3, 1], {}],
         "stages[0].active_blocks",
     ),
     ("stages.0.embeddings", [DROPPED, None, 1], COUNTS),
@@ -130,6 +130,11 @@ WRONG = [  # place, what is wrong there, and how the message names it
     ),
     ("stages.0.peak_bytes", [DROPPED, "1", -1, True], "stages[0].peak_bytes"),
     *((f"stages.0.{key}", ["1", -1, True, 1.5], f"stages[0].{key}") for key in ("examples", "tokens", "slots")),
+    *(
+        (f"stages.0.{key} of steps", [0], "stages[0]")
+        for key in ("forward_flops", "backward_flops", "examples", "tokens", "slots")
+    ),
+    ("train_rows", ["1", 0, -1, True], "train_rows"),
     ("matmul_peak", ["1", -1, True], "matmul_peak"),
 ]
 
@@ -138,7 +143,7 @@ WRONG = [  # place, what is wrong there, and how the message names it
 def test_a_wrong_value_of_a_summary_is_refused_by_its_name(place, values, name, runs, tmp_path):
     summary = json.loads((runs / "full" / SUMMARY).read_text())
     for value in values:
-        (tmp_path / SUMMARY).write_text(json.dumps(altered(summary, place, value)))
+        (tmp_path / SUMMARY).write_text(json.dumps(altered(summary, place.removesuffix(" of steps"), value)))
         line = refused(*call("report", tmp_path, "-o", tmp_path / "page.md"))
         assert line.endswith(f"{SUMMARY}: {name} is not what train writes there"), (value, line)
 

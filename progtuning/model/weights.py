@@ -22,6 +22,7 @@ WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "c
 _BACKBONE = ("embeddings.", "encoder.", "pooler.")  # under the prefix in a file; the rest is the head's last layers
 _LAYERS = "|".join(sorted({head.layer for head in HEADS.values()}))
 _LAST_LAYER = re.compile(rf"({_LAYERS})(\.out_proj)?\.(weight|bias)")  # a row for each output
+_OF_BLOCK = re.compile(r"encoder\.layer\.(\d{1,4})\.")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 # Names that no parameter of ours has, and that data parallelism, torch.compile, FSDP, recomputation and Lightning put
@@ -48,13 +49,15 @@ class LoadReport:
     passed_over: tuple[str, ...] = ()
     head: str | None = None
     modules: tuple[str, ...] = ()
+    more_blocks: int | None = None  # of the file, where the config has fewer
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person who trains or measures the model should know, a line each."""
         keys = f"Passed over in {CONFIG}, as no part of the model: {', '.join(self.passed_over)}."
         modules = f"Left of the sentence-transformers model, whose encoder is taken: {', '.join(self.modules)}."
-        notes = ((self.passed_over, keys), (self.head, self.head), (self.modules, modules))
+        blocks = f"The file has {self.more_blocks} blocks, {CONFIG} fewer: those above are left out."
+        notes = ((self.passed_over, keys), (self.head, self.head), (self.modules, modules), (self.more_blocks, blocks))
         return tuple(note for about, note in notes if about)
 
 
@@ -80,7 +83,7 @@ def load_model(
     with torch.device("meta"):  # shapes without memory: a damaged config must not allocate
         model = Model(config)
     generator = torch.Generator().manual_seed(seed)
-    state, fresh, used, note = {}, [], set(), None
+    state, fresh, used, drawn = {}, [], set(), {}
     with ExitStack() as stack:
         files = _open_tensors(folder, stack)
         keys = internal_names(files, config, folder)
@@ -97,7 +100,9 @@ def load_model(
             rows, lacks = ({}, None) if key is None else _rows_by_name(own, config, _num_rows(files[key], key))
             if lacks and not fresh_head:
                 raise InputError(f"{files[key].path}: tensor {key!r} lacks {lacks}")
-            note = f"Drawn afresh: {lacks}." if lacks else None
+            if key is None and name.startswith("pooler."):
+                lacks = "the pooler, which the model does not have"
+            drawn |= {lacks: None} if lacks else {}
             state[name] = _draw(name, parameter.shape, config.initializer_range, generator)
             if len(rows) < len(parameter):
                 fresh.append(name)
@@ -108,7 +113,10 @@ def load_model(
     model.load_state_dict(state, assign=True)
     _check_encoder(keys, model, folder)
     unused = tuple(sorted(set(files) - used))
-    report = LoadReport(tuple(fresh), unused, passed_over(own), note, left_modules(folder))
+    note = f"Drawn afresh: {'; '.join(drawn)}." if drawn else None
+    blocks = 1 + max((int(found[1]) for found in map(_OF_BLOCK.match, keys) if found), default=-1)
+    more_blocks = blocks if blocks > config.num_hidden_layers else None
+    report = LoadReport(tuple(fresh), unused, passed_over(own), note, left_modules(folder), more_blocks)
     return model.requires_grad_(True).eval(), report
 
 

@@ -43,6 +43,7 @@ def card(summary: Summary) -> str:
             "",
             *([class_table(summary.by_class), ""] if summary.by_class else []),
             *best_lines(summary),
+            *skipped_lines(summary),
             stages_table(summary),
             "",
             *speed_lines(summary),
@@ -51,6 +52,13 @@ def card(summary: Summary) -> str:
             "",
         ]
     )
+
+
+def skipped_lines(summary: Summary) -> list[str]:
+    skipped = sum(stage.skipped_steps or 0 for stage in summary.stages)
+    steps = skipped + sum(stage.steps for stage in summary.stages)
+    text = f"{skipped:,} of {steps:,} batches were passed over, as their loss or gradient was not finite."
+    return [text, ""] if skipped else []
 
 
 def best_lines(summary: Summary) -> list[str]:

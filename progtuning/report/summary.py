@@ -20,12 +20,12 @@ def _key(low: float = 0, high: float = 1e30, called: str | None = None):
     return field(metadata={"low": low, "high": high, "called": called})
 
 
-def _maybe(checked: bool = False):
+def _maybe(checked: bool = False, low: float = 0):
     """A key that some runs, or versions that wrote less, leave out: then it is None.
 
-    Where it is there, its type is checked if `checked`.
+    Where it is there, its type and that it is at least `low` is checked if `checked`.
     """
-    return field(default=None, metadata={"checked": checked})
+    return field(default=None, metadata={"checked": checked, "low": low})
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Summary:
     model: str = _key()
     task: str = _key(called=_NAMES)
     num_blocks: int = _key(1, 1000, _SIZES)
-    train_rows: int | None = _maybe()
+    train_rows: int | None = _maybe(checked=True, low=1)
     dev_rows: dict[str, int] | None = _maybe()
     train_windows: int | None = _maybe()  # of questions
     pairs: bool | None = _maybe()  # of labelled texts: whether a row has two
@@ -243,10 +243,14 @@ def _wrong_value(values: dict) -> str | None:
         return _NAMES
     for i, stage in enumerate(values["stages"]):
         blocks = stage.get("active_blocks", ())
-        if blocks is not None and not (_fits(blocks, list[int], 1, values["num_blocks"]) and len(blocks) == 2):
+        fits = blocks is None or _fits(blocks, list[int], 1, values["num_blocks"]) and len(blocks) == 2
+        if not (fits and (blocks is None or blocks[0] <= blocks[1])):
             return f"stages[{i}].active_blocks"
         if wrong := _wrong_key(StageSummary, stage):
             return f"stages[{i}].{wrong}"
+        worked = [stage["forward_flops"], stage["backward_flops"], *map(stage.get, ("examples", "tokens", "slots"))]
+        if stage["steps"] and 0 in worked:  # every step has some of each
+            return f"stages[{i}]"
     return None if values["metrics"] else "metrics"
 
 

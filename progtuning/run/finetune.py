@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from progtuning.base.errors import InputError, Interrupted
+from progtuning.base.errors import InputError, Interrupted, RunError
 from progtuning.base.sources import split_revision
 from progtuning.data.batching import EncodedRows
 from progtuning.data.task import Splits, Task
@@ -174,6 +174,9 @@ def fine_tune(
 
         with signals.held(), reporting_compiler():
             fit_and_save(trainer, measure, run, best, signals)
+            if not any(cost.steps for cost in trainer.ledger.costs):
+                error = f"--skip-nonfinite passed over all {trainer.step} batches: nothing was trained"
+                raise world.once(RunError(error))
             best.put_back(trainer.engine)
             summary = Summary(
                 model=model_name,
@@ -217,7 +220,8 @@ def fit_and_save(
     try:
         trainer.fit(measure, after_step)
     except EnoughEvaluations:
-        pass
+        rate = trainer.optimizer.param_groups[0]["lr"]
+        trainer.progress.write(trainer.step, trainer.epoch + 1, trainer.engine.stage.index + 1, rate)
     except Interrupted as error:
         run.save(trainer, best)
         hint = f"; to go on: the same command with --resume (saved in {run.path})" if run.path else ""
