@@ -145,7 +145,8 @@ def test_a_regression_head_and_one_for_answers_are_taken_whatever_the_names_of_t
         assert report == load_model(tmp_path, config)[1] and not report.fresh and not report.notes
         assert torch.equal(model.get_parameter(f"{layer}.weight"), whole.get_parameter(f"{layer}.weight"))
     other, report = load_model(tmp_path, TINY)  # from answers to classes
-    assert "classifier.weight" in report.fresh and "qa_outputs.weight" in report.unused and not report.notes
+    assert "classifier.weight" in report.fresh and "qa_outputs.weight" in report.unused
+    assert report.notes == ("Drawn afresh: the pooler, which the model does not have.",)
 
 
 # Whole commands
