@@ -636,3 +636,7 @@ def test_the_installed_command_and_python_m_are_the_same_program():
 def test_help_names_every_command_and_every_option_has_a_text():
     status, out, _ = call("--help")
     assert status == 0 and all(name in out for name in ("demo", "train", "evaluate", "predict", "plan", "paper"))
+
+
+def test_no_memory_at_all_is_refused():
+    assert "--memory must be more than 0, got '0'" in refused(*call("plan", "--model", "minilm-l6", "--memory", "0"))

@@ -595,3 +595,8 @@ def test_other_versions_are_a_warning(tmp_path, capsys):
     path.write_text(path.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"'))
     train(tmp_path / "run", replace(EVERY, resume=True))
     assert f"warning: {tmp_path / 'run'} was begun with " in capsys.readouterr().err
+
+
+def test_resuming_what_was_never_begun_begins_it_and_says_so(tiny_folder, tiny_task, tmp_path):
+    status, _, error = call("train", *arguments(tiny_folder, tiny_task, tmp_path / "run", "--resume"))
+    assert status == 0 and f"{tmp_path / 'run'} has no run to go on with: one begins." in error

@@ -43,7 +43,8 @@ def run_explain(args: argparse.Namespace) -> None:
     elif args.model is not None:
         document = explained_document(Asked.of(args))
     else:
-        raise InputError("explain needs --model, or --run with the output folder of a run")
+        what = ", of what was compared" if args.comparison is not None else ""
+        raise InputError(f"explain needs --model{what}, or --run with the output folder of a run")
     if args.comparison is not None:
         check_no_input(args.output, [Path(args.comparison) / DOCUMENT])
         document["comparison"] = read_comparison(Path(args.comparison))

@@ -119,7 +119,11 @@ class RunFolder:
         InputError where there are checkpoints and all are damaged, or where the last good one, of an older version,
         lacks what a run has now.
         """
-        if self.path is None or not self.is_resumed:
+        if self.path is None:
+            return
+        if not self.is_resumed:
+            if self.options.resume:
+                self.say(f"{self.path} has no run to go on with: one begins.")
             return
         checkpoint, state = None, None
         with self.world.agreed():

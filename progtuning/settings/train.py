@@ -320,6 +320,8 @@ def parse_size(option: str, text: str) -> int:
     if not found:
         raise InputError(f"{option} must be a number of GB, or one with a unit (500MB, 2GiB), got {text!r}")
     number, letter, binary = found.groups()
+    if not Fraction(number):
+        raise InputError(f"{option} must be more than 0, got {text!r}")
     return int(Fraction(number) * (1024 if binary else 1000) ** " KMGT".index(letter or "G"))
 
 
