@@ -383,7 +383,7 @@ def test_what_is_wrong_with_a_folder_is_named(folder):
     assert error_of(load_own, folder) == f"{folder}/train.tsv: got one label, 'x', expected two or more"
     (folder / "train.tsv").unlink()
     assert error_of(load_own, folder).startswith(f"{folder}: got no file of train, expected one in .csv, .tsv, .jsonl")
-    assert error_of(load_own, folder / "none").startswith(f"--data '{folder}/none': no such folder")
+    assert error_of(load_own, folder / "none").startswith(f"--data '{folder}/none': no such file or folder")
 
 
 def test_an_unknown_label_among_many_lists_only_some(tmp_path):
