@@ -109,6 +109,12 @@ def test_a_run_ends_when_its_patience_does_and_says_so(tiny_folder, tiny_task, t
     assert "The run ended after epoch 2: `--patience 1`." in (tmp_path / "run" / "README.md").read_text()
 
 
+def test_a_run_that_comes_to_its_own_end_is_not_said_to_be_cut_short(tiny_folder, tiny_task, tmp_path):
+    summary, _ = train(tiny_folder, tiny_task, tmp_path / "run", "--patience", "2", "--epochs", "3", "--lr", "0")
+    assert summary["epochs"] == 3 and summary["best"]["epoch"] == 1
+    assert "The run ended" not in (tmp_path / "run" / "README.md").read_text()
+
+
 def test_the_loss_of_the_steps_before_an_early_end_is_logged_and_explained(tiny_folder, tiny_task, tmp_path):
     """Of 4 steps, where a row is due every 10 and at the planned end."""
     few = ["--patience", "1", "--epochs", "8", "--lr", "0", "--max-train-rows", "16"]

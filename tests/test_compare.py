@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from progtuning.base.errors import InputError, Interrupted, RunError
 from progtuning.compare import frontier, runs
@@ -431,3 +434,85 @@ def wait_until(is_so, seconds: float = 60) -> None:
     while not is_so():
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+def test_other_weights_are_refused_and_the_same_by_another_name_are_not(compared, tiny_folder, tiny_task, tmp_path):
+    folder, model = tmp_path / "folder", tmp_path / "model"
+    shutil.copytree(compared[0], folder)
+    shutil.copytree(tiny_folder, model)
+    again = (*arguments(model, tiny_task, folder), "--matmul-peak", "1", "--resume")
+    assert call(*again)[0] == 0
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 3 * tensor for name, tensor in weights.items()}, model / "model.safetensors")
+    assert refused(*call(*again)).endswith(f"{folder} is of another run: the weights differ")
+
+
+def test_a_comparison_of_before_is_taken_up_by_what_it_says_of_its_model(compared, tiny_folder, tiny_task, tmp_path):
+    """It has the model's name, and neither its weights nor its architecture."""
+    folder = tmp_path / "folder"
+    shutil.copytree(compared[0], folder)
+    run = json.loads((folder / "run.json").read_text())
+    del run["identity"]["weights"], run["identity"]["architecture"]
+    run["identity"]["model"] = "tiny"
+    (folder / "run.json").write_text(json.dumps(run))
+    assert call(*arguments(tiny_folder, tiny_task, folder), "--resume")[0] == 0
+    (folder / ROWS).unlink()  # killed before it had any
+    status, _, err = call(*arguments(tiny_folder, tiny_task, folder), "--seeds", "1", "--resume")
+    assert status == 0 and err.count("choosing learning rates (") == 4
+
+
+def test_the_rate_of_the_table_is_the_one_that_is_chosen_now_not_the_one_that_ran_last(held_out):
+    grid = Grid(("full",), (0.5,), (1e-4,), (1,))
+    rows = cell_rows(held_out, "full", 0.5, 0.2, lr=1e-4) + cell_rows(held_out, "full", 0.5, 0.4, lr=1e-6)
+    of = (held_out.sampled, len(held_out.labels))
+    assert [cell["lr"] for cell in frontier.cells(rows, grid, *of, grid.choose(rows, "accuracy"))] == [1e-4]
+    assert [cell["lr"] for cell in frontier.cells(rows, grid, *of)] == [1e-6]
+
+
+def test_predictions_of_numbers_keep_all_that_a_float32_holds():
+    numbers = np.array([1.2345678e-5, 3.3333333, -7e10], dtype=np.float32)
+    kept = np.array(Numbers("any", (), ("pearson",)).plain(numbers), dtype=np.float32)
+    assert np.array_equal(kept, numbers)
+
+
+KILLED = """
+import os, sys, time
+from functools import partial
+from progtuning.base.errors import Interrupted, RunError
+from progtuning.compare.runs import side_by_side
+from progtuning.run.signals import StopSignals
+
+def run(how):
+    if how == "killed":
+        os.kill(os.getpid(), 9)
+    if how == "signal":
+        with StopSignals() as signals:
+            os.kill(os.getpid(), 15)
+            time.sleep(1)
+            signals.check()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    try:
+        list(side_by_side([partial(run, sys.argv[1]), partial(run, "sleep")], jobs=2))
+    except (RunError, KeyboardInterrupt) as error:
+        print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize("how, said", [
+    ("killed", "RunError a process of a run was killed, perhaps for want of memory: try fewer --jobs"),
+    ("signal", "Interrupted stopped by SIGTERM"),
+    ("sleep", "KeyboardInterrupt "),
+])  # fmt: skip
+def test_workers_that_are_killed_or_stopped_end_the_comparison_at_once_in_words(how, said, tmp_path):
+    (tmp_path / "workers.py").write_text(KILLED)
+    command, env = [sys.executable, tmp_path / "workers.py", how], os.environ | {"PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if how == "sleep":
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        wait_until(lambda: sum(is_worker(pid) and threads(pid) > 1 for pid in children.read_text().split()) == 2)
+        parent.send_signal(signal.SIGINT)
+    out, err = parent.communicate(timeout=120)
+    assert out.startswith(said), (out, err)
+    assert "Traceback" not in err

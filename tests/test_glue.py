@@ -8,6 +8,7 @@ import pytest
 from progtuning.base.errors import InputError
 from progtuning.data.glue import TASKS, TEST_TASKS, glue_task, load_glue, load_glue_test, read_glue_file
 from progtuning.data.metrics import METRICS
+from progtuning.data.registry import own_name
 from progtuning.data.tables import Example
 
 FOLDERS = {
@@ -275,3 +276,8 @@ def test_a_missing_split_is_named(tmp_path):
         (tmp_path / f"{split}.tsv").write_text(table)
     with pytest.raises(InputError, match=r"/dev_mismatched.tsv: cannot be read: No such file"):
         load_glue("mnli", tmp_path)
+
+
+def test_a_recipe_knows_a_task_by_any_name_that_train_takes():
+    names = {"RTE": "rte", "sst2": "sst-2", "STSB": "sts-b", "classification": "classification", "squad": "squad"}
+    assert {name: own_name(name) for name in names} == names

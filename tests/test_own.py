@@ -300,3 +300,14 @@ def test_a_packed_file_is_one_whatever_the_case_of_its_name(tmp_path):
     (tmp_path / "rows.csv").write_bytes(content)
     upper, lower = (load_own(tmp_path / name, DataConfig(dev_share=0.5)) for name in ("ROWS.CSV.GZ", "rows.csv"))
     assert list(upper.train) == list(lower.train)
+
+
+def test_predict_refuses_what_evaluate_refuses(tiny_folder, tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"good {i},a\nbad {i},b\n" for i in range(20)))
+    run = ["--task", "classification", "--data", tmp_path / "rows.csv", "--output-dir", tmp_path / "run", *FAST]
+    assert call("train", "--model", tiny_folder, *run)[0] == 0
+    (tmp_path / "new.csv").write_text("text\ngood\n")
+    more = ["--input", tmp_path / "new.csv", "--output", "-", "--device", "cpu", "--n-best", "3"]
+    assert "--n-best is for --task squad or squad_v2" in refused(
+        *call("predict", "--checkpoint", tmp_path / "run", *more)
+    )

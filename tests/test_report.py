@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 
@@ -240,3 +241,16 @@ def test_tables_align_numbers_to_the_right_and_words_to_the_left():
         "| bcd  |  23.5 |",
         "| e    |       |",
     ]
+
+
+def test_two_runs_of_one_name_are_told_apart_by_their_folders(runs, tmp_path):
+    for place in ("a", "b"):
+        shutil.copytree(runs / "full", tmp_path / place / "run")
+    assert call("report", tmp_path / "a" / "run", tmp_path / "b" / "run", "-o", tmp_path / "page.md")[0] == 0
+    page = (tmp_path / "page.md").read_text()
+    assert f"## {tmp_path / 'a' / 'run'}" in page and f"## {tmp_path / 'b' / 'run'}" in page
+
+
+def test_a_bar_in_a_cell_is_no_column():
+    header, rule, row = tables.table(["class", "rows"], [["a|b", 3]]).splitlines()
+    assert row.startswith("| a\\|b ") and row.count("|") == header.count("|") + 1

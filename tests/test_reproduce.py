@@ -1,12 +1,15 @@
 """`progtuning reproduce`: the paper's tables as series of runs, its printed figures beside ours."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from progtuning.compare.presets import COLUMNS, PRESETS, preset
-from progtuning.compare.reproduce import cells
+from progtuning.compare.reproduce import cells, digest_of
+from progtuning.compare.runs import splits_of
 from progtuning.cost.paper import metric_cells, paper_rows
 from progtuning.data.glue import FOLDERS
 from tests.test_cli import call, refused
@@ -89,7 +92,7 @@ def test_a_table_has_runs_by_the_authors_settings_and_more_tasks_join_it(tiny_fo
     assert f"{sum(own) / 2:.1f} ± " in page and "(2) / 67.9" in page
     more = ("--tasks", "cola", "--lr", "1e-3", "--resume")
     line = refused(*call(*arguments("table5", tiny_folder, glue, output, *more)))
-    assert line.endswith(f"--resume: {output} is of another run: --lr was 2e-05, now 0.001")
+    assert line.endswith(f"--resume: {output} is of another run: --lr was the recipe's, now 0.001")
 
 
 def test_figure_1_trains_each_block_alone_with_each_seed(tiny_folder, glue, tmp_path):
@@ -123,3 +126,35 @@ def test_wrong_use_is_one_line(given, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in refused(*call("reproduce", *given))
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_of_other_rows_or_another_model_are_not_taken_up(tiny_folder, glue, tmp_path):
+    output, data, model = tmp_path / "run", tmp_path / "glue", tmp_path / "model"
+    shutil.copytree(glue, data)
+    shutil.copytree(tiny_folder, model)
+    one = (*arguments("table5", model, data, output, "--tasks", "cola", "cola"), "--seeds", "1")
+    status, _, err = call(*one)
+    assert status == 0 and err.count("reproducing (") == 3  # a task that is named twice is run once
+    assert call(*one, "--resume")[2].count("reproducing (") == 0
+    with open(data / "CoLA" / "train.tsv", "a") as file:
+        file.write("x\t1\t\tgood\n")
+    splits_of.cache_clear(), digest_of.cache_clear()  # as in another process
+    assert f"--resume: {output} has runs of other rows of cola" in refused(*call(*one, "--resume"))
+    shutil.copy(glue / "CoLA" / "train.tsv", data / "CoLA" / "train.tsv")
+    splits_of.cache_clear(), digest_of.cache_clear()
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 3 * tensor for name, tensor in weights.items()}, model / "model.safetensors")
+    assert refused(*call(*one, "--resume")).endswith(f"{output} is of another run: the weights differ")
+
+
+@pytest.mark.parametrize("name, failed", [("table5", "2 failed / 67.9"), ("figure1", "# Figure 1")])
+def test_runs_that_fail_are_told_from_those_that_were_not_made(name, failed, tiny_folder, glue, tmp_path):
+    task = ("--tasks", "mrpc") if name == "table5" else ()
+    status, out, err = call(*arguments(name, tiny_folder, glue, tmp_path / "run", *task, "--lr", "1e38"))
+    assert status == 0 and failed in out and err.count("failed: ") == (6 if name == "table5" else 2)
+
+
+@pytest.mark.parametrize("option", [["--model", "m"], ["--tasks", "cola"], ["--output-dir", "x"], ["--lora-r", "2"]])
+def test_a_closed_form_refuses_the_options_of_runs(option):
+    line = refused(*call("reproduce", "table3", *option))
+    assert line.endswith(f"reproduce table3 is of closed forms, which train nothing: leave out {option[0]}")

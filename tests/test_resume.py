@@ -600,3 +600,31 @@ def test_other_versions_are_a_warning(tmp_path, capsys):
 def test_resuming_what_was_never_begun_begins_it_and_says_so(tiny_folder, tiny_task, tmp_path):
     status, _, error = call("train", *arguments(tiny_folder, tiny_task, tmp_path / "run", "--resume"))
     assert status == 0 and f"{tmp_path / 'run'} has no run to go on with: one begins." in error
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden_act": "relu"}, "the model's hidden_act was gelu, now relu"),
+        ({"layer_norm_eps": 0.1}, "the model's layer_norm_eps was 1e-12, now 0.1"),
+        ({"num_attention_heads": 4}, "the model's num_attention_heads was 2, now 4"),
+        ({"hidden_dropout_prob": 0.5}, "the model's hidden_dropout_prob was 0.1, now 0.5"),
+    ],
+)
+def test_a_model_whose_config_has_changed_is_another(change, message, stopped, tiny_folder, tiny_task, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | change))
+    line = refused(*call("train", *arguments(model, tiny_task, stopped, "--resume")))
+    assert line.endswith(f"{stopped} is of another run: {message}")
+    (model / "config.json").write_text(json.dumps(config))
+    assert call("train", *arguments(model, tiny_task, stopped, "--resume", "--dry-run"))[0] == 0
+
+
+def test_a_run_begun_before_the_architecture_was_taken_note_of_goes_on(stopped, tiny_folder, tiny_task, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    del run["identity"]["architecture"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(run))
+    assert call("train", *arguments(tiny_folder, tiny_task, tmp_path / "run", "--resume", "--dry-run"))[0] == 0

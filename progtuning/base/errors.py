@@ -18,3 +18,6 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, signal: int):
         super().__init__(message)
         self.signal = signal
+
+    def __reduce__(self):
+        return type(self), (*self.args, self.signal)  # from one process to another

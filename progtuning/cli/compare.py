@@ -64,7 +64,8 @@ def run_compare(args: argparse.Namespace) -> None:
     rows = compare(setup, grid, args.output_dir, args.resume, args.jobs, say)
     splits, output = setup.splits, Path(args.output_dir)
     task, (name, examples) = splits.task, next(iter(splits.dev.items()))
-    found = frontier.cells(rows, grid, lambda answers: task.sampled(answers, examples), len(examples))
+    chosen = grid.choose(rows, task.main_metric)
+    found = frontier.cells(rows, grid, lambda answers: task.sampled(answers, examples), len(examples), chosen)
     here, metric = environment(device), task.main_metric
     versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
     edge = frontier.rates_at_an_edge(found, grid)

@@ -9,7 +9,7 @@ from progtuning.base.errors import InputError
 from progtuning.base.files import check_no_input, check_output_file, made_folder, read_json, write_text
 from progtuning.cli.compare import DOCUMENT
 from progtuning.cli.options import Parser
-from progtuning.cli.plan import Asked
+from progtuning.cli.plan import Asked, names_of
 from progtuning.cli.streams import tell
 from progtuning.cost.explain import Explained
 from progtuning.cost.plan import kernels_of, plan
@@ -102,12 +102,6 @@ def document_of_runs(folders: Sequence[Path], args: argparse.Namespace) -> dict:
         for name, folder, summary, run in zip(names_of(folders), folders, summaries, runs)
     ]
     return explained_document(runs[0]) | {"runs": documents}
-
-
-def names_of(folders: Sequence[Path]) -> list[str]:
-    """Return what each folder is called: by its last name, or where two have the same by the whole path."""
-    names = [folder.name or str(folder) for folder in folders]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def asked_of_run(folder: Path, summary: Summary) -> Asked:

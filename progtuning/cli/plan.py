@@ -1,6 +1,7 @@
 """The commands `plan`, `paper` and `report`, which train nothing."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -146,10 +147,16 @@ def run_paper(args: argparse.Namespace) -> None:
 
 def run_report(args: argparse.Namespace) -> None:
     folders = [Path(folder) for folder in args.folders]
-    runs = [(folder.name or str(folder), read_worked_summary(folder)) for folder in folders]
+    runs = list(zip(names_of(folders), map(read_worked_summary, folders)))
     output = Path(args.output)
     check_output_file(args.output)
     check_no_input(output, (folder / SUMMARY for folder in folders))
     made_folder(output.parent, "--output")
     write_text(output, pages.compare(runs, output))
     tell(f"Written: {output}")
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Return what each folder is called: by its last name, or where two have the same by the whole path."""
+    names = [folder.name or str(folder) for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]

@@ -13,19 +13,21 @@ from progtuning.compare.presets import COLUMNS, PRESETS, Method, preset
 from progtuning.cost.paper import paper_rows
 from progtuning.model.config import BertConfig
 from progtuning.report import tables
-from progtuning.settings.options import add_options, given, options
-from progtuning.settings.train import TrainConfig
+from progtuning.settings.options import add_options, given, option_name, options
+from progtuning.settings.peft import PeftConfig
+from progtuning.settings.train import DPSConfig, SquadConfig, TrainConfig
 
 CLOSED_FORMS = {"table3": "Table 3", "figure4": "Figure 4"}
 NAMES = (*PRESETS[:2], "table3", *PRESETS[2:], "figure1", "figure4")
 FIGURE_1 = Method("E, one block and the head", "full", "none", "")
+OF_RUNS = ("model", "glue", "squad", "tasks", "max_train_rows", "output_dir", "resume")
 _OF_THE_TABLE = {"schedule", "stages", "calendar", "seed", "evaluate", "keep", "patience"}
 
 
 def add_reproduce_options(parser: Parser) -> None:
     """Add what the command has beside the options of a run."""
     parser.add_argument("name", choices=NAMES, metavar="TABLE", help=f"{', '.join(NAMES[:-1])} or {NAMES[-1]}")
-    parser.add_argument("--model", help="as for train (bert-base-uncased); of closed forms, as for plan")
+    parser.add_argument("--model", help="as for train (bert-base-uncased)")
     parser.add_argument("--glue", help="folder of the GLUE tasks' official folders, or hub")
     parser.add_argument("--squad", help="folder of SQuAD's files, or hub")
     tasks = dict.fromkeys(task for task, _ in COLUMNS.values())
@@ -40,11 +42,18 @@ def add_reproduce_options(parser: Parser) -> None:
 
 def run_reproduce(args: argparse.Namespace) -> None:
     if args.name in CLOSED_FORMS:
+        given_here = [name for name in OF_RUNS if getattr(args, name) not in (None, False)]
+        given_here += all_given(args)
+        if given_here:
+            name, inner = given_here[0], all_given(args).get(given_here[0])
+            flag = option_name(TrainConfig, f"{name}/{min(inner)}" if isinstance(inner, dict) else name)
+            raise InputError(f"reproduce {args.name} is of closed forms, which train nothing: leave out {flag}")
         rows = [row for row in paper_rows() if row["table"] == CLOSED_FORMS[args.name]]
         print_json(rows) if args.json else put_line(tables.paper_table(rows))
         return
     from progtuning.base.sources import model_folder
     from progtuning.compare.reproduce import Blocks, Trial, blocks_page, cells, page, reproduce
+    from progtuning.compare.runs import of_model, splits_of
     from progtuning.data.glue import FOLDERS
     from progtuning.step.device import choose_device
     from progtuning.step.measure import environment
@@ -57,7 +66,7 @@ def run_reproduce(args: argparse.Namespace) -> None:
     methods, tasks = (of_paper.methods, of_paper.tasks) if of_paper else ((FIGURE_1,), ("sst-2",))
     if args.tasks is not None:
         check_choices("--tasks", args.tasks, tasks if of_paper else [*FOLDERS])
-        tasks = args.tasks
+        tasks = tuple(dict.fromkeys(args.tasks))
     places = {task: data_of(task, args) for task in tasks}
     device, folder = choose_device(args.device), model_folder(model)
     num_blocks = BertConfig.from_json(folder / "config.json", keep_head=False).num_hidden_layers
@@ -65,12 +74,16 @@ def run_reproduce(args: argparse.Namespace) -> None:
     for seed in seeds_of(args.seeds, getattr(args, "seed", TrainConfig.seed)):
         for method in methods:
             for task in tasks:
-                settings = settings_of(args, method, task, seed, num_blocks)
+                num_rows = 0  # which DPS's recipe alone asks for
+                if hasattr(args, "dps"):
+                    num_rows = len(splits_of(task, places[task], args.max_train_rows).train)
+                settings = settings_of(args, method, task, seed, num_blocks, num_rows)
                 kind = Trial if of_paper else Blocks
                 which = (method.row, task, places[task], args.max_train_rows)
                 trials.append(kind(model, folder, *which, settings, args.device))
-    shared = {key: value for key, value in given(args, TrainConfig).items() if key != "seed"}
-    identity = {"settings": shared, "task": {"name": args.name}, "model": model, "device": device.type}
+    shared = {key: value for key, value in all_given(args).items() if key != "seed"}
+    config = BertConfig.from_json(folder / "config.json", keep_head=False)
+    identity = {"options": shared, "task": {"name": args.name}, "device": device.type} | of_model(folder, config)
     identity |= {"size of the training sample": args.max_train_rows}
     rows = reproduce(trials, identity, args.output_dir, args.resume, args.jobs, say)
     here = environment(device)
@@ -84,6 +97,12 @@ def run_reproduce(args: argparse.Namespace) -> None:
     tell(f"{text}\nWritten: {output}")
 
 
+def all_given(args: argparse.Namespace) -> dict:
+    """Return the settings that stand in place of the recipe's, as TrainConfig holds them."""
+    inner = {"peft": PeftConfig, "dps": DPSConfig, "squad": SquadConfig}
+    return given(args, TrainConfig) | {name: values for name in inner if (values := given(args, inner[name]))}
+
+
 def data_of(task: str, args: argparse.Namespace) -> str:
     """Return where a task's files are. Raises InputError that names the option which says so."""
     from progtuning.data.glue import FOLDERS
@@ -95,7 +114,9 @@ def data_of(task: str, args: argparse.Namespace) -> str:
     return place if place == "hub" or option == "squad" else str(Path(place) / FOLDERS[task])
 
 
-def settings_of(args: argparse.Namespace, method: Method, task: str, seed: int, num_blocks: int) -> TrainConfig:
+def settings_of(
+    args: argparse.Namespace, method: Method, task: str, seed: int, num_blocks: int, num_rows: int = 0
+) -> TrainConfig:
     """Return the authors' settings of a method on a task, with what was given on the command line in their place."""
     of_method = {"schedule": method.schedule, "peft": method.peft, "seed": seed, "evaluate": "end"}
-    return train_config(argparse.Namespace(**vars(args) | of_method, recipe="paper"), num_blocks, task)
+    return train_config(argparse.Namespace(**vars(args) | of_method, recipe="paper"), num_blocks, task, num_rows)

@@ -56,7 +56,7 @@ def run_demo(args: argparse.Namespace) -> None:
 def run_train(args: argparse.Namespace) -> None:
     from progtuning.base.sources import model_folder
     from progtuning.data.hub import dataset_of
-    from progtuning.data.registry import load_splits
+    from progtuning.data.registry import load_splits, own_name
     from progtuning.data.task import limit_train
     from progtuning.run.dry import dry_run
     from progtuning.run.finetune import fine_tune
@@ -77,7 +77,7 @@ def run_train(args: argparse.Namespace) -> None:
         with world.agreed():
             num_blocks = BertConfig.from_json(folder / "config.json", keep_head=False).num_hidden_layers
             num_rows = min(len(splits.train), args.max_train_rows or len(splits.train))
-            settings = train_config(args, num_blocks, args.task, num_rows)
+            settings = train_config(args, num_blocks, own_name(args.task), num_rows)
             check_beside(args, settings, settings.peft, settings.dps)
             if args.max_train_rows is not None:
                 splits = limit_train(splits, args.max_train_rows, settings.seed)

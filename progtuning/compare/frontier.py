@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -47,14 +48,16 @@ def points(difference: float, low: float, high: float) -> str:
     return f"{100 * difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
-def results(rows: Iterable[Mapping]) -> dict[tuple[float, str], list[Mapping]]:
+def results(
+    rows: Iterable[Mapping], chosen: Mapping[str, float] = MappingProxyType({})
+) -> dict[tuple[float, str], list[Mapping]]:
     """Return the rows of each budget and schedule that has results. Of a schedule several of whose learning rates have
-    some, the last chosen counts."""
+    some, those of the `chosen` one count, else of the one that came last."""
     made: dict[tuple[float, str], dict[float, list]] = {}
     for row in rows:
         if row["part"] == RESULT:
             made.setdefault((row["budget"], row["schedule"]), {}).setdefault(row["lr"], []).append(row)
-    return {key: list(by_rate.values())[-1] for key, by_rate in made.items()}
+    return {key: by_rate.get(chosen.get(key[1])) or list(by_rate.values())[-1] for key, by_rate in made.items()}
 
 
 def ended(rows: Iterable[Mapping]) -> list[Mapping]:
@@ -62,15 +65,21 @@ def ended(rows: Iterable[Mapping]) -> list[Mapping]:
     return [row for row in rows if "predictions" in row]
 
 
-def cells(rows: Iterable[Mapping], grid: Grid, sampled: Sampled, num_rows: int) -> list[dict]:
-    """Return a document for each budget and schedule that has results.
+def cells(
+    rows: Iterable[Mapping],
+    grid: Grid,
+    sampled: Sampled,
+    num_rows: int,
+    chosen: Mapping[str, float] = MappingProxyType({}),
+) -> list[dict]:
+    """Return a document for each budget and schedule that has results, at the learning rate `chosen` for it.
 
     "to_full" has the difference to full fine-tuning at that budget and its 95 % interval, None without a seed in
     common; "choice_share" the cost of the schedule's choice of its learning rate, as a share of full fine-tuning.
     """
     rows = list(rows)
     of_grid = [row for row in rows if row["budget"] in grid.budgets and row["schedule"] in grid.schedules]
-    made, found = results(of_grid), []
+    made, found = results(of_grid, chosen), []
     for budget in grid.budgets:
         for schedule in grid.schedules:
             if (budget, schedule) not in made:

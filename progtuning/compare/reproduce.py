@@ -1,13 +1,14 @@
 """A table of the paper's as a series of runs: its rows x tasks x seeds, the printed figures beside ours."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from progtuning.base.errors import RunError
+from progtuning.base.errors import InputError, RunError
 from progtuning.compare.frontier import spread
 from progtuning.compare.presets import COLUMNS, Preset
 from progtuning.compare.runs import append, got, rows_of, splits_of
@@ -35,11 +36,24 @@ class Trial:
     def key(self) -> tuple[str, str, int]:
         return self.row, self.task, self.settings.seed
 
+    @property
+    def digest(self) -> str:
+        """Of the rows that are trained and measured on."""
+        return digest_of(self.task, self.data, self.max_train_rows)
+
+    @property
+    def account(self) -> dict:
+        """What a row says of its run before it is made."""
+        row = {"row": self.row, "task": self.task, "seed": self.settings.seed, "date": date.today().isoformat()}
+        return row | {
+            "train_rows": len(splits_of(self.task, self.data, self.max_train_rows).train),
+            "data": self.digest,
+        }
+
     def result(self, scratch: Path) -> dict:
         """Make the run and return its row. That of one which failed has the reason under "error", and no metrics."""
         splits, device = splits_of(self.task, self.data, self.max_train_rows), choose_device(self.device)
-        row = {"row": self.row, "task": self.task, "seed": self.settings.seed, "date": date.today().isoformat()}
-        row |= {"train_rows": len(splits.train), "epochs": self.settings.epochs, "lr": self.settings.lr}
+        row = self.account | {"epochs": self.settings.epochs, "lr": self.settings.lr}
         try:
             summary = fine_tune(self.model, self.folder, splits, self.settings, device)
         except RunError as error:
@@ -58,9 +72,19 @@ class Blocks(Trial):
     def result(self, scratch: Path) -> dict:
         """Return a row with the metrics of every block, from the lowest."""
         splits, device = splits_of(self.task, self.data, self.max_train_rows), choose_device(self.device)
-        found = [row["metrics"] for row in probe(self.folder, splits, self.settings, device)]
-        row = {"row": self.row, "task": self.task, "seed": self.settings.seed, "date": date.today().isoformat()}
-        return row | {"train_rows": len(splits.train), "blocks": found, "metrics": found[-1]}
+        try:
+            found = [row["metrics"] for row in probe(self.folder, splits, self.settings, device)]
+        except RunError as error:
+            return self.account | {"error": str(error)}
+        return self.account | {"blocks": found, "metrics": found[-1]}
+
+
+@lru_cache(maxsize=None)
+def digest_of(task: str, data: str | None, max_train_rows: int | None) -> str:
+    splits = splits_of(task, data, max_train_rows)
+    return hashlib.sha256(
+        repr((list(splits.train), {name: list(rows) for name, rows in splits.dev.items()})).encode()
+    ).hexdigest()
 
 
 def reproduce(
@@ -75,7 +99,12 @@ def reproduce(
     for trial in trials:
         splits_of(trial.task, trial.data, trial.max_train_rows).task.check(trial.settings)
     with rows_of(output, resume, identity, trials[0].device) as (folder, log):
-        done = {(row["row"], row["task"], row["seed"]) for row in log.rows}
+        done = {(row["row"], row["task"], row["seed"]): row for row in log.rows}
+        for trial in trials:
+            if done.get(trial.key, {}).get("data", trial.digest) != trial.digest:
+                raise InputError(
+                    f"--resume: {folder} has runs of other rows of {trial.task}: give another --output-dir"
+                )
         calls = [partial(trial.result, folder) for trial in trials if trial.key not in done]
         first = {trial.task: splits_of(trial.task, trial.data, None).task.main_metric for trial in trials}
         append(calls, jobs, log, partial(_text, first), "reproducing", say)
@@ -92,7 +121,8 @@ class Cell(NamedTuple):
     row: str
     column: str
     printed: float
-    ours: tuple[float, ...]  # one for each seed; empty: not run
+    ours: tuple[float, ...]  # one for each seed that ended; empty: not run
+    failed: int = 0  # seeds that did not end
 
 
 def cells(preset: Preset, rows: Sequence[Mapping]) -> list[Cell]:
@@ -101,9 +131,9 @@ def cells(preset: Preset, rows: Sequence[Mapping]) -> list[Cell]:
     for method in preset.methods:
         for column in preset.columns:
             task, metric = COLUMNS[column]
-            own = [row for row in rows if (row["row"], row["task"]) == (method.row, task) and "metrics" in row]
-            ours = tuple(100 * row["metrics"][metric] for row in own)
-            found.append(Cell(method.row, column, preset.printed(method, column), ours))
+            own = [row for row in rows if (row["row"], row["task"]) == (method.row, task)]
+            ours = tuple(100 * row["metrics"][metric] for row in own if "metrics" in row)
+            found.append(Cell(method.row, column, preset.printed(method, column), ours, len(own) - len(ours)))
     return found
 
 
@@ -124,15 +154,17 @@ def page(preset: Preset, found: Sequence[Cell], account: Sequence[str]) -> str:
 
 
 def _beside(cell: Cell) -> str:
-    ours = f"{spread([value / 100 for value in cell.ours])} ({len(cell.ours)})" if cell.ours else "not run"
-    return f"{ours} / {cell.printed:.1f}"
+    ours = f"{spread([value / 100 for value in cell.ours])} ({len(cell.ours)})" if cell.ours else ""
+    failed = f"{cell.failed} failed" if cell.failed else ""
+    return f"{', '.join(filter(None, (ours, failed))) or 'not run'} / {cell.printed:.1f}"
 
 
 def blocks_page(rows: Sequence[Mapping], account: Sequence[str]) -> str:
     """Return Figure 1 as a table: the mean of each metric by the block that trained alone, and its deviation."""
     tasks = {}
     for row in rows:
-        tasks.setdefault(row["task"], []).append(row["blocks"])
+        if "blocks" in row:  # else it failed
+            tasks.setdefault(row["task"], []).append(row["blocks"])
     lines = [
         [
             task,

@@ -10,12 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import lru_cache, partial
 from pathlib import Path
-from signal import Signals
+from signal import SIGINT, Signals
 
 import torch
 
@@ -25,7 +26,9 @@ from progtuning.compare.grid import CHOICE, Grid, Run, run_of, settings_of, spli
 from progtuning.data.batching import EncodedRows
 from progtuning.data.registry import load_splits
 from progtuning.data.task import Splits, limit_train
+from progtuning.methods.saved import base_digest
 from progtuning.model.config import BertConfig
+from progtuning.model.weights import load_model
 from progtuning.report.tables import PHASES
 from progtuning.run.build import forecast, lay_out
 from progtuning.run.checkpoint import FORMAT
@@ -178,9 +181,10 @@ def rows_of(output: str | Path, resume: bool, identity: dict, device: str | None
         for left in folder.glob(f"{_TEMPORARY}*"):
             shutil.rmtree(left, ignore_errors=True)
         yield folder, log
-    except Interrupted as error:
+    except KeyboardInterrupt as error:
+        number = Signals(getattr(error, "signal", SIGINT))
         hint = f"{len(log.rows)} runs are kept in {folder}; to go on: the same command with --resume"
-        raise Interrupted(f"stopped by {Signals(error.signal).name}: {hint}", error.signal) from None
+        raise Interrupted(f"stopped by {number.name}: {hint}", number) from None
     finally:
         log.close()
 
@@ -188,9 +192,9 @@ def rows_of(output: str | Path, resume: bool, identity: dict, device: str | None
 def check_folder(output: str | Path, resume: bool) -> Path:
     """Return the folder of a series of runs. Raises InputError where it cannot be one."""
     path = Path(output)
-    if not (resume and (path / RUN).is_file() and (path / ROWS).is_file()):
+    if not (resume and (path / RUN).is_file()):
         if resume and path.is_dir() and any(path.iterdir()):
-            raise InputError(f"--resume needs the output folder of this command, got {path} without {RUN} or {ROWS}")
+            raise InputError(f"--resume needs the output folder of this command, got {path} without {RUN}")
         check_new_folder(output)
     return path
 
@@ -217,19 +221,25 @@ def check_run(setup: Setup, run: Run) -> None:
 def identify(setup: Setup) -> dict:
     """Return what two comparisons must share for one to go on with the rows of the other."""
     values = asdict(setup.base)
-    for name in ("schedule", "calendar", "budget", "lr", "seed", "cache_limit"):
+    for name in ("schedule", "calendar", "budget", "lr", "seed", "cache_limit", "matmul_peak"):
         del values[name]
-    _, _, tokenizer, train, dev = prepare(setup.folder, setup.splits, setup.base)
+    config, _, tokenizer, train, dev = prepare(setup.folder, setup.splits, setup.base)
     return {
         "settings": values,
         "task": {"name": setup.splits.task.name, "labels": list(setup.splits.task.labels)},
-        "model": setup.model,
+        **of_model(setup.folder, config),
         "share of the training rows to choose on": setup.choice_share,
         "training rows": train.digest(),
         "held-out rows": {name: rows.digest() for name, rows in dev.items()},
         "tokenizer": tokenizer.digest(),
         "device": choose_device(setup.device).type,
     }
+
+
+def of_model(folder: Path, config: BertConfig) -> dict:
+    """Return what tells a model from another, by whatever name it came."""
+    model, _ = load_model(folder, config, seed=0)
+    return {"architecture": config.to_dict(), "weights": base_digest(model, held=())}
 
 
 def make_missing(
@@ -286,7 +296,8 @@ def _end_with_parent() -> None:
 def side_by_side(calls: Sequence[Callable[[], dict]], jobs: int) -> Iterator[dict]:
     """Yield what the calls return: in turn, or as they end in `jobs` processes, which divide the CPU's threads.
 
-    They share the device. Where a call raises, those that have not begun are not begun.
+    They share the device. Where a call raises, those that have not begun are not begun; where a signal stops this, all
+    end at once. Raises RunError where a process is killed.
     """
     if jobs == 1 or len(calls) < 2:
         yield from (call() for call in calls)
@@ -297,5 +308,11 @@ def side_by_side(calls: Sequence[Callable[[], dict]], jobs: int) -> Iterator[dic
     try:
         for future in as_completed([pool.submit(call) for call in calls]):
             yield future.result()
+    except BrokenProcessPool:
+        raise RunError("a process of a run was killed, perhaps for want of memory: try fewer --jobs") from None
+    except KeyboardInterrupt:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)

@@ -146,7 +146,8 @@ def split_rows(rows: Sequence[Example], share: float, seed: int) -> tuple[list[E
 
     Equal texts are on one side. Of each class as many rows are held out as its share, rounded, without the texts that
     would be too many, and one at least is left to train on, unless the share is 1. Numbers are of one class, and so are
-    rows of several.
+    rows of several. A text with several labels counts under its first, so that a class of such texts alone may have no
+    row to train on.
     """
     groups: dict[object, dict[tuple, list[int]]] = {}  # by label, then by text: numbers of rows
     first: dict[tuple, object] = {}  # the label of a text, where it has several its first

@@ -60,6 +60,11 @@ def load_splits(task: str, data: str | None, reading: DataConfig = DataConfig())
     return load_squad(task, data_folder(data)) if task in questions.TASKS else glue.load_glue(task, data_folder(data))
 
 
+def own_name(task: str) -> str:
+    """Return the name that a task of GLUE has itself, whose case and dash may be given otherwise; of others `task`."""
+    return glue.glue_task(task).task.name if glue.is_task(task) else task
+
+
 def check_reading(task: str, reading: DataConfig) -> None:
     """Raise InputError where the rows of a task are its own, and yet an option says how to read them."""
     given = [name for name in options(DataConfig) if getattr(reading, name) != getattr(DataConfig, name)]

@@ -178,7 +178,8 @@ class Classes(Task):
         """Return a TSV of the class `label` and its `probability`."""
         exponentials = np.exp(outputs - outputs.max(axis=1, keepdims=True))
         probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
-        rows = (f"{self.labels[row.argmax()]}\t{row.max():.6f}\n" for row in probabilities)
+        decided = zip(self.decide(outputs, rows, limits), probabilities)
+        rows = (f"{self.labels[index]}\t{row[index]:.6f}\n" for index, row in decided)
         return "label\tprobability\n" + "".join(rows)
 
     def cells(self, decisions: np.ndarray, names: Sequence[str], bounds: tuple[float, float]) -> list[str]:
@@ -212,7 +213,7 @@ class Numbers(Task):
         return f"{min(values):g} to {max(values):g}, {np.mean(values):.4g} on average"
 
     def plain(self, decisions: np.ndarray) -> list[float]:
-        return [round(float(score), 4) for score in decisions]
+        return [float(f"{score:.9g}") for score in decisions]  # all that a float32 holds
 
     def lines(self, outputs: np.ndarray, rows: EncodedRows, limits: Limits) -> str:
         """Return a TSV of `score`."""

@@ -72,7 +72,8 @@ def best_lines(summary: Summary) -> list[str]:
     elif best["epoch"] != summary.epochs:
         values = ", ".join(f"{name} {value:.4f}" for name, value in best["metrics"].items())
         lines.append(f"The best evaluation was after {when}: {values}; `--keep best` writes its weights.")
-    if (patience := settings.get("patience")) and summary.epochs - best["epoch"] == patience:
+    was_last = settings.get("budget") is None and summary.epochs == settings["epochs"]
+    if (patience := settings.get("patience")) and summary.epochs - best["epoch"] == patience and not was_last:
         lines.append(f"The run ended after epoch {summary.epochs}: `--patience {patience}`.")
     return [*lines, ""] if lines else []
 

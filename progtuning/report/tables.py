@@ -13,7 +13,7 @@ SPEED = ("examples/s", "tokens/s", "padding", "TFLOP/s", "of peak")
 
 def table(header: Sequence[str], rows: Iterable[Sequence]) -> str:
     """Return an aligned Markdown table: columns of numbers to the right, others to the left; None is an empty cell."""
-    body = [[str("" if cell is None else cell) for cell in row] for row in rows]
+    body = [[str("" if cell is None else cell).replace("|", "\\|") for cell in row] for row in rows]
     columns = list(zip(*body)) or [()] * len(header)
     numeric = [all(_NUMBER.fullmatch(cell) for cell in column) for column in columns]
     widths = [max(map(len, (name, *column))) for name, column in zip(header, columns)]

@@ -252,6 +252,7 @@ def predict_file(
     questions and contexts, or SQuAD's own JSON, the lines of `answers.to_jsonl`. Raises InputError.
     """
     task = checkpoint.task
+    task.check(checkpoint)
     examples = task.read(file, reading)
     check_pairs(checkpoint, examples, file)
     rows = task.encode(examples, checkpoint.tokenizer, checkpoint)
