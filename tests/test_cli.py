@@ -638,5 +638,11 @@ def test_help_names_every_command_and_every_option_has_a_text():
     assert status == 0 and all(name in out for name in ("demo", "train", "evaluate", "predict", "plan", "paper"))
 
 
+def test_a_submission_refuses_columns_of_ones_own_files(tmp_path):
+    asked = ["--checkpoint", "c", "--task", "mrpc", "--data", tmp_path, "--glue-submission", tmp_path / "s"]
+    line = refused(*call("predict", *asked, "--text-column", "x"))
+    assert line.endswith("--text-column does not go with --glue-submission")
+
+
 def test_no_memory_at_all_is_refused():
     assert "--memory must be more than 0, got '0'" in refused(*call("plan", "--model", "minilm-l6", "--memory", "0"))

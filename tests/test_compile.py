@@ -153,8 +153,11 @@ def test_where_no_code_can_be_compiled_one_line_says_so_before_anything_is_read_
         compiler.chmod(0o755)
     with torch._inductor.config.patch({"cpp.cxx": (None, str(compiler)), "compile_threads": 1}):
         line = refused(*call(*arguments("org/never-asked-for", tiny_task, tmp_path / "run")))
+        check_compiler.cache_clear()
+        compared = ["--task", "classification", "--data", tiny_task, "--output-dir", tmp_path / "run"]
+        grid = refused(*call("compare", "--model", "org/never-asked-for", *compared, "--compile", "--device", "cpu"))
     assert line.startswith(f"progtuning: error: --compile: torch.compile does not work here: {message}")
-    assert not (tmp_path / "run").exists()
+    assert grid == line and not (tmp_path / "run").exists()
 
 
 def test_without_triton_the_line_is_that_of_pytorch(monkeypatch, without_compiled_code):

@@ -16,7 +16,7 @@ from progtuning.base.files import (
 from progtuning.cli.options import label_map
 from progtuning.cli.streams import print_json, put, put_line, say, tell
 from progtuning.report import tables
-from progtuning.settings.options import given
+from progtuning.settings.options import given, option_name
 from progtuning.settings.train import DataConfig, SquadConfig, TrainConfig
 
 
@@ -84,5 +84,8 @@ def check_predict_options(args: argparse.Namespace) -> None:
     for name in others:
         if getattr(args, name) is not None:
             raise InputError(f"--{name} does not go with {what if args.glue_submission else '--input'}")
+    columns = given(args, DataConfig)
+    if args.glue_submission is not None and columns:
+        raise InputError(f"{option_name(DataConfig, min(columns))} does not go with {what}")
     if args.output not in (None, "-"):
         check_output_file(args.output)

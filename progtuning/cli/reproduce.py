@@ -55,6 +55,7 @@ def run_reproduce(args: argparse.Namespace) -> None:
     from progtuning.compare.reproduce import Blocks, Trial, blocks_page, cells, page, reproduce
     from progtuning.compare.runs import of_model, splits_of
     from progtuning.data.glue import FOLDERS
+    from progtuning.speed.kernels import check_compiler
     from progtuning.step.device import choose_device
     from progtuning.step.measure import environment
 
@@ -68,7 +69,10 @@ def run_reproduce(args: argparse.Namespace) -> None:
         check_choices("--tasks", args.tasks, tasks if of_paper else [*FOLDERS])
         tasks = tuple(dict.fromkeys(args.tasks))
     places = {task: data_of(task, args) for task in tasks}
-    device, folder = choose_device(args.device), model_folder(model)
+    device = choose_device(args.device)
+    if getattr(args, "compile", False):
+        check_compiler(device)
+    folder = model_folder(model)
     num_blocks = BertConfig.from_json(folder / "config.json", keep_head=False).num_hidden_layers
     trials = []
     for seed in seeds_of(args.seeds, getattr(args, "seed", TrainConfig.seed)):
