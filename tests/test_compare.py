@@ -501,7 +501,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("how, said", [
-    ("killed", "RunError a process of a run was killed, perhaps for want of memory: try fewer --jobs"),
+    ("killed", "_Killed a process of a run was killed, perhaps for want of memory: try fewer --jobs"),
     ("signal", "Interrupted stopped by SIGTERM"),
     ("sleep", "KeyboardInterrupt "),
 ])  # fmt: skip

@@ -148,7 +148,7 @@ def test_the_differences_at_equal_cost_are_those_of_the_laboratory_books_table()
 
     (header,) = [line for line in README.splitlines() if line.startswith("| of the FLOPs of 3 full epochs")]
     schedules = [cell.strip(" `") for cell in header.split("|")[3:-1]]
-    for budget in ("0.25", "0.5", "0.75", "1"):
+    for budget in ("0.25", "0.5", "0.75", "1", "1.5"):
         (row,) = cells(README, budget)
         in_book = {line[1]: line[-1] for line in cells(BOOK, budget) if len(line) == 7}
         assert row[2:] == [in_book.get(schedule, "") for schedule in schedules]

@@ -8,13 +8,13 @@ import shutil
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import lru_cache, partial
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from signal import SIGINT, Signals
 
@@ -282,9 +282,49 @@ def describe(run: Run) -> str:
     return f"{run.schedule} at budget {run.budget:g}, lr {run.lr:g}{seed}"
 
 
-def _begin_worker(threads: int) -> None:
+class _Killed(RunError):
+    """A worker is no more."""
+
+
+class _Worker:
+    """A process that makes calls one after the other."""
+
+    def __init__(self, threads: int):
+        spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        self.connection, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=_work, args=(theirs, threads), daemon=True)
+        self.process.start()
+        theirs.close()  # so that its end is seen here
+
+    def result(self) -> dict:
+        """Return what the call returned, or raise what it raised. Raises RunError where the process is no more."""
+        try:
+            result, error = self.connection.recv()
+        except (EOFError, ConnectionError):
+            raise _Killed("a process of a run was killed, perhaps for want of memory: try fewer --jobs") from None
+        if error is not None:
+            raise error
+        return result
+
+    def end(self, at_once: bool) -> None:
+        self.connection.close()  # after its present call it meets the end
+        if at_once:
+            self.process.kill()
+        self.process.join()
+
+
+def _work(connection: Connection, threads: int) -> None:
+    """Make the calls that come, until there is an end of them or of the process that began this one."""
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    with suppress(EOFError, OSError):
+        while True:
+            call = connection.recv()
+            try:
+                result = call(), None
+            except BaseException as error:
+                result = None, error
+            connection.send(result)
 
 
 def _end_with_parent() -> None:
@@ -296,23 +336,28 @@ def _end_with_parent() -> None:
 def side_by_side(calls: Sequence[Callable[[], dict]], jobs: int) -> Iterator[dict]:
     """Yield what the calls return: in turn, or as they end in `jobs` processes, which divide the CPU's threads.
 
-    They share the device. Where a call raises, those that have not begun are not begun; where a signal stops this, all
-    end at once. Raises RunError where a process is killed.
+    They share the device. Where a call raises, those that have not begun are not begun; where a signal stops this or a
+    process is killed, for which RunError is raised, all end at once.
     """
     if jobs == 1 or len(calls) < 2:
         yield from (call() for call in calls)
         return
-    threads = max(1, torch.get_num_threads() // jobs)
-    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    pool = ProcessPoolExecutor(jobs, spawn, initializer=_begin_worker, initargs=(threads,))
+    jobs, left, at_once = min(jobs, len(calls)), deque(calls), False
+    workers = [_Worker(max(1, torch.get_num_threads() // jobs)) for _ in range(jobs)]
+    busy = {worker.connection: worker for worker in workers}
     try:
-        for future in as_completed([pool.submit(call) for call in calls]):
-            yield future.result()
-    except BrokenProcessPool:
-        raise RunError("a process of a run was killed, perhaps for want of memory: try fewer --jobs") from None
-    except KeyboardInterrupt:
-        for worker in multiprocessing.active_children():
-            worker.kill()
+        for worker in workers:
+            worker.connection.send(left.popleft())
+        while busy:
+            for connection in wait(list(busy)):
+                yield busy[connection].result()
+                if left:
+                    connection.send(left.popleft())
+                else:
+                    del busy[connection]
+    except (KeyboardInterrupt, _Killed):
+        at_once = True
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        for worker in workers:
+            worker.end(at_once)
