@@ -476,7 +476,7 @@ def test_predictions_of_numbers_keep_all_that_a_float32_holds():
 
 
 KILLED = """
-import os, sys, time
+import os, signal, sys, time
 from functools import partial
 from progtuning.base.errors import Interrupted, RunError
 from progtuning.compare.runs import side_by_side
@@ -493,6 +493,7 @@ def run(how):
     time.sleep(600)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is begun without
     try:
         list(side_by_side([partial(run, sys.argv[1]), partial(run, "sleep")], jobs=2))
     except (RunError, KeyboardInterrupt) as error:
