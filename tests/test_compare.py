@@ -514,6 +514,9 @@ def test_workers_that_are_killed_or_stopped_end_the_comparison_at_once_in_words(
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
         wait_until(lambda: sum(is_worker(pid) and threads(pid) > 1 for pid in children.read_text().split()) == 2)
         parent.send_signal(signal.SIGINT)
-    out, err = parent.communicate(timeout=120)
+    try:
+        out, err = parent.communicate(timeout=120)
+    finally:
+        parent.kill()
     assert out.startswith(said), (out, err)
     assert "Traceback" not in err

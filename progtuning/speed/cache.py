@@ -55,8 +55,7 @@ class PrefixCache:
 
     Several processes on a machine can divide the examples: each keeps those where `kept`, (N,) bool, says so (None:
     all), and runs the whole prefix of any other every time. The limit is for `num_sharing` caches of this size
-    together.
-    One that is not to be `used` is measured and checked, and takes no room.
+    together. One that is not to be `used` is measured and checked, and takes no room.
 
     Raises InputError where the size exceeds `limit` bytes (None: half of what is free), RunError where the place
     cannot hold it.
