@@ -1,4 +1,4 @@
-"""Where the time of a full training step goes on a GPU: the device at work, and its kernels by kind, under the profiler.
+"""Where the time of a full training step goes on a GPU: the device at work, and its kernels by kind.
 
     python benchmarks/where_time_goes.py > profile.txt
 

@@ -317,7 +317,7 @@ def _work(connection: Connection, threads: int) -> None:
     """Make the calls that come, until there is an end of them or of the process that began this one."""
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with suppress(EOFError, OSError):
+    with suppress(EOFError, OSError, KeyboardInterrupt):  # of a signal the other end speaks
         while True:
             call = connection.recv()
             try:
