@@ -6,12 +6,16 @@ For each model a line with the time of a step, by the clock and until the host h
 tables of three steps: by time of the device, by time of the host. bf16, no padding, AdamW fused, a head of two classes.
 """
 
+import argparse
 import time
+from collections.abc import Sequence
 
+import harness
 import torch
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from progtuning.base.errors import InputError
 from progtuning.engine import StageEngine
 from progtuning.model.bert import build_model
 from progtuning.model.config import ARCHITECTURES
@@ -21,7 +25,12 @@ from progtuning.step.optim import build_optimizer
 SHAPES = {"minilm-l6": (16, 32), "bert-base-uncased": (32, 128), "bert-large-uncased": (32, 384)}  # rows, tokens
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
+        arguments
+    )
+    if not torch.cuda.is_available():
+        raise InputError("it is about a GPU, and there is none")
     torch.backends.cuda.enable_cudnn_sdp(False)  # as a run has it
     for name, (rows, tokens) in SHAPES.items():
         model = build_model(ARCHITECTURES[name].with_head("classification", ("no", "yes"))).to("cuda").train()
@@ -57,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run_script(main)
