@@ -11,15 +11,18 @@ schedules or policies have in common is measured once. Three forms of it:
     cut          E and the frozen blocks run without grad
     cut + cache  their output is there already, and only the blocks above the cut run
 
+With `--compile` and `--cuda-graphs` the blocks are run so; of the latter give `--steps 7`: a turn records in its second
+step.
+
 Results go to benchmarks/results/backward_savings_<device>_<precision>.json and .md after every round, and a .png at the
-end. A group (model, length, method) that is whole there is not measured again, so a run that was stopped is taken up by
-the same command.
+end; those options add their names to the file's. A group (model, length, method) that is whole there is not measured
+again, so a run that was stopped is taken up by the same command.
 """
 
 import argparse
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +40,8 @@ from progtuning.model.bert import Model, build_model
 from progtuning.model.config import ARCHITECTURES, BertConfig
 from progtuning.report import pictures, tables
 from progtuning.settings.peft import PeftConfig
+from progtuning.speed.graphs import graph_blocks
+from progtuning.speed.kernels import compile_blocks
 from progtuning.stages import EMBEDDING_POLICIES, Stage, make_schedule
 from progtuning.step.device import choose_device, forward_pass
 from progtuning.step.optim import build_optimizer
@@ -145,6 +150,12 @@ class Group:
         }
 
 
+def changes(args: argparse.Namespace) -> dict[str, Callable[[Model], None]]:
+    """Return what the options do to the model that is timed, by name."""
+    asked = {"compiled": (args.compile, compile_blocks), "graphs": (args.cuda_graphs, graph_blocks)}
+    return {name: change for name, (is_given, change) in asked.items() if is_given}
+
+
 def measure(group: Group, names: Mapping, stages: Mapping[Form, list[dict]], args, peak: float) -> Iterator[list[dict]]:
     """Yield the rows of a group after every round."""
     facts = {form: group.describe(form) for form in stages}
@@ -152,6 +163,8 @@ def measure(group: Group, names: Mapping, stages: Mapping[Form, list[dict]], arg
     full = next(iter(stages))
     device, precision = group.device, group.precision
     backend = harness.in_memory(variants[full], lambda: harness.attention_backend(variants[full], device, precision))
+    for change in changes(args).values():
+        change(group.model)
     for timings in harness.take_turns(variants, args.rounds, args.steps, device, precision):
         yield [
             {
@@ -300,6 +313,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--stages-of", nargs="+", type=int, default=[3, 12], metavar="T", help="stages a schedule has")
     parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="begin no round after this")
+    parser.add_argument("--compile", action="store_true", help="as `train --compile`")
+    parser.add_argument("--cuda-graphs", action="store_true", help="as `train --cuda-graphs`")
     harness.add_step_options(parser, steps=3)
     return harness.parse_steps(parser, arguments, "lengths", "stages_of")
 
@@ -310,7 +325,7 @@ def main(arguments: Sequence[str]) -> Path:
     end = time.monotonic() + 60 * args.time_limit if args.time_limit else float("inf")
     device = choose_device(args.device)
     args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"backward_savings_{args.device}_{args.precision}.json"
+    path = args.output / f"{'_'.join(['backward_savings', args.device, args.precision, *changes(args)])}.json"
     settings = {key: getattr(args, key) for key in ("batch_size", "precision", "steps")}
     settings |= {
         "optimizer": "AdamW, fused",

@@ -214,11 +214,18 @@ RUNS = {  # options of train, and the run that it stands beside
     "DPS": ("--dps dense --dps-update-ratio 0.1", "plain"),
     "padded": ("--no-group-by-length", "padded"),
     "unpadded": ("--no-group-by-length --unpadded", "padded"),
+    "graphs": ("--cuda-graphs", "plain"),
+    "graphs and cache": ("--cuda-graphs --cache device", "plain"),
     "compile": ("--compile", "plain"),
 }
 STUDIES = {"sts-b": "STS-B", "movie-reviews": None, "mrpc": "MRPC", "sst-2": "SST-2"}  # tasks, and their folders
 STUDY = "--epochs 3 --batch-size 16 --budgets 0.5 1 --lrs 5e-5 1e-4 2e-4 --seeds 5"
 STUDY += " --schedules full shrinking+cache growing+cache 2+cache 2:2,4:1+cache"
+DETERMINISTIC = """import sys, torch
+from progtuning.cli.command import main
+torch.use_deterministic_algorithms(True)
+sys.exit(main())
+"""
 TINY_STUDY = "--epochs 3 --schedules full shrinking+cache --budgets 1 --lrs 1e-4 --seeds 1"
 
 
@@ -236,7 +243,7 @@ def steps_of(args: argparse.Namespace, work: Path) -> list[Step]:
 
     options = f"--epochs 3 --lr 1e-4 --precision {precision} {'--batch-size 8' if tiny else ''}".split()
     options += [*given, *on]
-    modules = ("devices",) if tiny else ("devices", "unpad", "train", "resume", "compile", "accounting")
+    modules = ("devices",) if tiny else ("devices", "graphs", "unpad", "train", "resume", "compile", "accounting")
     tests = [python, "-m", "pytest", "-v", "-p", "no:cacheprovider", *(f"tests/test_{name}.py" for name in modules)]
     tests += ["-k", args.device]
     if importlib.util.find_spec("xdist") and not tiny:
@@ -249,6 +256,11 @@ def steps_of(args: argparse.Namespace, work: Path) -> list[Step]:
         text = f"--models {model} --lengths {length} {methods} --stages-of 3 {rounds} --output {results}"
         step = script("backward_savings", text)
         steps.append(Step(f"backward, {model}", 110, step, lambda model=model: savings_figures(savings, model)))
+    if args.device == "cuda":
+        recorded = savings.with_name(f"{savings.stem}_compiled_graphs.json")
+        text = "--models bert-large-uncased --lengths 384 --methods full --stages-of 3 --rounds 3 --steps 7 --compile"
+        step = script("backward_savings", f"{text} --cuda-graphs --output {results}")
+        steps.append(Step("backward, recorded", 110, step, lambda: savings_figures(recorded, "bert-large-uncased")))
     text = "--model minilm-l6 --length 16 --rounds 1 --steps 1 --without-lora" if tiny else "--rounds 5 --steps 5"
     peers = results / f"peers_{args.device}_{precision}.json"
     steps.append(Step("peers", 60, script("peers", f"{text} --output {results}"), lambda: peers_figures(peers)))
@@ -257,6 +269,8 @@ def steps_of(args: argparse.Namespace, work: Path) -> list[Step]:
     text += f" --steps {1 if tiny else 3} --paddings 0 0.1 0.2 0.4 --output {results}"
     steps.append(Step("options", 60, script("step_options", text)))
     for name, (more, beside) in RUNS.items():
+        if args.device == "cpu" and "--cuda-graphs" in more:
+            continue
         command = [python, "-m", "progtuning", "train", *options, *more.split(), "--output-dir", str(work / name)]
         command += ["--evaluate", "end"]
         folders = (work / name, args.output / "runs" / name, args.output / "runs" / beside, name == "unpadded")
@@ -283,11 +297,14 @@ def steps_of(args: argparse.Namespace, work: Path) -> list[Step]:
 
 
 def kill_and_resume(options: Sequence[str], work: Path, output: Path) -> None:
-    """Kill a run after its first checkpoint, resume it, and write how it differs from "plain", which was not killed."""
-    command = [sys.executable, "-m", "progtuning", "train", *options, "--evaluate", "end"]
-    whole, killed = work / "plain", work / "killed"
-    if not (whole / SUMMARY).exists():
-        subprocess.run([*command, "--output-dir", str(whole)], check=True)
+    """Kill a run after its first checkpoint, resume it, and write how it differs from one that was not killed.
+
+    Both are under deterministic algorithms: without, a run on CUDA does not equal itself.
+    """
+    command = [sys.executable, "-c", DETERMINISTIC, "train", *options, "--evaluate", "end"]
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # with which cuBLAS is deterministic
+    whole, killed = work / "whole", work / "killed"
+    subprocess.run([*command, "--output-dir", str(whole)], check=True)
     process = subprocess.Popen([*command, "--output-dir", str(killed)])
     while not checkpoints_of(killed) and process.poll() is None:
         time.sleep(0.02)

@@ -7,6 +7,8 @@
     unpadded        --unpadded: real tokens alone, but in attention
     compiled        --compile
     both            --compile --unpadded
+    graphs          --cuda-graphs; give --rounds 3: the first is recorded in
+    recorded        --compile --cuda-graphs
     checkpointed    --checkpoint-activations
     cudnn           plain, with cuDNN's kernel of attention, which a run does not take
 
@@ -37,6 +39,7 @@ from progtuning.model.config import ARCHITECTURES, BertConfig
 from progtuning.report import tables
 from progtuning.settings.peft import PeftConfig
 from progtuning.speed.checkpointing import checkpoint_blocks
+from progtuning.speed.graphs import graph_blocks
 from progtuning.speed.kernels import compile_blocks
 from progtuning.speed.unpad import unpad
 from progtuning.stages import Stage
@@ -50,6 +53,8 @@ PARTS: dict[str, list[Callable[[Model], None]]] = {
     "unpadded": [unpad],
     "compiled": [compile_blocks],
     "both": [unpad, compile_blocks],
+    "graphs": [graph_blocks],
+    "recorded": [compile_blocks, graph_blocks],
     "checkpointed": [checkpoint_blocks],
     "cudnn": [],
 }
@@ -136,7 +141,7 @@ def measure(name: str, padding: float, dropout: float, args: argparse.Namespace,
     config = config.with_head("classification", ("no", "yes"))
     built(config, device)
     wanted = [one for one in args.variants if padding or one not in ("unpadded", "both")]
-    wanted = [one for one in wanted if device.type == "cuda" or one != "cudnn"]
+    wanted = [one for one in wanted if device.type == "cuda" or one not in ("cudnn", "graphs", "recorded")]
     reset_peak_bytes(device)
     resident = peak_bytes(device) if device.type == "cpu" and len(wanted) == 1 else None
     steps = {one: Step(one, config, args.batch_size, length, padding, device) for one in wanted}

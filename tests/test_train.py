@@ -556,7 +556,9 @@ def test_no_step_on_cuda_waits_for_the_device(changes, monkeypatch):
 def test_a_run_with_prefetched_batches_is_the_run_without(monkeypatch):
     runs = [trainer(accumulation_steps=3), trainer(accumulation_steps=3)]
     runs[0].fit()
-    monkeypatch.setattr("progtuning.step.loader.collate_inputs", lambda data, rows, pin: collate_inputs(data, rows))
+    monkeypatch.setattr(
+        "progtuning.step.loader.collate_inputs", lambda data, rows, length, pin: collate_inputs(data, rows)
+    )
     collated = []
 
     def on_cuda(self, epoch, start=0):

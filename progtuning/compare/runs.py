@@ -30,7 +30,7 @@ from progtuning.methods.saved import base_digest
 from progtuning.model.config import BertConfig
 from progtuning.model.weights import load_model
 from progtuning.report.tables import PHASES
-from progtuning.run.build import forecast, lay_out
+from progtuning.run.build import build_loader, forecast, lay_out
 from progtuning.run.checkpoint import FORMAT
 from progtuning.run.evaluate import predict
 from progtuning.run.finetune import fine_tune, prepare
@@ -39,7 +39,6 @@ from progtuning.run.log import RUN, RunLog
 from progtuning.run.saved import load_checkpoint
 from progtuning.settings.train import DataConfig, TrainConfig
 from progtuning.step.device import choose_device
-from progtuning.step.loader import Loader, make_batches
 from progtuning.step.measure import environment
 from progtuning.step.processes import World
 
@@ -116,17 +115,13 @@ def splits_of(task: str, data: str | None, max_train_rows: int | None, reading: 
 def flops_of_full(folder: Path, splits: Splits, settings: TrainConfig, device: torch.device) -> int:
     """Return the FLOPs of which `settings.budget` is a share."""
     config, settings, rows = encoded(folder, splits, settings)
-    return forecast(config, loader_of(rows, settings, device), settings).full(settings.epochs)
+    return forecast(config, build_loader(config, rows, settings, device), settings).full(settings.epochs)
 
 
 def encoded(folder: Path, splits: Splits, settings: TrainConfig) -> tuple[BertConfig, TrainConfig, EncodedRows]:
     """Return what `prepare` does of the training rows."""
     config, settings, _, rows, _ = prepare(folder, replace(splits, dev={}), settings)
     return config, settings, rows
-
-
-def loader_of(rows: EncodedRows, settings: TrainConfig, device: torch.device) -> Loader:
-    return Loader(rows, make_batches(rows.lengths, settings), device, World(), settings.accumulation_steps)
 
 
 def predictions(output: Path, splits: Splits, settings: TrainConfig, device: torch.device) -> list:

@@ -65,8 +65,8 @@ class EncodedRows:
             digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
 
-    def collate(self, indices: Sequence[int]) -> dict[str, Tensor | None]:
-        """Return the rows `indices` as a batch of CPU tensors, padded on the right to the longest of them.
+    def collate(self, indices: Sequence[int], length: int | None = None) -> dict[str, Tensor | None]:
+        """Return the rows `indices` as a batch of CPU tensors, padded on the right to `length` (None: the longest) S.
 
             input_ids       (B, S) int64
             token_type_ids  (B, S) int64, 0 where padded
@@ -79,7 +79,7 @@ class EncodedRows:
         if not len(indices):
             raise ValueError("a batch must have at least one row, got none")
         lengths = self.lengths[list(indices)]
-        shape = (len(lengths), int(lengths.max()))
+        shape = (len(lengths), int(lengths.max()) if length is None else length)
         input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
         token_type_ids = np.zeros(shape, dtype=np.int64)
         for row, index in enumerate(indices):

@@ -26,6 +26,7 @@ from progtuning.model.config import HEADS, BertConfig
 from progtuning.settings.train import TrainConfig, parse_class_weights
 from progtuning.speed.cache import CachedEngine, PrefixCache, Shelves
 from progtuning.speed.checkpointing import checkpoint_blocks
+from progtuning.speed.graphs import MULTIPLE, graph_blocks
 from progtuning.speed.kernels import compile_blocks
 from progtuning.speed.unpad import unpad
 from progtuning.stages import Schedule
@@ -57,16 +58,32 @@ def lay_out(config: BertConfig, data: EncodedRows, settings: TrainConfig, device
     """
     if settings.batch_tokens is None and settings.batch_size < world.size:
         raise InputError(f"--batch-size must be at least the {world.size} processes, got {settings.batch_size}")
+    if settings.cuda_graphs and (device.type != "cuda" or world.size > 1):
+        got = device.type if device.type != "cuda" else f"{world.size} processes"
+        raise InputError(f"--cuda-graphs is for one process on a CUDA device, got {got}")
     schedule = build_schedule(settings, config.num_hidden_layers)
     weights = class_weights(settings, config, data)
     row_weights = None if weights is None else weights[data.labels.numpy()]
-    batches = make_batches(data.lengths, settings)
-    loader = Loader(data, batches, device, world, settings.accumulation_steps, row_weights)
+    loader = build_loader(config, data, settings, device, world, row_weights)
     num_steps = steps_of(config, loader, settings)
     if settings.dps.mode != "off":
         window_length(settings.dps.update_ratio, num_steps)
     check_keeps(config, settings, schedule)
     return Course(schedule, loader, weights, num_steps)
+
+
+def build_loader(
+    config: BertConfig,
+    data: EncodedRows,
+    settings: TrainConfig,
+    device: torch.device,
+    world: World = World(),
+    row_weights: np.ndarray | None = None,
+) -> Loader:
+    """Return what gives the batches of a run on the rows `data`. Raises InputError as `make_batches` does."""
+    batches, pieces = make_batches(data.lengths, settings), settings.accumulation_steps
+    multiple = MULTIPLE if settings.cuda_graphs else 1
+    return Loader(data, batches, device, world, pieces, row_weights, multiple, most=config.max_length)
 
 
 def build_trainer(
@@ -96,6 +113,8 @@ def build_trainer(
         checkpoint_blocks(model)
     if settings.compile:
         compile_blocks(model)
+    if settings.cuda_graphs:
+        graph_blocks(model)
     if settings.unpadded:
         unpad(model)
     cache = engine.cache if isinstance(engine, CachedEngine) else None
@@ -194,7 +213,7 @@ def forecast(config: BertConfig, loader: Loader, settings: TrainConfig) -> Forec
     def batches(epoch: int) -> list[list[Piece]]:
         return [
             [
-                Piece(rank.rank, rows, int(lengths[rows].max()))
+                Piece(rank.rank, rows, loader.padded_length(rows))
                 for rank in ranks
                 for rows, _ in rank.pieces(batch, loader.pieces)
             ]

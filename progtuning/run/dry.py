@@ -62,9 +62,16 @@ def notes(settings: TrainConfig, device: torch.device) -> list[str]:
     found = []
     if not knows_bytes(device.type, settings):
         found.append(f"The bytes of a step in {settings.precision} are not known on a CPU.")
-    elif settings.dps.mode != "off" or settings.compile:
-        option = f"--dps {settings.dps.mode}" if settings.dps.mode != "off" else "--compile"
-        found.append(f"What {option} keeps is not among the bytes of a step.")
+    else:
+        given = {
+            f"--dps {settings.dps.mode}": settings.dps.mode != "off",
+            "--compile": settings.compile,
+            "--cuda-graphs": settings.cuda_graphs,
+        }
+        options = [name for name, is_given in given.items() if is_given]
+        if options:
+            keep = "keeps" if len(options) == 1 else "keep"
+            found.append(f"What {' and '.join(options)} {keep} is not among the bytes of a step.")
     if settings.patience is not None:
         found.append(f"--patience {settings.patience} may end the run before.")
     return found

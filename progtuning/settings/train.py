@@ -166,6 +166,7 @@ class TrainConfig(Options):
     )
     precision: str = option("fp32", "{choices}", choices=PRECISIONS)  # bf16: autocast
     compile: bool = option(False, "compile each block with torch.compile")
+    cuda_graphs: bool = option(False, "record the blocks as CUDA graphs: where a GPU waits for the host")
     unpadded: bool = option(False, "run the blocks without padding, but for attention: where padding is much")
     checkpoint_activations: bool = option(
         False, "keep of each block its input alone and run it again in the backward pass: less memory, more time"
@@ -216,6 +217,7 @@ class TrainConfig(Options):
         if self.class_weights is not None:
             parse_class_weights(self.class_weights)
         self._check_cache()
+        self._check_graphs()
         if self.evaluate == "end" and (self.keep == "best" or self.patience is not None):
             what = "--keep best" if self.keep == "best" else "--patience"
             raise InputError(f"{what} compares evaluations, and --evaluate end makes one: leave it out")
@@ -244,6 +246,18 @@ class TrainConfig(Options):
                 f"--cache {self.cache} needs the same output of the frozen blocks in every epoch: "
                 "leave out --prefix-dropout"
             )
+
+    def _check_graphs(self) -> None:
+        moving = {  # what makes another shape of each batch, or other work of each pass
+            "--unpadded": self.unpadded,
+            "--checkpoint-activations": self.checkpoint_activations,
+            "--batch-tokens": self.batch_tokens is not None,
+        }
+        for name, is_given in moving.items():
+            if self.cuda_graphs and is_given:
+                raise InputError(
+                    f"--cuda-graphs records passes that are alike, which {name} does not make: leave it out"
+                )
 
     @property
     def kind(self) -> ScheduleKind:

@@ -24,7 +24,8 @@ class Loader:
     """The training batches, each as the pieces of this process's share.
 
     `data` are all rows, `batches` says which of them go together, `pieces` in how many parts a process takes its share.
-    `row_weights` (N,) says how much each row counts in the mean loss of its batch (None: all the same).
+    `row_weights` (N,) says how much each row counts in the mean loss of its batch (None: all the same). Rows are padded
+    to the longest of their piece, or to the next of its multiples of `multiple` tokens, but never beyond `most`.
     """
 
     def __init__(
@@ -35,9 +36,11 @@ class Loader:
         world: World,
         pieces: int = 1,
         row_weights: np.ndarray | None = None,
+        multiple: int = 1,
+        most: int = 2**63 - 1,
     ):
         self.data, self.batches, self.device, self.world, self.pieces = data, batches, device, world, pieces
-        self.row_weights = row_weights
+        self.row_weights, self.multiple, self.most = row_weights, multiple, most
 
     def __len__(self) -> int:
         """The number of batches, the same in every epoch."""
@@ -52,10 +55,18 @@ class Loader:
 
         def collate(batch: list[int]) -> list[Piece]:
             pieces = self.world.pieces(batch, self.pieces, self.row_weights)
-            return [Piece(piece, weight, collate_inputs(self.data, piece, pin=on_cuda)) for piece, weight in pieces]
+            return [
+                Piece(piece, weight, collate_inputs(self.data, piece, self.padded_length(piece), pin=on_cuda))
+                for piece, weight in pieces
+            ]
 
         batches = self.batches.epoch(epoch)[start:]
         return prefetch(batches, collate) if on_cuda else map(collate, batches)
+
+    def padded_length(self, rows: Sequence[int]) -> int:
+        """Return the tokens to which a piece of these rows is padded."""
+        longest = int(self.batches.lengths[rows].max())
+        return max(longest, min(-(-longest // self.multiple) * self.multiple, self.most))
 
     def rows_of(self, step: int) -> list[str]:
         """Return the ids of the rows of 0-based step `step`."""
@@ -70,9 +81,14 @@ def make_batches(lengths: Sequence[int], settings: TrainConfig) -> TrainBatches:
     return TokenBatches(lengths, settings.batch_tokens, settings.epochs, settings.seed, settings.group_by_length)
 
 
-def collate_inputs(data: EncodedRows, rows: list[int], pin: bool = False) -> dict[str, Tensor]:
-    """Return the model's inputs and the labels of `rows`; with `pin` in memory that CUDA copies from without a wait."""
-    batch = {key: value for key, value in data.collate(rows).items() if value is not None and key != "index"}
+def collate_inputs(
+    data: EncodedRows, rows: Sequence[int], length: int | None = None, pin: bool = False
+) -> dict[str, Tensor]:
+    """Return the model's inputs and the labels of `rows`, padded to `length` tokens (None: to the longest).
+
+    With `pin` they lie in memory that CUDA copies from without a wait.
+    """
+    batch = {key: value for key, value in data.collate(rows, length).items() if value is not None and key != "index"}
     return {key: value.pin_memory() for key, value in batch.items()} if pin else batch
 
 
