@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from progtuning.base.errors import InputError
+from progtuning.base.errors import InputError, RunError
 from progtuning.engine import StageEngine
 from progtuning.methods.apply import apply_peft
 from progtuning.run.build import build_loader, build_trainer, forecast, lay_out
@@ -24,7 +24,7 @@ from progtuning.step.device import forward_pass
 from progtuning.step.loader import to_device
 from progtuning.step.processes import World
 from progtuning.train import Trainer
-from tests.models import gradients, tiny_batch, tiny_model
+from tests.models import gradients, reachable, tiny_batch, tiny_model
 from tests.test_cli import call, refused
 from tests.test_devices import PEFT
 from tests.test_train import SETTINGS, rows, weights
@@ -199,6 +199,35 @@ def test_recording_takes_nothing_of_the_random_numbers_of_dropout(device):
         found[-1].sum().backward()
     assert made
     assert all(torch.equal(output, found[0]) for output in found)
+
+
+def test_a_loss_that_is_kept_stands_in_no_recordings_way(device):
+    """Its graph ties the model's parameters to the stream that it ran in, for which a recording may not wait."""
+    model, losses = tiny_model().to(device), []
+    graph_blocks(model)
+    inputs, _ = to_device(tiny_batch(model.config), device)
+    for _ in range(4):
+        losses.append(model(**inputs).sum())
+        losses[-1].backward()
+    (recording,) = model.encoder.forward.recordings.values()
+    assert torch.equal(losses[3], losses[0])
+    if device.type == "cpu":  # the stand-in has still its graph
+        parameters = reachable(recording.output)[0]
+        assert parameters and not parameters & set(model.parameters())
+
+
+def test_what_cannot_be_recorded_ends_the_run_with_one_line():
+    class Broken(Rerun):
+        def record(self, work):
+            raise RuntimeError("CUDA error: operation not permitted\nCompile with TORCH_USE_CUDA_DSA ...")
+
+    model = tiny_model()
+    model.encoder.forward = RecordedEncoder(model.encoder, Broken)
+    model(**tiny_batch(model.config))
+    message = "--cuda-graphs: the blocks could not be recorded: CUDA error: operation not permitted"
+    with pytest.raises(RunError) as error:
+        model(**tiny_batch(model.config))
+    assert str(error.value) == message
 
 
 def test_batches_are_padded_to_a_multiple_but_never_beyond_what_the_model_takes():

@@ -21,7 +21,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from progtuning.base.errors import RunError
 from progtuning.model.bert import Encoder, Model
 
 MULTIPLE = 16  # tokens to which the rows of a batch are padded
@@ -57,22 +59,37 @@ class Recorder:
         return graph.replay
 
 
-class Recording:
-    """A run over blocks, forward and, where something in it trains, backward, on inputs of one shape.
+class Blocks(nn.Module):
+    """The blocks of a range: x (B, S, D), mask (B, S) bool or None -> (B, S, D)."""
 
-    `run` maps x (B, S, D) and mask (B, S) bool or None to y (B, S, D). `gradients` has a tensor for each parameter that
-    trains; the backward pass writes into these.
+    def __init__(self, encoder: Encoder, blocks: range):
+        super().__init__()
+        self.encoder, self.blocks = encoder, blocks
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return Encoder.forward(self.encoder, x, mask, self.blocks)
+
+
+class Recording:
+    """A pass over blocks, forward and, where something in it trains, backward, on inputs of one shape.
+
+    `gradients` has a tensor for each parameter that trains; the backward pass writes into these.
     """
 
     def __init__(
         self,
-        run: Callable[[Tensor, Tensor | None], Tensor],
+        blocks: Blocks,
         x: Tensor,
         mask: Tensor | None,
         gradients: dict[nn.Parameter, Tensor],
         recorder: Recorder,
     ):
-        self.run, self.gradients = run, gradients
+        self.blocks = blocks
+        trained = {name: parameter for name, parameter in blocks.named_parameters() if parameter in gradients}
+        self.gradients = {parameter: gradients[parameter] for parameter in trained.values()}
+        # Parameters of the same memory in place of the model's: autograd ties one to the stream of a graph that is
+        # still alive, as that of a loss that somebody keeps, and a recording may wait for no other stream.
+        self.aliases = {name: nn.Parameter(parameter.detach()) for name, parameter in trained.items()}
         self.x = x.detach().clone().requires_grad_(x.requires_grad)
         self.mask = None if mask is None else mask.clone()
         self.dx = torch.empty_like(x) if x.requires_grad else None
@@ -101,14 +118,14 @@ class Recording:
 
     def _run(self) -> None:
         with self.autocast():
-            self.output = self.run(self.x, self.mask)
+            self.output = functional_call(self.blocks, self.aliases, (self.x, self.mask))
 
     def _forward(self) -> None:
         self._run()
         self.y.copy_(self.output.detach())
 
     def _backward(self) -> None:
-        inputs, kept = list(self.gradients), list(self.gradients.values())
+        inputs, kept = list(self.aliases.values()), list(self.gradients.values())
         if self.dx is not None:
             inputs, kept = [self.x, *inputs], [self.dx, *kept]
         torch._foreach_copy_(kept, torch.autograd.grad(self.output, inputs, self.dy))
@@ -204,8 +221,11 @@ class RecordedEncoder:
             if parameter not in self.gradients:
                 self.gradients[parameter] = torch.empty_like(parameter, requires_grad=False)
         gradients = {parameter: self.gradients[parameter] for parameter in trained}
-
-        def run(x: Tensor, mask: Tensor | None) -> Tensor:
-            return Encoder.forward(self.encoder, x, mask, shape.blocks)
-
-        return Recording(run, x if shape.asks else x.detach(), mask, gradients, self.recorder)
+        blocks = Blocks(self.encoder, shape.blocks)
+        try:
+            return Recording(blocks, x if shape.asks else x.detach(), mask, gradients, self.recorder)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise RunError(f"--cuda-graphs: the blocks could not be recorded: {reason}") from error
