@@ -216,6 +216,27 @@ def test_a_run_that_diverges_is_a_row_and_the_others_go_on(tiny_folder, tiny_tas
     assert "Nothing stands beside full fine-tuning" in out
 
 
+def test_a_run_that_finds_no_room_is_no_row_and_is_made_when_there_is(tiny_folder, tiny_task, tmp_path, monkeypatch):
+    """What a run diverges by is its settings; want of memory or disk says nothing of them."""
+    made = []
+
+    def without_room(*arguments):
+        if len(made) == 1:
+            raise RunError("--cache memory: no room for 3 GB")
+        made.append(fine_tune(*arguments))
+        return made[-1]
+
+    fine_tune, whole = runs.fine_tune, arguments(tiny_folder, tiny_task, tmp_path / "out")
+    monkeypatch.setattr(runs, "fine_tune", without_room)
+    status, _, err = call(*whole)
+    assert status == 1 and err.splitlines()[-1].endswith("error: --cache memory: no room for 3 GB")
+    assert ["error" in row for row in rows_in(tmp_path / "out")] == [False]
+    monkeypatch.setattr(runs, "fine_tune", fine_tune)
+    status, _, err = call(*whole, "--resume")
+    assert status == 0, err
+    assert not any("error" in row for row in rows_in(tmp_path / "out"))
+
+
 def test_a_comparison_that_a_signal_stops_says_what_is_kept_and_how_to_go_on(
     tiny_folder, tiny_task, tmp_path, monkeypatch
 ):

@@ -211,3 +211,22 @@ def test_several_processes_say_it_once(tiny_folder, tiny_task, tmp_path):
     assert ran.stderr.count("train: 320 rows") == 1 and list(tmp_path.iterdir()) == []
     assert two["run"]["steps"] == one["run"]["steps"] == 33
     assert two["stages"][0]["step_bytes"] < one["stages"][0]["step_bytes"]  # each has half of a batch
+
+
+@pytest.mark.parametrize(
+    "options, idle, num_stages",
+    [
+        ("--epochs 2 --stages 4", "stages 2, 4 come", 4),
+        ("--epochs 1 --calendar 0:1,2:1", "stage 2 comes", 2),
+        ("--epochs 2 --stages 2", None, 2),
+        ("--epochs 3 --schedule adaptive", None, 15),
+    ],
+)
+def test_stages_that_come_to_no_step_are_named(options, idle, num_stages, tiny_folder, tiny_task, tmp_path):
+    fixed = ["--max-train-rows", "8", "--batch-size", "8", "--max-length", "16", "--device", "cpu", "--dry-run"]
+    given = ["--model", tiny_folder, "--task", "classification", "--data", tiny_task, "--output-dir", tmp_path / "run"]
+    status, _, said = call("train", *given, *fixed, *options.split())
+    assert status == 0, said
+    steps = options.split()[1]
+    expected = f"Of {num_stages} stages in {steps} steps, {idle} to none: nothing is trained there."
+    assert (expected in said.splitlines()) == bool(idle) and ("to none" in said) == bool(idle)

@@ -12,6 +12,10 @@ class RunError(RuntimeError):
     """What was asked for is right, but the run failed: network, disk, a loss that is not finite. Exit status 1."""
 
 
+class NotFinite(RunError):
+    """A loss, a gradient or an output is not finite, which the same run would come to again."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal asked the run to stop. Exit status 128 and the signal's number: 130 for SIGINT, 143 for SIGTERM."""
 

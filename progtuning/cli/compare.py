@@ -5,7 +5,7 @@ from pathlib import Path
 
 from progtuning.base.checks import check_number
 from progtuning.base.files import write_json, write_text
-from progtuning.cli.options import Parser, add_task_options, check_beside, train_config
+from progtuning.cli.options import Parser, add_task_options, check_beside, device_of, train_config
 from progtuning.cli.streams import print_json, say, tell
 from progtuning.compare.grid import Grid, default_rates, default_schedules, seeds_of
 from progtuning.model.config import BertConfig
@@ -42,15 +42,11 @@ def run_compare(args: argparse.Namespace) -> None:
     from progtuning.base.sources import model_folder
     from progtuning.compare import frontier
     from progtuning.compare.runs import Setup, compare
-    from progtuning.speed.kernels import check_compiler
-    from progtuning.step.device import choose_device
     from progtuning.step.measure import environment
 
     check_number("--jobs", args.jobs, int, 1, 1000)
     check_number("--choice-share", args.choice_share, float, 0.01, 0.9)
-    device = choose_device(args.device)
-    if getattr(args, "compile", False):
-        check_compiler(device)
+    device = device_of(args)
     folder = model_folder(args.model)
     num_blocks = BertConfig.from_json(folder / "config.json", keep_head=False).num_hidden_layers
     base = train_config(args, num_blocks, args.task)

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from progtuning.base.errors import InputError
 from progtuning.cli.streams import let_first_speak, one_line, put
@@ -11,6 +12,11 @@ from progtuning.settings.options import Options, add_options, given, option_name
 from progtuning.settings.peft import PeftConfig, parse_bounds
 from progtuning.settings.recipes import TASK_DEFAULTS, recipe
 from progtuning.settings.train import DataConfig, DPSConfig, SquadConfig, TrainConfig, parse_size
+
+if TYPE_CHECKING:  # a command loads torch when it needs it
+    import torch
+
+    from progtuning.step.processes import World
 
 SETTINGS = (TrainConfig, PeftConfig, DPSConfig, SquadConfig)
 MODEL_HELP = (
@@ -61,6 +67,18 @@ def add_checkpoint_options(parser: Parser) -> None:
 def add_run_options(parser: Parser) -> None:
     parser.add_argument("--device", help="cpu or cuda (cuda where there is one)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+
+
+def device_of(args: argparse.Namespace, world: "World | None" = None) -> "torch.device":
+    """Return the device that a command asks for, on which all can run that it asks for. Raises InputError."""
+    from progtuning.speed.kernels import check_compiler
+    from progtuning.step.device import choose_device
+    from progtuning.step.processes import World
+
+    device = choose_device(args.device, world or World())
+    if getattr(args, "compile", False):
+        check_compiler(device)
+    return device
 
 
 def train_config(args: argparse.Namespace, num_blocks: int, task: str | None = None, num_rows: int = 0) -> TrainConfig:

@@ -6,7 +6,7 @@ from pathlib import Path
 from progtuning.base.checks import check_choices, check_number
 from progtuning.base.errors import InputError
 from progtuning.base.files import write_text
-from progtuning.cli.options import Parser, train_config
+from progtuning.cli.options import Parser, device_of, train_config
 from progtuning.cli.streams import print_json, put_line, say, tell
 from progtuning.compare.grid import seeds_of
 from progtuning.compare.presets import COLUMNS, PRESETS, Method, preset
@@ -55,8 +55,6 @@ def run_reproduce(args: argparse.Namespace) -> None:
     from progtuning.compare.reproduce import Blocks, Trial, blocks_page, cells, page, reproduce
     from progtuning.compare.runs import of_model, splits_of
     from progtuning.data.glue import FOLDERS
-    from progtuning.speed.kernels import check_compiler
-    from progtuning.step.device import choose_device
     from progtuning.step.measure import environment
 
     check_number("--jobs", args.jobs, int, 1, 1000)
@@ -69,9 +67,7 @@ def run_reproduce(args: argparse.Namespace) -> None:
         check_choices("--tasks", args.tasks, tasks if of_paper else [*FOLDERS])
         tasks = tuple(dict.fromkeys(args.tasks))
     places = {task: data_of(task, args) for task in tasks}
-    device = choose_device(args.device)
-    if getattr(args, "compile", False):
-        check_compiler(device)
+    device = device_of(args)
     folder = model_folder(model)
     num_blocks = BertConfig.from_json(folder / "config.json", keep_head=False).num_hidden_layers
     trials = []

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from progtuning.base.files import check_new_folder, made_folder, new_folder, write_json, write_text
-from progtuning.cli.options import check_beside, train_config
+from progtuning.cli.options import check_beside, device_of, train_config
 from progtuning.cli.streams import print_json, put_line, say, tell
 from progtuning.model.config import BertConfig
 from progtuning.report import hub, pages, pictures, tables
@@ -61,17 +61,13 @@ def run_train(args: argparse.Namespace) -> None:
     from progtuning.run.dry import dry_run
     from progtuning.run.finetune import fine_tune
     from progtuning.run.folder import check_output_folder
-    from progtuning.speed.kernels import check_compiler
-    from progtuning.step.device import choose_device
     from progtuning.step.processes import join
 
     with join(say) as world:
         with world.agreed():
             checkpoints, reading = (kind(**given(args, kind)) for kind in (CheckpointConfig, DataConfig))
             check_output_folder(args.output_dir, checkpoints.resume)
-            device = choose_device(args.device, world)
-            if getattr(args, "compile", False):
-                check_compiler(device)
+            device = device_of(args, world)
         folder = world.first_alone(lambda: model_folder(args.model))
         splits = world.first_alone(lambda: load_splits(args.task, args.data, reading))
         with world.agreed():
@@ -106,15 +102,11 @@ def run_probe(args: argparse.Namespace) -> None:
     from progtuning.data.registry import load_splits
     from progtuning.data.task import limit_train
     from progtuning.run.finetune import probe
-    from progtuning.speed.kernels import check_compiler
-    from progtuning.step.device import choose_device
     from progtuning.step.measure import environment
 
     check_new_folder(args.output_dir)
     reading = DataConfig(**given(args, DataConfig))
-    device = choose_device(args.device)
-    if getattr(args, "compile", False):
-        check_compiler(device)
+    device = device_of(args)
     folder = model_folder(args.model)
     splits = load_splits(args.task, args.data, reading)
     args.schedule = "full"

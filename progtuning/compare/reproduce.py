@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from progtuning.base.errors import InputError, RunError
+from progtuning.base.errors import InputError, NotFinite
 from progtuning.compare.frontier import spread
 from progtuning.compare.presets import COLUMNS, Preset
 from progtuning.compare.runs import append, got, rows_of, splits_of
@@ -51,12 +51,12 @@ class Trial:
         }
 
     def result(self, scratch: Path) -> dict:
-        """Make the run and return its row. That of one which failed has the reason under "error", and no metrics."""
+        """Make the run and return its row. That of one which diverged has the reason under "error", and no metrics."""
         splits, device = splits_of(self.task, self.data, self.max_train_rows), choose_device(self.device)
         row = self.account | {"epochs": self.settings.epochs, "lr": self.settings.lr}
         try:
             summary = fine_tune(self.model, self.folder, splits, self.settings, device)
-        except RunError as error:
+        except NotFinite as error:
             return row | {"error": str(error)}
         return row | {
             "metrics": summary.metrics,
@@ -74,7 +74,7 @@ class Blocks(Trial):
         splits, device = splits_of(self.task, self.data, self.max_train_rows), choose_device(self.device)
         try:
             found = [row["metrics"] for row in probe(self.folder, splits, self.settings, device)]
-        except RunError as error:
+        except NotFinite as error:
             return self.account | {"error": str(error)}
         return self.account | {"blocks": found, "metrics": found[-1]}
 

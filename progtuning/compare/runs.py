@@ -20,7 +20,7 @@ from signal import SIGINT, Signals
 
 import torch
 
-from progtuning.base.errors import InputError, Interrupted, RunError
+from progtuning.base.errors import InputError, Interrupted, NotFinite, RunError
 from progtuning.base.files import check_new_folder, made_folder, read_json, write_json
 from progtuning.compare.grid import CHOICE, Grid, Run, run_of, settings_of, split_for_choice
 from progtuning.data.batching import EncodedRows
@@ -78,7 +78,7 @@ class Setup:
         return replace(splits, train=train, dev={"chosen on": dev})
 
     def row(self, run: Run, scratch: Path) -> dict:
-        """Make a run and return its row. That of one which failed has the reason under "error", and no metrics.
+        """Make a run and return its row. That of one which diverged has the reason under "error", and no metrics.
 
         The predictions, of results alone, are for the first of the held-out splits, by the model as it was saved.
         """
@@ -89,7 +89,7 @@ class Setup:
             output = Path(place) / "run"
             try:
                 summary = fine_tune(self.model, self.folder, splits, settings, device, output)
-            except RunError as error:
+            except NotFinite as error:
                 return row | {"error": str(error)}
             row |= {
                 "metrics": summary.metrics,

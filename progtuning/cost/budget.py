@@ -70,7 +70,7 @@ class Forecast:
         kept = kept_levels([_cut(self.config, self.peft, stage) for stage in schedule.stages])
         levels: dict[tuple[int, int, int], int] = {}  # (shelf, process, row) -> blocks that the kept entry has passed
         stages = []
-        for stage, steps in _spans(schedule, num_steps):
+        for stage, steps in spans(schedule, num_steps):
             epoch = self.steps_per_epoch
             tried = steps[: 2 * epoch] if self.batches_stay else steps  # from the second epoch on all are alike
             costs = [self._cost(stage, step, kept[stage.index], levels) for step in tried]
@@ -148,7 +148,7 @@ def even_forecast(
     return Forecast(config, peft, lambda epoch: batches, len(batches), keeper, checkpointed, batches_stay=True)
 
 
-def _spans(schedule: Schedule, num_steps: int) -> Iterator[tuple[Stage, range]]:
+def spans(schedule: Schedule, num_steps: int) -> Iterator[tuple[Stage, range]]:
     """Yield each stage with its steps, as `Schedule.at_step` has them."""
     begin, total = 0, sum(schedule.shares)
     for stage, done in zip(schedule.stages, accumulate(schedule.shares)):

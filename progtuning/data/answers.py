@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from progtuning.base.errors import RunError
+from progtuning.base.errors import NotFinite
 from progtuning.base.files import write_json
 from progtuning.data.squad import SquadRows, Window
 
@@ -74,7 +74,7 @@ def decode(
 
     outputs[i] (S, 2) are the logits of start and end at each token of window i; rows beyond its length are padding. A
     prediction has at most `n_best` spans, each of at most `max_answer_length` tokens. Where a context has no token but
-    white space, its only span is "" with a score of 0. Raises RunError where a logit is not finite, and ValueError
+    white space, its only span is "" with a score of 0. Raises NotFinite where a logit is not finite, and ValueError
     where the shapes do not fit.
     """
     shapes = [output[:length].shape for length, output in zip(rows.lengths, outputs)]
@@ -86,7 +86,7 @@ def decode(
         question = rows.questions[window.question]
         logits = np.asarray(output[:length], dtype=np.float64)
         if not np.isfinite(logits).all():
-            raise RunError(f"the model's outputs are not finite for question {question.id!r}")
+            raise NotFinite(f"the model's outputs are not finite for question {question.id!r}")
         spans = found[window.question]
         for span in _window_spans(window, question.context, logits, n_best, max_answer_length):
             known = spans.setdefault((span.start, span.end), span)

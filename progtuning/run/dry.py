@@ -46,7 +46,7 @@ def dry_run(
         if checkpoints.resume and world.is_main and is_run(output_dir):
             identity = begun.identity(splits.task, device, world)
             check_same(read_json(Path(output_dir) / RUN), described(identity), Path(output_dir))
-    lines = promises(settings, course.num_steps, len(course.loader), cache, world)
+    lines = promises(settings, course.schedule, course.num_steps, len(course.loader), cache, world)
     for line in (*lines, *begun.notes, *begun.account(splits)):
         say(line)
     prices = forecast(config, course.loader, settings)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from progtuning.base.errors import RunError
+from progtuning.base.errors import NotFinite
 from progtuning.data.batching import EncodedRows, evaluation_batches
 from progtuning.data.task import Limits, Task
 from progtuning.model.bert import Model
@@ -31,7 +31,7 @@ def predict(
 
     They are (N, C) float32, or for question answering (N, S, 2), S the length of the longest row, 0 beyond a row's
     batch. The batches are dealt to the processes of `world`, whole; each gets all outputs, and they are those of one
-    process. Raises RunError where one is not finite: the weights are not.
+    process. Raises NotFinite where one is not finite: the weights are not.
     """
     model.to(device).eval()
     per_token = (int(data.lengths.max()),) if HEADS[model.config.head].per_token else ()
@@ -45,7 +45,7 @@ def predict(
     if not np.isfinite(outputs).all():
         row = int(np.flatnonzero(~np.isfinite(outputs.reshape(len(data), -1)).all(axis=1))[0])
         found = f"the model's output for row {row + 1} is not finite"
-        raise world.once(RunError(f"{found}: its weights are damaged or its training diverged"))
+        raise world.once(NotFinite(f"{found}: its weights are damaged or its training diverged"))
     return outputs
 
 

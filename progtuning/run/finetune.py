@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from progtuning.base.errors import InputError, Interrupted, RunError
+from progtuning.base.errors import InputError, Interrupted, NotFinite
 from progtuning.base.sources import split_revision
+from progtuning.cost.budget import spans
 from progtuning.data.batching import EncodedRows
 from progtuning.data.task import Splits, Task
 from progtuning.data.tokenization import Tokenizer, load_tokenizer
@@ -29,6 +30,7 @@ from progtuning.settings.peft import MERGEABLE
 from progtuning.settings.train import CheckpointConfig, TrainConfig
 from progtuning.speed.cache import Shelves
 from progtuning.speed.kernels import reporting_compiler
+from progtuning.stages import Schedule
 from progtuning.step.measure import attention_backends, environment
 from progtuning.step.processes import World
 from progtuning.train import Trainer
@@ -98,13 +100,25 @@ def start(folder: Path, splits: Splits, settings: TrainConfig, merge: bool) -> S
 
 
 def promises(
-    settings: TrainConfig, num_steps: int, steps_per_epoch: int, cache: Shelves | None, world: World
+    settings: TrainConfig,
+    schedule: Schedule,
+    num_steps: int,
+    steps_per_epoch: int,
+    cache: Shelves | None,
+    world: World,
 ) -> list[str]:
-    """Return the lines that say how many steps a budget pays, and what the prefix cache takes."""
+    """Return the lines that say how many steps a budget pays, which stages get none, what the prefix cache takes."""
     lines = []
     if settings.budget is not None:
         epochs = num_steps / steps_per_epoch
         lines.append(f"The budget of {settings.budget:g} pays {num_steps:,} steps, {epochs:.2f} epochs.")
+    planned = spans(schedule, num_steps) if settings.kind.is_planned else ()
+    idle = [str(stage.index + 1) for stage, steps in planned if not steps]
+    if idle:
+        named = f"stages {', '.join(idle)} come" if len(idle) > 1 else f"stage {idle[0]} comes"
+        lines.append(
+            f"Of {len(schedule.stages)} stages in {num_steps:,} steps, {named} to none: nothing is trained there."
+        )
     if cache:
         tokens, size = cache.num_tokens, cache.nbytes
         whose = "The prefix cache" if world.size == 1 else f"Each of the {world.size} processes' prefix caches"
@@ -142,7 +156,7 @@ def fine_tune(
         settings, train_rows, dev_rows, model = begun.settings, begun.train_rows, begun.dev_rows, begun.model
         trainer = build_trainer(model, train_rows, settings, device, world=world)
     cache = trainer.ledger.cache
-    for line in promises(settings, trainer.num_steps, len(trainer.loader), cache, world):
+    for line in promises(settings, trainer.schedule, trainer.num_steps, len(trainer.loader), cache, world):
         say(line)
 
     def identity() -> dict:
@@ -176,7 +190,7 @@ def fine_tune(
             fit_and_save(trainer, measure, run, best, signals)
             if not any(cost.steps for cost in trainer.ledger.costs):
                 error = f"--skip-nonfinite passed over all {trainer.step} batches: nothing was trained"
-                raise world.once(RunError(error))
+                raise world.once(NotFinite(error))
             best.put_back(trainer.engine)
             summary = Summary(
                 model=model_name,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from progtuning.base.errors import RunError
+from progtuning.base.errors import NotFinite
 from progtuning.step.ledger import Ledger
 from progtuning.step.loader import Loader
 from progtuning.step.processes import World
@@ -68,13 +68,13 @@ class Guard:
             epoch = step // len(self.loader) + 1
             self.progress.log({"step": step + 1, "epoch": epoch, "stage": stage, "skipped_rows": rows})
         if self.skips > MAX_SKIPS:
-            raise self.world.once(RunError(f"{self.describe(*found)}, as in {MAX_SKIPS} batches before it"))
+            raise self.world.once(NotFinite(f"{self.describe(*found)}, as in {MAX_SKIPS} batches before it"))
         return not found
 
     def check(self) -> None:
-        """Raise RunError, with step, stage and rows, where loss or gradient norm of a step so far was not finite."""
+        """Raise NotFinite, with step, stage and rows, where loss or gradient norm of a step so far was not finite."""
         if found := self.check_of.read():
-            raise self.world.once(RunError(f"{self.describe(*found)}: try a lower --lr, or --skip-nonfinite"))
+            raise self.world.once(NotFinite(f"{self.describe(*found)}: try a lower --lr, or --skip-nonfinite"))
 
     def describe(self, step: int, loss: float, norm: float) -> str:
         """Say of a 0-based step that was not finite which it was, and in what."""
