@@ -32,6 +32,7 @@ from harness import Timing, Variant, number
 from torch import Tensor
 from torch.nn import functional as F
 
+from progtuning.base.errors import InputError
 from progtuning.base.files import write_json, write_text
 from progtuning.cost import closed_form
 from progtuning.engine import StageEngine
@@ -316,7 +317,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="as `train --compile`")
     parser.add_argument("--cuda-graphs", action="store_true", help="as `train --cuda-graphs`")
     harness.add_step_options(parser, steps=3)
-    return harness.parse_steps(parser, arguments, "lengths", "stages_of")
+    args = harness.parse_steps(parser, arguments, "lengths", "stages_of")
+    if args.cuda_graphs and (args.device == "cpu" or args.steps < 5):
+        raise InputError(f"--cuda-graphs needs CUDA and 5 --steps, got {args.device} and {args.steps}")
+    return args
 
 
 def main(arguments: Sequence[str]) -> Path:

@@ -30,6 +30,7 @@ from harness import Timing, Variant
 from torch import Tensor
 from torch.nn import functional as F
 
+from progtuning.base.errors import InputError
 from progtuning.base.files import write_json, write_text
 from progtuning.cost import closed_form
 from progtuning.cost.closed_form import ON_CPU, ON_CUDA, Kernels
@@ -60,6 +61,9 @@ PARTS: dict[str, list[Callable[[Model], None]]] = {
 }
 
 
+ON_CUDA_ALONE = ("cudnn", "graphs", "recorded")
+
+
 @lru_cache(maxsize=1)
 def built(config: BertConfig, device: torch.device) -> Model:
     return build_model(config).to(device)
@@ -87,6 +91,11 @@ class Step:
     def is_unpadded(self) -> bool:
         return unpad in PARTS[self.name]
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether its steps work in a pool of memory that PyTorch does not count while they are replayed."""
+        return graph_blocks in PARTS[self.name]
+
     def variant(self) -> Variant:
         return Variant(self.engine, self.optimizer, self.loss, self.enter)
 
@@ -107,7 +116,7 @@ def row(
 
     `resident` is the resident set before the first step, None where it tells no memory of a step.
     """
-    added = None if timing.peak_bytes is None else timing.peak_bytes - step.before
+    added = None if timing.peak_bytes is None or step.is_recorded else timing.peak_bytes - step.before
     if resident is not None:
         added = peak_bytes(step.device) - resident
     found = sizes(step.name == "checkpointed")
@@ -141,7 +150,7 @@ def measure(name: str, padding: float, dropout: float, args: argparse.Namespace,
     config = config.with_head("classification", ("no", "yes"))
     built(config, device)
     wanted = [one for one in args.variants if padding or one not in ("unpadded", "both")]
-    wanted = [one for one in wanted if device.type == "cuda" or one not in ("cudnn", "graphs", "recorded")]
+    wanted = [one for one in wanted if device.type == "cuda" or one not in ON_CUDA_ALONE]
     reset_peak_bytes(device)
     resident = peak_bytes(device) if device.type == "cpu" and len(wanted) == 1 else None
     steps = {one: Step(one, config, args.batch_size, length, padding, device) for one in wanted}
@@ -182,6 +191,8 @@ def main(arguments: Sequence[str]) -> None:
     harness.add_step_options(parser, steps=3)
     args = harness.parse_steps(parser, arguments, "length")
     device = choose_device(args.device)
+    if device.type == "cpu" and set(args.variants) <= set(ON_CUDA_ALONE):
+        raise InputError(f"--variants {' '.join(args.variants)}: needs a CUDA device, got cpu")
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"step_options_{args.device}_{args.precision}.json"
     settings = {key: getattr(args, key) for key in ("batch_size", "precision", "steps", "rounds")}

@@ -399,6 +399,15 @@ def test_the_other_scripts_refuse_a_wrong_option(peers, end_to_end):
         end_to_end.main(["--epochs", "0"])
 
 
+def test_what_needs_cuda_is_refused_on_a_cpu_before_anything_is_timed(tmp_path, capsys):
+    shape = ["--device", "cpu", "--output", str(tmp_path / "out")]
+    with pytest.raises(InputError, match="--variants graphs cudnn: needs a CUDA device, got cpu"):
+        step_options.main([*shape, "--variants", "graphs", "cudnn"])
+    with pytest.raises(InputError, match="--cuda-graphs needs CUDA and 5 --steps, got cpu and 3"):
+        backward_savings.main([*shape, "--cuda-graphs", "--steps", "3"])
+    assert not (tmp_path / "out").exists()
+
+
 # step_options.py
 
 

@@ -497,7 +497,7 @@ def test_predictions_of_numbers_keep_all_that_a_float32_holds():
 
 
 KILLED = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
 from functools import partial
 from progtuning.base.errors import Interrupted, RunError
 from progtuning.compare.runs import side_by_side
@@ -511,19 +511,36 @@ def run(how):
             os.kill(os.getpid(), 15)
             time.sleep(1)
             signals.check()
+    if how == "odd":
+        raise Odd(1, code=2)
+    if how == "gone":
+        threading.Timer(0.5, os._exit, [1]).start()
+        return {}
+    if how == "last":
+        return {}
     time.sleep(600)
+
+class Odd(Exception):  # cannot be read back in another process
+    def __init__(self, one, *, code):
+        super().__init__("odd")
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is begun without
     try:
-        list(side_by_side([partial(run, sys.argv[1]), partial(run, "sleep")], jobs=2))
-    except (RunError, KeyboardInterrupt) as error:
-        print(type(error).__name__, error)
+        other = "last" if sys.argv[1] == "odd" else "sleep"  # what has begun is waited for
+        calls = side_by_side([partial(run, sys.argv[1]), partial(run, other), partial(run, "last")], jobs=2)
+        next(calls)
+        time.sleep(2)  # within which "gone" ends, that has no call then
+        list(calls)
+    except (RuntimeError, KeyboardInterrupt) as error:
+        print(type(error).__name__, error, "in run" if "in run" in str(error.__cause__) else "")
 """
 
 
 @pytest.mark.parametrize("how, said", [
     ("killed", "_Killed a process of a run was killed, perhaps for want of memory: try fewer --jobs"),
+    ("gone", "_Killed a process of a run was killed, perhaps for want of memory: try fewer --jobs"),
+    ("odd", "RuntimeError Odd: odd in run"),
     ("signal", "Interrupted stopped by SIGTERM"),
     ("sleep", "KeyboardInterrupt "),
 ])  # fmt: skip

@@ -3,22 +3,26 @@
 On a CPU a stand-in runs anew what CUDA replays, on the same tensors; what CUDA records itself is tested where it is.
 """
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from progtuning.base.errors import InputError, RunError
 from progtuning.engine import StageEngine
 from progtuning.methods.apply import apply_peft
+from progtuning.model.bert import Encoder
 from progtuning.run.build import build_loader, build_trainer, forecast, lay_out
 from progtuning.run.state import load_state_dict, state_dict
 from progtuning.settings.train import DPSConfig, TrainConfig
 from progtuning.speed import graphs
 from progtuning.speed.graphs import RecordedEncoder, Recorder
-from progtuning.speed.kernels import compile_blocks
+from progtuning.speed.kernels import compile_blocks, reporting_compiler
 from progtuning.stages import Stage
 from progtuning.step.device import forward_pass
 from progtuning.step.loader import to_device
@@ -55,6 +59,9 @@ class Rerun:
 
     It runs in the grad mode and the autocast in which CUDA would have recorded it.
     """
+
+    def forget(self):
+        pass
 
     def rehearse(self, work):
         work()
@@ -134,9 +141,10 @@ def test_bf16_steps_are_those_that_are_not_recorded_bit_for_bit(device):
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_blocks_are_recorded_too(backend, device):
-    torch._dynamo.reset()
-    outputs = []
+    outputs, num_graphs = [], []
     for recorded in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
         model = tiny_model().to(device)
         compile_blocks(model, backend)
         if recorded:
@@ -150,7 +158,8 @@ def test_compiled_blocks_are_recorded_too(backend, device):
                 loss = F.cross_entropy(engine(**inputs), torch.arange(5, device=device) % 3)
                 loss.backward()
             outputs.append((loss.detach(), gradients(model)))
-    assert made
+        num_graphs.append(counters["stats"]["unique_graphs"])
+    assert made and num_graphs[1] == num_graphs[0], "to record compiles nothing anew"
     torch.testing.assert_close(outputs[2:], outputs[:2], rtol=1e-5, atol=1e-6)
 
 
@@ -233,18 +242,61 @@ def test_a_loss_that_is_kept_stands_in_no_recordings_way(device):
         assert parameters and not parameters & set(model.parameters())
 
 
-def test_what_cannot_be_recorded_ends_the_run_with_one_line():
+@pytest.mark.parametrize(
+    "failure, message",
+    [
+        (
+            RuntimeError("CUDA error: no\nCompile with ..."),
+            "--cuda-graphs: the blocks could not be recorded: CUDA error: no",
+        ),
+        (NotImplementedError(), "--cuda-graphs: the blocks could not be recorded: NotImplementedError"),
+        (torch._dynamo.exc.TorchRuntimeError("no space left"), "--compile: torch.compile failed: no space left"),
+    ],
+)
+def test_what_cannot_be_recorded_ends_the_run_with_one_line(failure, message):
     class Broken(Rerun):
         def record(self, work):
-            raise RuntimeError("CUDA error: operation not permitted\nCompile with TORCH_USE_CUDA_DSA ...")
+            raise failure
 
     model = tiny_model()
     model.encoder.forward = RecordedEncoder(model.encoder, Broken)
     model(**tiny_batch(model.config))
-    message = "--cuda-graphs: the blocks could not be recorded: CUDA error: operation not permitted"
-    with pytest.raises(RunError) as error:
+    with pytest.raises(RunError) as error, reporting_compiler():
         model(**tiny_batch(model.config))
     assert str(error.value) == message
+
+
+def test_what_the_frozen_blocks_give_is_not_written_over_by_their_next_pass(device):
+    """The rows of a batch may come to the same blocks in two groups, as far as the prefix of each is kept."""
+    model = tiny_model().to(device)
+    graph_blocks(model)
+    states = [torch.randn(4, 8, 16, device=device) for _ in range(5)]
+    with torch.no_grad():
+        outputs = [model.encoder(x, None, range(2)) for x in states]
+        assert made
+        expected = [Encoder.forward(model.encoder, x, None, range(2)) for x in states]
+    assert all(torch.equal(found, one) for found, one in zip(outputs, expected, strict=True))
+
+
+def test_a_model_with_recordings_is_given_back_without_the_garbage_collector():
+    class Forgotten(Rerun):
+        def record(self, work):
+            made.append(work.__name__)
+            return lambda: None
+
+    model = tiny_model()
+    model.encoder.forward = RecordedEncoder(model.encoder, Forgotten)
+    gc.collect()
+    gc.disable()
+    try:
+        loss = [model(**tiny_batch(model.config)).sum() for _ in range(3)][-1]
+        loss.backward()
+        kept = [weakref.ref(one) for one in (model.encoder, model.encoder.layer[0].output.dense.weight)]
+        kept += [weakref.ref(one) for one in model.encoder.forward.recordings.values()]
+        del model
+        assert len(kept) == 3 and made and [one() for one in (kept[0], kept[2])] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_batches_are_padded_to_a_multiple_but_never_beyond_what_the_model_takes():
@@ -273,7 +325,7 @@ def test_the_account_and_the_forecast_count_the_padding(device):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="what CUDA records needs a CUDA device")
-def test_a_run_with_the_option_records_and_pads():
+def test_a_run_on_cuda_with_the_option_records_and_pads():
     run = build_trainer(tiny_model(), rows(24), replace(SETTINGS, cuda_graphs=True), torch.device("cuda"))
     run.fit()
     encoder = run.engine.model.encoder.forward
@@ -301,7 +353,7 @@ def test_it_is_for_one_process_on_a_cuda_device():
         lay_out(config, rows(24), settings, torch.device("cuda"), World(0, 2))
 
 
-@pytest.mark.parametrize("command", ["train", "train --dry-run", "compare --epochs 3"])
+@pytest.mark.parametrize("command", ["train", "train --dry-run", "compare --epochs 3", "probe"])
 def test_without_cuda_one_line_says_so_and_nothing_is_made(command, tiny_folder, tiny_task, tmp_path):
     output = tmp_path / "run"
     arguments = [*command.split(), "--model", tiny_folder, "--task", "classification", "--data", tiny_task]

@@ -182,3 +182,8 @@ def test_a_plan_and_a_comparison_refuse_them_too_but_what_they_make_use_of(tiny_
     assert call("plan", "--model", "bert-base-uncased", "--cache-dtype", "bf16")[0] == 0  # of the cache that it plans
     run = ["--model", tiny_folder, "--task", "classification", "--data", tiny_task, "--output-dir", tmp_path / "run"]
     assert "--lora-r says nothing" in call("compare", *run, "--lora-r", "2", "--device", "cpu")[2]
+    in_vain = ["--cache-dtype", "bf16", "--schedules", "full", "growing"]
+    assert "--cache-dtype says nothing" in call("compare", *run, *in_vain, "--device", "cpu")[2]
+    refused = call("reproduce", "table5", *run[:2], "--glue", tmp_path, *run[-2:], "--lora-r", "2", "--device", "cpu")
+    assert "--lora-r says nothing without --peft lora or spafit" in refused[2]
+    assert not (tmp_path / "run").exists()

@@ -158,3 +158,11 @@ def test_runs_that_fail_are_told_from_those_that_were_not_made(name, failed, tin
 def test_a_closed_form_refuses_the_options_of_runs(option):
     line = refused(*call("reproduce", "table3", *option))
     assert line.endswith(f"reproduce table3 is of closed forms, which train nothing: leave out {option[0]}")
+
+
+def test_what_a_run_would_be_refused_for_is_refused_before_the_folder_is_made(tiny_folder, glue, tmp_path):
+    """Of the whole table: a folder that has begun takes no other options."""
+    output = tmp_path / "runs"
+    more = ["--tasks", "cola", "--dps", "dense", "--dps-update-ratio", "0.0001"]
+    line = refused(*call(*arguments("table5", tiny_folder, glue, output, *more)))
+    assert "--dps-update-ratio 0.0001 of " in line and not output.exists()

@@ -7,7 +7,7 @@ from progtuning.base.checks import check_number
 from progtuning.base.files import write_json, write_text
 from progtuning.cli.options import Parser, add_task_options, check_beside, device_of, train_config
 from progtuning.cli.streams import print_json, say, tell
-from progtuning.compare.grid import Grid, default_rates, default_schedules, seeds_of
+from progtuning.compare.grid import Grid, default_rates, default_schedules, seeds_of, settings_of
 from progtuning.model.config import BertConfig
 from progtuning.settings.options import add_options, given, options
 from progtuning.settings.train import DataConfig, TrainConfig
@@ -50,13 +50,13 @@ def run_compare(args: argparse.Namespace) -> None:
     folder = model_folder(args.model)
     num_blocks = BertConfig.from_json(folder / "config.json", keep_head=False).num_hidden_layers
     base = train_config(args, num_blocks, args.task)
-    check_beside(args, base.peft, base.dps)
     grid = Grid(
         schedules=tuple(args.schedules or default_schedules(num_blocks, base.num_stages)),
         budgets=tuple(sorted(args.budgets)),
         lrs=tuple(sorted(args.lrs or default_rates(base.lr))),
         seeds=seeds_of(args.seeds, base.seed),
     )
+    check_beside(args, *(settings_of(run, base) for run in grid.results(dict.fromkeys(grid.schedules, base.lr))))
     reading = DataConfig(**given(args, DataConfig))
     data = (args.task, args.data, reading)
     setup = Setup(args.model, folder, *data, args.max_train_rows, args.choice_share, base, args.device)

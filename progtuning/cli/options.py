@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from progtuning.base.errors import InputError
 from progtuning.cli.streams import let_first_speak, one_line, put
 from progtuning.model.config import parse_label_map
-from progtuning.settings.options import Options, add_options, given, option_name, options
+from progtuning.settings.options import add_options, given, option_name, options
 from progtuning.settings.peft import PeftConfig, parse_bounds
 from progtuning.settings.recipes import TASK_DEFAULTS, recipe
 from progtuning.settings.train import DataConfig, DPSConfig, SquadConfig, TrainConfig, parse_size
@@ -103,13 +103,17 @@ def train_config(args: argparse.Namespace, num_blocks: int, task: str | None = N
     return TrainConfig(**defaults | values[TrainConfig], peft=peft, dps=dps, squad=SquadConfig(**values[SquadConfig]))
 
 
-def check_beside(args: argparse.Namespace, *settings: Options) -> None:
-    """Raise InputError where an option of these settings is given that says nothing without another."""
-    for own in settings:
-        for name in given(args, type(own)):
-            main, values = options(type(own))[name].metadata["option"].beside or (name, None)
-            if values and getattr(own, main) not in values:
-                flag, needed = option_name(type(own), name), f"{option_name(type(own), main)} {' or '.join(values)}"
+def check_beside(args: argparse.Namespace, *runs: TrainConfig, own: bool = True) -> None:
+    """Raise InputError where an option is given that says nothing in any of the runs, for want of another.
+
+    Of the method's options alone, unless `own` ones of TrainConfig and DPSConfig are to be looked at too.
+    """
+    for parts in zip(*((run.peft, run.dps, run) if own else (run.peft,) for run in runs)):
+        kind = type(parts[0])
+        for name in given(args, kind):
+            main, values = options(kind)[name].metadata["option"].beside or (name, None)
+            if values and not any(getattr(part, main) in values for part in parts):
+                flag, needed = option_name(kind, name), f"{option_name(kind, main)} {' or '.join(values)}"
                 raise InputError(f"{flag} says nothing without {needed}: leave it out, or give that too")
 
 

@@ -72,7 +72,7 @@ class Asked:
         head = sequence_head(labels) if args.head in (None, "classification") else args.head
         config = config.with_head(head, tuple(f"LABEL_{i}" for i in range(labels)))
         settings = train_config(args, config.num_hidden_layers)
-        check_beside(args, settings.peft)
+        check_beside(args, settings, own=False)  # it plans a cache too
         check_keeps(config, settings, build_schedule(settings, config.num_hidden_layers))
         if not 1 <= rows <= 10_000_000:
             raise InputError(f"--rows must be in 1..10000000, got {rows}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from progtuning.base.checks import check_choices, check_number
 from progtuning.base.errors import InputError
 from progtuning.base.files import write_text
-from progtuning.cli.options import Parser, device_of, train_config
+from progtuning.cli.options import Parser, check_beside, device_of, train_config
 from progtuning.cli.streams import print_json, put_line, say, tell
 from progtuning.compare.grid import seeds_of
 from progtuning.compare.presets import COLUMNS, PRESETS, Method, preset
@@ -81,6 +81,7 @@ def run_reproduce(args: argparse.Namespace) -> None:
                 kind = Trial if of_paper else Blocks
                 which = (method.row, task, places[task], args.max_train_rows)
                 trials.append(kind(model, folder, *which, settings, args.device))
+    check_beside(args, *(trial.settings for trial in trials))
     shared = {key: value for key, value in all_given(args).items() if key != "seed"}
     config = BertConfig.from_json(folder / "config.json", keep_head=False)
     identity = {"options": shared, "task": {"name": args.name}, "device": device.type} | of_model(folder, config)

@@ -74,7 +74,7 @@ def run_train(args: argparse.Namespace) -> None:
             num_blocks = BertConfig.from_json(folder / "config.json", keep_head=False).num_hidden_layers
             num_rows = min(len(splits.train), args.max_train_rows or len(splits.train))
             settings = train_config(args, num_blocks, own_name(args.task), num_rows)
-            check_beside(args, settings, settings.peft, settings.dps)
+            check_beside(args, settings)
             if args.max_train_rows is not None:
                 splits = limit_train(splits, args.max_train_rows, settings.seed)
         output, note = args.output_dir, say if world.is_main else lambda text: None
@@ -99,10 +99,13 @@ def run_train(args: argparse.Namespace) -> None:
 
 def run_probe(args: argparse.Namespace) -> None:
     from progtuning.base.sources import model_folder
+    from progtuning.compare.runs import encoded
     from progtuning.data.registry import load_splits
     from progtuning.data.task import limit_train
+    from progtuning.run.build import lay_out
     from progtuning.run.finetune import probe
     from progtuning.step.measure import environment
+    from progtuning.step.processes import World
 
     check_new_folder(args.output_dir)
     reading = DataConfig(**given(args, DataConfig))
@@ -114,9 +117,11 @@ def run_probe(args: argparse.Namespace) -> None:
         args.embeddings = "always"  # Figure 1 trains E with every block
     num_blocks = BertConfig.from_json(folder / "config.json", keep_head=False).num_hidden_layers
     settings = train_config(args, num_blocks, args.task)
-    check_beside(args, settings, settings.peft, settings.dps)
+    check_beside(args, settings)
     if args.max_train_rows is not None:
         splits = limit_train(splits, args.max_train_rows, settings.seed)
+    config, filled, rows = encoded(folder, splits, settings)
+    lay_out(config, rows, filled, device, World())
     output = new_folder(args.output_dir)
     rows = probe(folder, splits, settings, device, say=say)
     document = {

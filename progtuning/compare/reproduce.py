@@ -11,12 +11,14 @@ from typing import NamedTuple
 from progtuning.base.errors import InputError, NotFinite
 from progtuning.compare.frontier import spread
 from progtuning.compare.presets import COLUMNS, Preset
-from progtuning.compare.runs import append, got, rows_of, splits_of
+from progtuning.compare.runs import append, encoded, got, rows_of, splits_of
 from progtuning.cost.paper import METRIC_NOTES
 from progtuning.report.tables import PHASES, table
+from progtuning.run.build import lay_out
 from progtuning.run.finetune import fine_tune, probe
 from progtuning.settings.train import TrainConfig
 from progtuning.step.device import choose_device
+from progtuning.step.processes import World
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,7 @@ def reproduce(
     say: Callable[[str], None] = lambda text: None,
 ) -> list[dict]:
     """Make the trials that `output` has no row of, `jobs` at a time, and return all its rows. Raises InputError."""
-    for trial in trials:
-        splits_of(trial.task, trial.data, trial.max_train_rows).task.check(trial.settings)
+    check(trials)
     with rows_of(output, resume, identity, trials[0].device) as (folder, log):
         done = {(row["row"], row["task"], row["seed"]): row for row in log.rows}
         for trial in trials:
@@ -109,6 +110,18 @@ def reproduce(
         first = {trial.task: splits_of(trial.task, trial.data, None).task.main_metric for trial in trials}
         append(calls, jobs, log, partial(_text, first), "reproducing", say)
         return log.rows
+
+
+def check(trials: Sequence[Trial]) -> None:
+    """Raise InputError where the settings of a run do not fit its task, its rows, its model or the device."""
+    encoding, config, rows = None, None, None
+    for trial in sorted(trials, key=lambda trial: (trial.task, trial.settings.max_length or 0)):
+        splits, settings = splits_of(trial.task, trial.data, trial.max_train_rows), trial.settings
+        splits.task.check(settings)
+        if encoding != (trial.task, settings.max_length, settings.squad):
+            encoding = (trial.task, settings.max_length, settings.squad)
+            config, _, rows = encoded(trial.folder, splits, settings)
+        lay_out(config, rows, settings, choose_device(trial.device), World())
 
 
 def _text(first: Mapping[str, str], row: dict) -> str:

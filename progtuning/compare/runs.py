@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -281,6 +282,14 @@ class _Killed(RunError):
     """A worker is no more."""
 
 
+@contextmanager
+def _alive() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        raise _Killed("a process of a run was killed, perhaps for want of memory: try fewer --jobs") from None
+
+
 class _Worker:
     """A process that makes calls one after the other."""
 
@@ -291,14 +300,17 @@ class _Worker:
         self.process.start()
         theirs.close()  # so that its end is seen here
 
+    def begin(self, call: Callable[[], dict]) -> None:
+        """Let it make a call. Raises RunError where the process is no more."""
+        with _alive():
+            self.connection.send(call)
+
     def result(self) -> dict:
         """Return what the call returned, or raise what it raised. Raises RunError where the process is no more."""
-        try:
-            result, error = self.connection.recv()
-        except (EOFError, ConnectionError):
-            raise _Killed("a process of a run was killed, perhaps for want of memory: try fewer --jobs") from None
+        with _alive():
+            result, error, trace = self.connection.recv()
         if error is not None:
-            raise error
+            raise error from RuntimeError(trace)
         return result
 
     def end(self, at_once: bool) -> None:
@@ -316,10 +328,16 @@ def _work(connection: Connection, threads: int) -> None:
         while True:
             call = connection.recv()
             try:
-                result = call(), None
+                result = call(), None, None
             except BaseException as error:
-                result = None, error
+                result = None, _portable(error), traceback.format_exc()
             connection.send(result)
+
+
+def _portable(error: BaseException) -> BaseException:
+    """Return an error that can go to another process: this one, or where it is a library's its words alone."""
+    own = type(error).__module__ in ("builtins", InputError.__module__)
+    return error if own else RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _end_with_parent() -> None:
@@ -342,12 +360,12 @@ def side_by_side(calls: Sequence[Callable[[], dict]], jobs: int) -> Iterator[dic
     busy = {worker.connection: worker for worker in workers}
     try:
         for worker in workers:
-            worker.connection.send(left.popleft())
+            worker.begin(left.popleft())
         while busy:
             for connection in wait(list(busy)):
                 yield busy[connection].result()
                 if left:
-                    connection.send(left.popleft())
+                    busy[connection].begin(left.popleft())
                 else:
                     del busy[connection]
     except (KeyboardInterrupt, _Killed):

@@ -14,6 +14,7 @@ between its forward and its backward half. Evaluation is not recorded. See "CUDA
 documentation.
 """
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -39,7 +40,12 @@ class Recorder:
     """Records work on the present CUDA device, in a stream and a pool of memory of its own."""
 
     def __init__(self):
-        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()  # one for all stages: cuBLAS keeps working memory for each it has met
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a new pool: the memory of the one before returns with the last of its recordings."""
+        self.pool = torch.cuda.graph_pool_handle()
 
     def rehearse(self, work: Callable[[], None]) -> None:
         """Run `work` once in the stream: what PyTorch and cuBLAS set up on first use must not be recorded."""
@@ -60,32 +66,42 @@ class Recorder:
 
 
 class Blocks(nn.Module):
-    """The blocks of a range: x (B, S, D), mask (B, S) bool or None -> (B, S, D)."""
+    """The blocks of a range: x (B, S, D), mask (B, S) bool or None -> (B, S, D).
+
+    Weights are cast anew in every pass: a recording must do so, and torch.compile tells passes that do from others.
+    """
 
     def __init__(self, encoder: Encoder, blocks: range):
         super().__init__()
         self.encoder, self.blocks = encoder, blocks
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        return Encoder.forward(self.encoder, x, mask, self.blocks)
+        device = x.device.type
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        with torch.autocast(device, dtype, enabled, cache_enabled=False):
+            return Encoder.forward(self.encoder, x, mask, self.blocks)
+
+
+def blocks_of(encoder: "weakref.ref[Encoder]", blocks: range) -> Blocks:
+    return Blocks(encoder(), blocks)
 
 
 class Recording:
     """A pass over blocks, forward and, where something in it trains, backward, on inputs of one shape.
 
-    `gradients` has a tensor for each parameter that trains; the backward pass writes into these.
+    `blocks` gives them. `gradients` has a tensor for each parameter that trains; the backward pass writes into these.
     """
 
     def __init__(
         self,
-        blocks: Blocks,
+        blocks: Callable[[], Blocks],
         x: Tensor,
         mask: Tensor | None,
         gradients: dict[nn.Parameter, Tensor],
         recorder: Recorder,
     ):
         self.blocks = blocks
-        trained = {name: parameter for name, parameter in blocks.named_parameters() if parameter in gradients}
+        trained = {name: parameter for name, parameter in blocks().named_parameters() if parameter in gradients}
         self.gradients = {parameter: gradients[parameter] for parameter in trained.values()}
         # Parameters of the same memory in place of the model's: autograd ties one to the stream of a graph that is
         # still alive, as that of a loss that somebody keeps, and a recording may wait for no other stream.
@@ -95,9 +111,8 @@ class Recording:
         self.dx = torch.empty_like(x) if x.requires_grad else None
         self.y = self.dy = self.output = None
         device = x.device.type
-        cast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        # Weights are cast anew in every pass, so that none is kept; backward halves run without autocast.
-        self.autocast = partial(torch.autocast, device, enabled=cast[0], dtype=cast[1], cache_enabled=False)
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        self.autocast = partial(torch.autocast, device, dtype, enabled)  # of the forward half alone
         self._let_go()
         # Neither the rehearsal nor the recording may take of the random numbers that the run draws dropout from.
         with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.autocast(device, enabled=False):
@@ -119,7 +134,7 @@ class Recording:
 
     def _run(self) -> None:
         with self.autocast():
-            self.output = functional_call(self.blocks, self.aliases, (self.x, self.mask))
+            self.output = functional_call(self.blocks(), self.aliases, (self.x, self.mask))
 
     def _forward(self) -> None:
         self._run()
@@ -132,9 +147,9 @@ class Recording:
         torch._foreach_copy_(kept, torch.autograd.grad(self.output, inputs, self.dy))
 
     def __call__(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Return y, (B, S, D), which the next call writes anew."""
+        """Return y, (B, S, D); where a gradient crosses, the next call writes it anew."""
         if not self.crosses:
-            return self.replay(x, mask)
+            return self.replay(x, mask).clone()
         return _Replayed.apply(self, x, mask, *self.gradients)
 
     def replay(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -168,7 +183,7 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        recording = ctx.recording
+        recording, ctx.recording = ctx.recording, None  # a loss that is kept keeps no recording
         recording.replay_backward(dy)
         dx = None if recording.dx is None else recording.dx.detach()
         return None, dx, None, *(gradient.detach() for gradient in recording.gradients.values())
@@ -189,7 +204,8 @@ class RecordedEncoder:
     """`Encoder.forward` by recordings, in training. They are forgotten when what trains changes, at a new stage."""
 
     def __init__(self, encoder: Encoder, recorder: Callable[[], Recorder] = Recorder):
-        self.encoder, self.make_recorder = encoder, recorder
+        self._encoder = weakref.ref(encoder)  # whose `forward` this is: else both would wait for the garbage collector
+        self.recorder = recorder()
         self.parameters = list(encoder.parameters())
         self.state: list[bool] = []
         self._forget()
@@ -198,14 +214,15 @@ class RecordedEncoder:
         self.seen: Counter[Shape] = Counter()
         self.recordings: dict[Shape, Recording] = {}
         self.gradients: dict[nn.Parameter, Tensor] = {}
-        self.recorder: Recorder | None = None
+        self.recorder.forget()
 
     def __call__(self, x: Tensor, mask: Tensor | None, blocks: range | None = None) -> Tensor:
         """Run the blocks of `blocks` over x (B, S, D): arguments and result are those of `Encoder.forward`."""
-        blocks = range(len(self.encoder.layer)) if blocks is None else blocks
-        if not self.encoder.training or not blocks:
-            return Encoder.forward(self.encoder, x, mask, blocks)
-        state = [p.requires_grad for p in self.parameters] + [block.training for block in self.encoder.layer]
+        encoder = self._encoder()
+        blocks = range(len(encoder.layer)) if blocks is None else blocks
+        if not encoder.training or not blocks:
+            return Encoder.forward(encoder, x, mask, blocks)
+        state = [p.requires_grad for p in self.parameters] + [block.training for block in encoder.layer]
         if state != self.state:
             self._forget()
             self.state = state
@@ -214,23 +231,22 @@ class RecordedEncoder:
         if shape not in self.recordings:
             self.seen[shape] += 1
             if self.seen[shape] <= UNRECORDED:
-                return Encoder.forward(self.encoder, x, mask, blocks)
-            self.recordings[shape] = self._record(shape, x, mask)
+                return Blocks(encoder, blocks)(x, mask)
+            self.recordings[shape] = self._record(encoder, shape, x, mask)
         return self.recordings[shape](x, mask)
 
-    def _record(self, shape: Shape, x: Tensor, mask: Tensor | None) -> Recording:
-        self.recorder = self.recorder or self.make_recorder()
-        layers = [self.encoder.layer[index] for index in shape.blocks] if shape.keeps else []
+    def _record(self, encoder: Encoder, shape: Shape, x: Tensor, mask: Tensor | None) -> Recording:
+        layers = [encoder.layer[index] for index in shape.blocks] if shape.keeps else []
         trained = [parameter for layer in layers for parameter in layer.parameters() if parameter.requires_grad]
         for parameter in trained:
             if parameter not in self.gradients:
                 self.gradients[parameter] = torch.empty_like(parameter, requires_grad=False)
         gradients = {parameter: self.gradients[parameter] for parameter in trained}
-        blocks = Blocks(self.encoder, shape.blocks)
+        blocks = partial(blocks_of, self._encoder, shape.blocks)
         try:
             return Recording(blocks, x if shape.asks else x.detach(), mask, gradients, self.recorder)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            if isinstance(error, torch.OutOfMemoryError) or type(error).__module__.startswith("torch._"):
+                raise  # of memory and of torch.compile others speak
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise RunError(f"--cuda-graphs: the blocks could not be recorded: {reason}") from error
