@@ -558,3 +558,13 @@ def test_workers_that_are_killed_or_stopped_end_the_comparison_at_once_in_words(
         parent.kill()
     assert out.startswith(said), (out, err)
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--lr 1e-3 --lrs 1e-3", "--lr says nothing beside --lrs: leave one of them out"),
+    ("--cache memory --schedules full growing", "--cache memory says nothing without a schedule that has +cache"),
+])  # fmt: skip
+def test_options_that_say_nothing_beside_the_grid_are_refused(options, message, tiny_folder, tiny_task, tmp_path):
+    given = ["--model", tiny_folder, "--task", "classification", "--data", tiny_task, "--output-dir", tmp_path / "out"]
+    assert message in refused(*call("compare", *given, "--device", "cpu", *options.split()))
+    assert not (tmp_path / "out").exists()

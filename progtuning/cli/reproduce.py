@@ -37,7 +37,7 @@ def add_reproduce_options(parser: Parser) -> None:
     parser.add_argument("--output-dir", help="a new or empty folder, or with --resume that of before")
     parser.add_argument("--resume", action="store_true", help="go on with the runs in --output-dir, or add to them")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (%(default)s)")
-    add_options(parser, TrainConfig, only=options(TrainConfig).keys() - _OF_THE_TABLE | {"seed"})
+    add_options(parser, TrainConfig, only=options(TrainConfig).keys() - _OF_THE_TABLE | {"seed"}, defaults=None)
 
 
 def run_reproduce(args: argparse.Namespace) -> None:
@@ -88,7 +88,8 @@ def run_reproduce(args: argparse.Namespace) -> None:
     identity |= {"size of the training sample": args.max_train_rows}
     rows = reproduce(trials, identity, args.output_dir, args.resume, args.jobs, say)
     here = environment(device)
-    account = [f"{model}, by --recipe paper" + (f" but {shared}" if shared else ""), f"{here['device']}"]
+    sample = "all training rows" if args.max_train_rows is None else f"at most {args.max_train_rows:,} training rows"
+    account = [f"{model}, by --recipe paper" + (f" but {shared}" if shared else ""), sample, f"{here['device']}"]
     text = page(of_paper, cells(of_paper, rows), account) if of_paper else blocks_page(rows, account)
     output = Path(args.output_dir) / "README.md"
     write_text(output, text)

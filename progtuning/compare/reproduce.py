@@ -160,6 +160,7 @@ def page(preset: Preset, found: Sequence[Cell], account: Sequence[str]) -> str:
     lines = [
         f"{ran} of {len(found)} cells have runs of ours. A cell is ours (seeds) / the paper's, times 100.",
         f"The paper's are its rows {printed}.",
+        f"Ours are {', '.join(f'{COLUMNS[column][1]} of {column}' for column in preset.columns)}.",
         *notes,
     ]
     parts = [f"# {preset.table}", "\n".join(f"- {line}" for line in account), table(["", *preset.columns], rows)]

@@ -8,7 +8,7 @@ The command line (`add_options`, `given`), the check of each value (`Options.che
 """
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
@@ -92,22 +92,31 @@ def option_name(settings: type, path: str) -> str:
     return _flag(known[path]) if path in known else f"--{path.replace('/', '-').replace('_', '-')}"
 
 
-def add_options(parser: argparse.ArgumentParser, settings: type, only: Collection[str] | None = None) -> None:
-    """Add the options of a settings class (`only` these fields). One not given is absent, so that a recipe can tell."""
+def add_options(
+    parser: argparse.ArgumentParser,
+    settings: type,
+    only: Collection[str] | None = None,
+    defaults: Mapping[str, object] | None = {},
+) -> None:
+    """Add the options of a settings class (`only` these fields). One not given is absent, so that a recipe can tell.
+
+    The help shows a field's default, or another that it has here by `defaults`; none where that is None.
+    """
     for name, one in options(settings).items():
         if only is None or name in only:
-            values = {"dest": _name(one), "default": argparse.SUPPRESS, "help": _help(one).replace("%", "%%")}
+            default = None if defaults is None else defaults.get(name, one.default)
+            values = {"dest": _name(one), "default": argparse.SUPPRESS, "help": _help(one, default).replace("%", "%%")}
             parser.add_argument(_flag(one), **values, **_argument(one))
 
 
-def _help(one: Field) -> str:
+def _help(one: Field, default: object) -> str:
     rule = one.metadata["option"]
     text = rule.help
     if rule.choices:
         text = text.replace("{choices}", f"{', '.join(rule.choices[:-1])} or {rule.choices[-1]}")
-    if one.default is None or rule.is_flag:
+    if default is None or rule.is_flag:
         return text
-    shown = ",".join(one.default) if isinstance(one.default, tuple) else one.default
+    shown = ",".join(default) if isinstance(default, tuple) else default
     return f"{text} ({str(shown).lower() if isinstance(shown, bool) else shown})"
 
 

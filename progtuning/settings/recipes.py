@@ -8,7 +8,7 @@ from progtuning.base.errors import InputError
 # Progtuning's own epochs on SQuAD (Table 2), of one stage each.
 TASK_DEFAULTS = {"squad": {"epochs": 3}, "squad_v2": {"epochs": 2}}
 
-# How Progtuning trains E (arXiv 2506.21119, Section 3.2: with every stage), under whatever method: in the ablations
+# How Progtuning trains E (arXiv 2506.21119, Section 3: with every stage), under whatever method: in the ablations
 # whose stages never or late train block 1 too. A method that trains something in E then leaves no backward pass to cut.
 _PROGTUNING = {"embeddings": "always"}
 
