@@ -4,23 +4,24 @@
 
 Rows are short, as of GLUE's tasks, and a batch has like lengths. For every place and width: the median microseconds of
 a batch over `--batches` of them, the two ways in turns on the same batches. The loop copies each row's entry by itself
-into zeros, in pinned memory where the device is a GPU.
+into zeros, in pinned memory where the device is a GPU. Results go to benchmarks/results/gather_<device>.json and .md.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import harness
 import numpy as np
 import torch
 from torch import Tensor
 
+from progtuning.base.files import write_json, write_text
 from progtuning.report import tables
 from progtuning.speed.cache import PrefixCache
 from progtuning.step.device import choose_device
-from progtuning.step.measure import environment
 
 PLACES = ("memory", "disk", "device")
 
@@ -71,19 +72,27 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--shortest", type=int, default=5, help="tokens")
     parser.add_argument("--longest", type=int, default=30, help="tokens")
     parser.add_argument("--batches", type=int, default=300)
+    parser.add_argument("--output", type=Path, default=harness.RESULTS, help="folder of the results (%(default)s)")
     args = parser.parse_args(arguments)
     harness.check_positive(args, "batch_size", "widths", "rows", "shortest", "longest", "batches")
     device = choose_device(args.device)
-    rows = []
+    settings = {key: getattr(args, key) for key in ("batch_size", "rows", "shortest", "longest", "batches")}
+    made = harness.environment(device, settings)
+    document = made | {"runs": [harness.this_run(__file__, arguments)], "rows": []}
     for width in args.widths:
         for place in PLACES:
             by_row, at_once = measure(place, width, args, device)
-            rows.append([place, width, f"{by_row:.0f}", f"{at_once:.0f}", f"{by_row / at_once:.1f}"])
-    here = environment(device)
-    print(
-        f"{here['device']} ({here['processor']}), torch {here['versions']['torch']}, {args.batch_size} rows a batch\n"
-    )
-    print(tables.table(["--cache", "width", "loop, µs", "gather, µs", "times faster"], rows))
+            document["rows"].append({"cache": place, "width": width, "loop": by_row, "gather": at_once})
+    cells = [
+        [row["cache"], row["width"], f"{row['loop']:.0f}", f"{row['gather']:.0f}", f"{row['loop'] / row['gather']:.1f}"]
+        for row in document["rows"]
+    ]
+    text = tables.table(["--cache", "width", "loop, µs", "gather, µs", "times faster"], cells)
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / f"gather_{device.type}.json"
+    write_json(path, document)
+    write_text(path.with_suffix(".md"), f"# A batch from the prefix cache\n{harness.describe(document)}\n\n{text}\n")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -279,7 +279,9 @@ def steps_of(args: argparse.Namespace, work: Path) -> list[Step]:
     killed = [python, "benchmarks/gpu.py", "--kill", str(work), "--output", str(args.output), "--", *options]
     killed += ["--save-every", "4" if tiny else "100"]
     steps.append(Step("resumed", 100, killed, lambda: resumed_figures(args.output / "resumed.json")))
-    steps.append(Step("gather", 30, script("gather", "--rows 640 --batches 20" if tiny else "")))
+    steps.append(
+        Step("gather", 30, script("gather", f"{'--rows 640 --batches 20 ' if tiny else ''}--output {results}"))
+    )
     text = "--epochs 3 --batch-size 8" if tiny else "--epochs 3"
     end_to_end = [*script("end_to_end", f"{text} --seeds 1 --output {results}"), *given]
     end_to_end += ["--runs", *dict.fromkeys(name for pair in END_TO_END for name in pair)]

@@ -377,11 +377,13 @@ def test_speed_and_metric_are_compared_over_the_seeds_that_both_runs_have(end_to
     ]
 
 
-def test_the_gather_and_the_loop_of_the_cache_are_timed_in_every_place(capsys):
-    gather.main("--device cpu --widths 4 --rows 40 --batch-size 8 --batches 3".split())
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[4:]]
-    assert [row[:2] for row in rows] == [["memory", "4"], ["disk", "4"], ["device", "4"]]
-    assert all(float(cell) > 0 for row in rows for cell in row[2:])
+def test_the_gather_and_the_loop_of_the_cache_are_timed_in_every_place(tmp_path, capsys):
+    shape = "--device cpu --widths 4 --rows 40 --batch-size 8 --batches 3"
+    gather.main([*shape.split(), "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "gather_cpu.json").read_text())["rows"]
+    assert [(row["cache"], row["width"]) for row in rows] == [("memory", 4), ("disk", 4), ("device", 4)]
+    assert all(row[way] > 0 for row in rows for way in ("loop", "gather"))
+    assert capsys.readouterr().out.strip() in (tmp_path / "gather_cpu.md").read_text()
 
 
 def test_a_script_refuses_a_wrong_option_in_one_line_with_status_2():
