@@ -232,16 +232,51 @@ def test_evaluate_holds_out_what_the_run_did_and_refuses_to_measure_what_it_trai
     assert status == 2 and "expected the summary of a run of train" in err
 
 
+def test_evaluate_refuses_a_file_that_the_runs_division_would_divide_otherwise(tiny_folder, tmp_path):
+    """A row more or less, or another order, and rows that the run trained on would be measured in silence."""
+    rows = [{"text": f"{word} film {number}", "label": word} for number in range(20) for word in ("good", "bad")]
+    path, run = tmp_path / "a.csv", tmp_path / "run"
+    path.write_bytes(as_bytes(rows, "csv"))
+    data = ["--task", "classification", "--data", path]
+    assert call("train", "--model", tiny_folder, *data, *FAST, "--output-dir", run)[0] == 0
+
+    def evaluate(*options):
+        return call("evaluate", "--checkpoint", run, *data, *options, "--device", "cpu", "--json")
+
+    status, out, err = evaluate()
+    assert (status, json.loads(out)["rows"]) == (0, {"dev": 8})
+    assert f"{path}: 8 of 40 rows, held out by --dev-share 0.2, are measured; --dev-share 1 measures all." in err
+    for changed in (rows[1:], [*rows, {"text": "good", "label": "good"}], rows[::-1], [*rows[:-1], rows[0]]):
+        path.write_bytes(as_bytes(changed, "csv"))
+        line = refused(*evaluate())
+        assert "--dev-share 0.2 holds other rows of this file out than the run did" in line
+        status, out, err = evaluate("--dev-share", "1")
+        assert (status, json.loads(out)["rows"]) == (0, {"dev": len(changed)}) and "held out" not in err
+    assert evaluate("--max-length", "12")[0] == 0, "whose rows are cut otherwise, so that nothing can be compared"
+
+
+def test_a_file_is_measured_whole_where_the_run_divided_none(tiny_folder, tmp_path):
+    for name, rows in (("train", TRAIN), ("dev", DEV)):
+        (tmp_path / f"{name}.csv").write_bytes(as_bytes(rows * 4, "csv"))
+    data, run = ["--task", "classification", "--data"], tmp_path / "run"
+    assert call("train", "--model", tiny_folder, *data, tmp_path, *FAST, "--output-dir", run)[0] == 0
+    base = ["evaluate", "--checkpoint", run, *data]
+    status, out, err = call(*base, tmp_path / "dev.csv", "--device", "cpu", "--json")
+    assert (status, json.loads(out)["rows"]) == (0, {"dev": 4 * len(DEV)}) and "held out" not in err
+    status, out, err = call(*base, tmp_path, "--dev-share", "0.5", "--device", "cpu", "--json")
+    assert status == 0 and "Whether the model trained on them is not known." in err
+
+
 def test_compare_and_probe_read_a_file_by_its_columns(tiny_folder, tmp_path):
     rows = [{"body": row["text"], "queue": row["label"]} for row in (TRAIN + DEV) * 4]
     (tmp_path / "a.csv").write_bytes(as_bytes(rows, "csv"))
     columns = ["--text-column", "body", "--label-column", "queue", "--dev-share", "0.5"]
     shared = ["--model", tiny_folder, "--task", "classification", "--data", tmp_path / "a.csv", *columns]
-    shared += ["--epochs", "1", "--batch-size", "8", "--lr", "5e-3", "--device", "cpu", "--json"]
+    shared += ["--epochs", "1", "--batch-size", "8", "--device", "cpu", "--json"]
     grid = ["--schedules", "full", "--budgets", "1", "--lrs", "5e-3", "--seeds", "1"]
     status, out, err = call("compare", *shared, *grid, "--output-dir", tmp_path / "compare")
     assert status == 0 and "accuracy" in out, err
-    status, out, err = call("probe", *shared, "--output-dir", tmp_path / "probe")
+    status, out, err = call("probe", *shared, "--lr", "5e-3", "--output-dir", tmp_path / "probe")
     assert status == 0 and "accuracy" in out, err
 
 

@@ -32,8 +32,14 @@ def run_evaluate(args: argparse.Namespace) -> None:
     checkpoint = load_checkpoint(Path(args.checkpoint), args.max_length, *options)
     splits = load_held_out(args.task, args.data, checkpoint, DataConfig(**given(args, DataConfig)))
     measured = evaluate_checkpoint(checkpoint, splits, device, args.batch_size, args.precision, args.output_dir)
+    if splits.division is not None:
+        share, count = splits.division["dev_share"], len(splits.dev["dev"])
+        text = f"{args.data}: {count:,} of {count + len(splits.train):,} rows, held out by --dev-share {share:g}, are"
+        known = "" if checkpoint.division else " Whether the model trained on them is not known."
+        say(f"{text} measured; --dev-share 1 measures all.{known}")
     if args.json:
-        print_json({"task": splits.task.name} | measured._asdict())
+        count = {name: len(rows) for name, rows in splits.dev.items()}
+        print_json({"task": splits.task.name, "rows": count} | measured._asdict())
         return
     values = [[name, f"{value:.4f}"] for name, value in measured.metrics.items()]
     put_line(tables.table(["metric", splits.task.name], values))

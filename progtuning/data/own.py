@@ -80,16 +80,20 @@ def load_dev(
     reading: DataConfig = DataConfig(),
     multi_label: bool = False,
 ) -> Splits:
-    """Read what `load_own` holds out, alone, with these class names, () for regression, or the file's own where None;
-    Splits without training rows. Raises InputError that names file and line."""
+    """Read what `load_own` holds out, with these class names, () for regression, or the file's own where None.
+
+    Training rows are those of a file that is divided alone. Raises InputError that names file and line.
+    """
     own = _Own(data, reading, multi_label)
     splits = own.dev_splits if own.dev_share is None else (own.train_split,)
     labels, dev = read_table(*own.files(*splits), labels=labels, multi_label=multi_label, reading=reading)
-    if own.dev_share is not None:
-        _, dev = split_rows(dev, own.dev_share, reading.split_seed)
-        if not dev:
-            raise InputError(f"--dev-share {own.dev_share:g}: {data} has too few rows to hold any out")
-    return Splits(own.task(labels), [], {"dev": dev})
+    if own.dev_share is None or own.dev_share == 1:
+        return Splits(own.task(labels), [], {"dev": dev})
+    train, dev = split_rows(dev, own.dev_share, reading.split_seed)
+    if not dev:
+        raise InputError(f"--dev-share {own.dev_share:g}: {data} has too few rows to hold any out")
+    division = {"dev_share": own.dev_share, "split_seed": reading.split_seed}
+    return Splits(own.task(labels), train, {"dev": dev}, division)
 
 
 class _Own:
@@ -126,12 +130,15 @@ class _Own:
 def as_divided(data: str | Path, reading: DataConfig, division: dict | None) -> DataConfig:
     """Return how the rows of `data` are held out that a run, by its `division`, held out too.
 
-    A file is divided as the run's was where `reading` says nothing else; with --dev-share 1 it is taken whole. Raises
-    InputError where they differ: some of the rows held out would be rows that the run trained on.
+    Where `reading` says nothing else, a file is divided as the run's was, and taken whole where the run's was not; with
+    --dev-share 1 it is taken whole. Raises InputError where they differ: some of the rows held out would be rows that
+    the run trained on.
     """
     given = {"dev_share": reading.dev_share, "split_seed": reading.split_seed}
-    if division is None or reading.dev_share == 1 or reading.dev_share is None and not _Own(data, reading).is_file:
+    if reading.dev_share == 1 or reading.dev_share is None and not _Own(data, reading).is_file:
         return reading
+    if division is None:
+        return replace(reading, dev_share=1.0) if reading.dev_share is None else reading
     if given in (division, {"dev_share": None, "split_seed": DataConfig.split_seed}):
         return replace(reading, **division)
     share, seed = division["dev_share"], division["split_seed"]

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from progtuning.base.errors import InputError, RunError
-from progtuning.base.files import made_folder, new_folder
+from progtuning.base.files import made_folder, new_folder, read_json
 from progtuning.base.sources import MODEL, data_folder, model_folder
 from progtuning.data import glue
+from progtuning.data.batching import EncodedRows
 from progtuning.data.hub import load_hub_test
 from progtuning.data.own import as_divided
 from progtuning.data.registry import HUB, KINDS, OWN, load_splits
@@ -24,7 +25,9 @@ from progtuning.model.bert import Model
 from progtuning.model.config import HEADS, BertConfig, format_label_map
 from progtuning.model.weights import CONFIG, load_model, reorder_classes
 from progtuning.report.summary import SUMMARY, no_training, read_training
+from progtuning.run.checkpoint import flatten
 from progtuning.run.evaluate import Measured, measure_splits, predict
+from progtuning.run.log import RUN
 from progtuning.settings.train import DataConfig, SquadConfig
 
 _log = logging.getLogger(__name__)
@@ -211,6 +214,26 @@ def fit_task(checkpoint: Checkpoint, task: Task) -> None:
     task.check(checkpoint)
 
 
+def check_division(checkpoint: Checkpoint, splits: Splits, rows: Mapping[str, EncodedRows]) -> None:
+    """Raise InputError where the run's division holds other rows of this file out than the run held out.
+
+    Then the file is another, or has changed, and some of `rows` may be rows that the run trained on. It is known by the
+    digests in the run's `run.json`, where that is there and rows are cut as in training.
+    """
+    path = checkpoint.folder / RUN
+    if splits.division is None or splits.division != checkpoint.division or not path.exists():
+        return
+    run = dict(flatten({"run": read_json(path)}))
+    if run.get("run/identity/settings/max_length") != checkpoint.max_length:
+        return
+    if any(run.get(f"run/identity/held-out rows/{name}") not in (None, data.digest()) for name, data in rows.items()):
+        share = f"--dev-share {splits.division['dev_share']:g}"
+        raise InputError(
+            f"{share} holds other rows of this file out than the run did, as it is another or has changed, and some may "
+            "be rows that the run trained on: --dev-share 1 measures all of its rows"
+        )
+
+
 def evaluate_checkpoint(
     checkpoint: Checkpoint,
     splits: Splits,
@@ -230,6 +253,7 @@ def evaluate_checkpoint(
         raise InputError(f"--output-dir is for the prediction files of SQuAD, got it with the task {task.name}")
     check_pairs(checkpoint, next(iter(splits.dev.values())), f"the task {task.name}")
     rows = {name: task.encode(examples, checkpoint.tokenizer, checkpoint) for name, examples in splits.dev.items()}
+    check_division(checkpoint, splits, rows)
     if output_dir is None:
         return measure_splits(checkpoint.model, rows, task, batch_size, device, precision, checkpoint)
     folder, (data,) = new_folder(output_dir), rows.values()
