@@ -613,6 +613,18 @@ def test_plan_answers_in_under_three_seconds_without_torch_and_without_network()
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
+def test_an_interrupt_while_the_commands_modules_are_loaded_ends_in_one_line():
+    code = (
+        "import builtins, sys\nbefore = builtins.__import__\n"
+        "def interrupted(name, *rest):\n"
+        "    if name == 'progtuning.cli.plan': raise KeyboardInterrupt\n"
+        "    return before(name, *rest)\n"
+        "builtins.__import__ = interrupted\nfrom progtuning.__main__ import main\nsys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "progtuning: error: interrupted\n")
+
+
 def test_paper_prints_every_row_and_says_which_disagree():
     status, out, _ = call("paper", "--json")
     rows, cells = json.loads(out)["rows"], json.loads(out)["metrics"]

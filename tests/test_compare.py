@@ -563,8 +563,33 @@ def test_workers_that_are_killed_or_stopped_end_the_comparison_at_once_in_words(
 @pytest.mark.parametrize("options, message", [
     ("--lr 1e-3 --lrs 1e-3", "--lr says nothing beside --lrs: leave one of them out"),
     ("--cache memory --schedules full growing", "--cache memory says nothing without a schedule that has +cache"),
+    ("--schedules full foo", "--schedules must be of full, shrinking, "),
+    ("--schedules full 9", "--schedules 9 at --budgets 0.5: --calendar 9 freezes more blocks than the model has, 4"),
+    ("--schedules full --budgets 0.001", "--schedules full at --budgets 0.001: --budget 0.001 pays no step"),
+    ("--batch-tokens 64", "unrecognized arguments: --batch-tokens 64"),
 ])  # fmt: skip
-def test_options_that_say_nothing_beside_the_grid_are_refused(options, message, tiny_folder, tiny_task, tmp_path):
+def test_what_no_grid_can_have_or_use_is_refused_by_the_names_of_its_options(
+    options, message, tiny_folder, tiny_task, tmp_path
+):
     given = ["--model", tiny_folder, "--task", "classification", "--data", tiny_task, "--output-dir", tmp_path / "out"]
     assert message in refused(*call("compare", *given, "--device", "cpu", *options.split()))
     assert not (tmp_path / "out").exists()
+
+
+def test_where_no_run_ends_with_a_metric_the_command_fails(tiny_folder, tiny_task, tmp_path):
+    options = ("--lrs", "1e30", "--seeds", "1", "--schedules", "full", "2")
+    status, out, err = call(*arguments(tiny_folder, tiny_task, tmp_path / "out", *options))
+    assert (status, out) == (1, "") and "Warning" not in err
+    reason = f"no run of 2 ended with a metric, their reasons are in {tmp_path / 'out' / ROWS}: lower --lrs"
+    assert err.splitlines()[-1].endswith(reason)
+    assert not (tmp_path / "out" / "frontier.png").exists()
+
+
+def test_a_signal_between_two_runs_says_how_to_go_on_too(tiny_folder, tiny_task, tmp_path, monkeypatch):
+    """Within a run that one's own handlers speak."""
+    described = runs.describe
+    monkeypatch.setattr(runs, "describe", lambda run: os.kill(os.getpid(), signal.SIGTERM) or described(run))
+    status, _, err = call(*arguments(tiny_folder, tiny_task, tmp_path / "out"))
+    hint = f"stopped by SIGTERM: 1 runs are kept in {tmp_path / 'out'}; to go on: the same command with --resume"
+    assert status == 143 and err.splitlines()[-1] == f"progtuning: error: {hint}"
+    assert not list((tmp_path / "out").glob(".run-*"))

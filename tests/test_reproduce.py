@@ -150,11 +150,26 @@ def test_runs_of_other_rows_or_another_model_are_not_taken_up(tiny_folder, glue,
 @pytest.mark.parametrize("name, failed", [("table5", "2 failed / 67.9"), ("figure1", "# Figure 1")])
 def test_runs_that_fail_are_told_from_those_that_were_not_made(name, failed, tiny_folder, glue, tmp_path):
     task = ("--tasks", "mrpc") if name == "table5" else ()
-    status, out, err = call(*arguments(name, tiny_folder, glue, tmp_path / "run", *task, "--lr", "1e38"))
-    assert status == 0 and failed in out and err.count("failed: ") == (6 if name == "table5" else 2)
+    output = tmp_path / "run"
+    status, out, err = call(*arguments(name, tiny_folder, glue, output, *task, "--lr", "1e38"))
+    assert (status, out) == (1, "") and err.count("failed: ") == (6 if name == "table5" else 2)
+    count = err.count("failed: ")
+    assert err.splitlines()[-1].endswith(
+        f"none of {count} runs ended with a metric, their reasons are in {output}/rows.jsonl"
+    )
+    page = (output / "README.md").read_text()
+    assert failed in page and "by --recipe paper, --epochs 2, --batch-size 4, --lr 1e+38, --max-length 8\n" in page
 
 
-@pytest.mark.parametrize("option", [["--model", "m"], ["--tasks", "cola"], ["--output-dir", "x"], ["--lora-r", "2"]])
+def test_a_folder_of_tasks_that_is_not_there_is_named_by_its_option(tiny_folder, tmp_path):
+    line = refused(*call(*arguments("table5", tiny_folder, tmp_path / "none", tmp_path / "run")))
+    assert line.endswith(f"--glue {tmp_path / 'none'}: no such folder")
+
+
+OF_RUNS = "--model m; --tasks cola; --output-dir x; --lora-r 2; --seeds 5; --jobs 1; --device cpu".split("; ")
+
+
+@pytest.mark.parametrize("option", [text.split() for text in OF_RUNS])
 def test_a_closed_form_refuses_the_options_of_runs(option):
     line = refused(*call("reproduce", "table3", *option))
     assert line.endswith(f"reproduce table3 is of closed forms, which train nothing: leave out {option[0]}")

@@ -432,6 +432,15 @@ def test_a_finished_run_resumed_says_so_and_changes_nothing(stopped, tiny_folder
     assert files() == before and json.loads(out) == json.loads((tmp_path / "run" / "summary.json").read_text())
 
 
+def test_a_finished_run_that_was_not_merged_is_not_resumed_with_merge(tiny_folder, tiny_task, tmp_path):
+    lora = arguments(tiny_folder, tiny_task, tmp_path / "run", "--peft", "lora", "--lora-r", "2", "--epochs", "1")
+    assert call("train", *lora)[0] == 0
+    line = refused(*call("train", *lora, "--resume", "--merge"))
+    finished = f"--merge: the run in {tmp_path / 'run'} is finished and holds what it trained alone"
+    assert line.endswith(f"{finished}: give another --output-dir")
+    assert call("train", *lora, "--resume")[0] == 0
+
+
 def test_without_resume_the_folder_of_a_stopped_run_is_refused_and_left_alone(stopped, tiny_folder, tiny_task):
     before = sorted(stopped.rglob("*"))
     line = refused(*call("train", *arguments(tiny_folder, tiny_task, stopped)))

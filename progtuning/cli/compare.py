@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from progtuning.base.checks import check_number
-from progtuning.base.errors import InputError
+from progtuning.base.errors import InputError, RunError
 from progtuning.base.files import write_json, write_text
 from progtuning.cli.options import Parser, add_task_options, check_beside, device_of, train_config
 from progtuning.cli.streams import print_json, say, tell
@@ -14,7 +14,9 @@ from progtuning.settings.options import add_options, given, options
 from progtuning.settings.train import DataConfig, TrainConfig
 
 DOCUMENT, PAGE, PICTURE = "compare.json", "README.md", "frontier.png"
+# What the grid has of its own, and batches by tokens, whose steps no budget counts.
 OF_THE_GRID = {"schedule", "calendar", "budget", "lr", "seed", "evaluate", "prefix_dropout", "keep", "patience"}
+OF_THE_GRID |= {"batch_tokens"}
 
 
 def add_compare_options(parser: Parser) -> None:
@@ -42,7 +44,7 @@ def add_compare_options(parser: Parser) -> None:
 def run_compare(args: argparse.Namespace) -> None:
     from progtuning.base.sources import model_folder
     from progtuning.compare import frontier
-    from progtuning.compare.runs import Setup, compare
+    from progtuning.compare.runs import ROWS, Setup, compare
     from progtuning.step.measure import environment
 
     check_number("--jobs", args.jobs, int, 1, 1000)
@@ -86,6 +88,8 @@ def run_compare(args: argparse.Namespace) -> None:
         output / PAGE,
         frontier.page(found, metric, f"Which schedule for {task.name}?", lines, PICTURE if drawn else None),
     )
+    if not any("metric" in cell for cell in found):
+        raise RunError(f"no run of {len(rows)} ended with a metric, their reasons are in {output / ROWS}: lower --lrs")
     if args.json:
         print_json(document)
         return

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from progtuning.base.checks import check_choices, check_number
-from progtuning.base.errors import InputError
+from progtuning.base.errors import InputError, RunError
 from progtuning.base.files import write_text
 from progtuning.cli.options import Parser, check_beside, device_of, train_config
 from progtuning.cli.streams import print_json, put_line, say, tell
@@ -20,7 +20,8 @@ from progtuning.settings.train import DPSConfig, SquadConfig, TrainConfig
 CLOSED_FORMS = {"table3": "Table 3", "figure4": "Figure 4"}
 NAMES = (*PRESETS[:2], "table3", *PRESETS[2:], "figure1", "figure4")
 FIGURE_1 = Method("E, one block and the head", "full", "none", "")
-OF_RUNS = ("model", "glue", "squad", "tasks", "max_train_rows", "output_dir", "resume")
+OF_RUNS = ("model", "glue", "squad", "tasks", "seeds", "max_train_rows", "output_dir", "resume", "jobs", "device")
+SEEDS = 5  # the paper's
 _OF_THE_TABLE = {"schedule", "stages", "calendar", "seed", "evaluate", "keep", "patience"}
 
 
@@ -32,11 +33,11 @@ def add_reproduce_options(parser: Parser) -> None:
     parser.add_argument("--squad", help="folder of SQuAD's files, or hub")
     tasks = dict.fromkeys(task for task, _ in COLUMNS.values())
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"of {', '.join(tasks)} (all of the table)")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each, from --seed on (%(default)s)")
+    parser.add_argument("--seeds", type=int, metavar="N", help=f"runs of each, from --seed on ({SEEDS})")
     parser.add_argument("--max-train-rows", type=int, metavar="N", help="train on a sample of N rows")
     parser.add_argument("--output-dir", help="a new or empty folder, or with --resume that of before")
     parser.add_argument("--resume", action="store_true", help="go on with the runs in --output-dir, or add to them")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (%(default)s)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (1)")
     add_options(parser, TrainConfig, only=options(TrainConfig).keys() - _OF_THE_TABLE | {"seed"}, defaults=None)
 
 
@@ -53,11 +54,13 @@ def run_reproduce(args: argparse.Namespace) -> None:
         return
     from progtuning.base.sources import model_folder
     from progtuning.compare.reproduce import Blocks, Trial, blocks_page, cells, page, reproduce
-    from progtuning.compare.runs import of_model, splits_of
+    from progtuning.compare.runs import ROWS, of_model, splits_of
     from progtuning.data.glue import FOLDERS
+    from progtuning.run.checkpoint import flatten
     from progtuning.step.measure import environment
 
-    check_number("--jobs", args.jobs, int, 1, 1000)
+    jobs, seeds = 1 if args.jobs is None else args.jobs, SEEDS if args.seeds is None else args.seeds
+    check_number("--jobs", jobs, int, 1, 1000)
     if args.output_dir is None:
         raise InputError(f"reproduce {args.name} needs --output-dir, the folder of its runs")
     model = args.model or "bert-base-uncased"
@@ -71,7 +74,7 @@ def run_reproduce(args: argparse.Namespace) -> None:
     folder = model_folder(model)
     num_blocks = BertConfig.from_json(folder / "config.json", keep_head=False).num_hidden_layers
     trials = []
-    for seed in seeds_of(args.seeds, getattr(args, "seed", TrainConfig.seed)):
+    for seed in seeds_of(seeds, getattr(args, "seed", TrainConfig.seed)):
         for method in methods:
             for task in tasks:
                 num_rows = 0  # which DPS's recipe alone asks for
@@ -86,13 +89,16 @@ def run_reproduce(args: argparse.Namespace) -> None:
     config = BertConfig.from_json(folder / "config.json", keep_head=False)
     identity = {"options": shared, "task": {"name": args.name}, "device": device.type} | of_model(folder, config)
     identity |= {"size of the training sample": args.max_train_rows}
-    rows = reproduce(trials, identity, args.output_dir, args.resume, args.jobs, say)
+    rows = reproduce(trials, identity, args.output_dir, args.resume, jobs, say)
     here = environment(device)
     sample = "all training rows" if args.max_train_rows is None else f"at most {args.max_train_rows:,} training rows"
-    account = [f"{model}, by --recipe paper" + (f" but {shared}" if shared else ""), sample, f"{here['device']}"]
+    but = "".join(f", {option_name(TrainConfig, path)} {value}" for path, value in flatten(shared))
+    account = [f"{model}, by --recipe paper{but}", sample, f"{here['device']}"]
     text = page(of_paper, cells(of_paper, rows), account) if of_paper else blocks_page(rows, account)
     output = Path(args.output_dir) / "README.md"
     write_text(output, text)
+    if not any("metrics" in row for row in rows):
+        raise RunError(f"none of {len(rows)} runs ended with a metric, their reasons are in {output.parent / ROWS}")
     if args.json:
         print_json([cell._asdict() for cell in cells(of_paper, rows)] if of_paper else rows)
         return
@@ -113,6 +119,8 @@ def data_of(task: str, args: argparse.Namespace) -> str:
     place = getattr(args, option)
     if place is None:
         raise InputError(f"the task {task} needs --{option}, the folder of its files, or hub")
+    if place != "hub" and not Path(place).is_dir():
+        raise InputError(f"--{option} {place}: no such folder")
     return place if place == "hub" or option == "squad" else str(Path(place) / FOLDERS[task])
 
 

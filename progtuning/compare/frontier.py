@@ -207,12 +207,15 @@ def _metric(cell: Mapping) -> float:
 
 
 def draw_frontier(found: Sequence[Mapping], metric: str, path) -> bool:
-    """Draw the metric of each schedule against its cost, with the spread over seeds. False without matplotlib."""
-    figure = new_figure(7, 4.5)
+    """Draw the metric of each schedule against its cost, with the spread over seeds.
+
+    Return False where there is nothing to draw, or no matplotlib.
+    """
+    measured = [cell for cell in found if "metric" in cell]
+    figure = new_figure(7, 4.5) if measured else None
     if figure is None:
         return False
     axes = figure.subplots()
-    measured = [cell for cell in found if "metric" in cell]
     for marker, schedule in zip("osD^vP*Xhd" * 9, dict.fromkeys(cell["schedule"] for cell in measured)):
         own = sorted((cell for cell in measured if cell["schedule"] == schedule), key=lambda cell: cell["cost"])
         deviation = [100 * statistics.stdev(c["scores"]) if len(c["scores"]) > 1 else 0 for c in own]

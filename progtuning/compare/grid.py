@@ -97,6 +97,9 @@ def run_of(row: Mapping) -> Run:
 def settings_of(run: Run, base: TrainConfig) -> TrainConfig:
     """Return the settings of a run; `base` has what all share. Raises InputError where they do not go together."""
     name, *suffixes = run.schedule.split("+")
+    if name not in SCHEDULE_KINDS and not re.match(r"\d", name):
+        names = ", ".join(SCHEDULE_KINDS)
+        raise InputError(f"--schedules must be of {names}, and calendars as 4 or 0:2,4:1, got {run.schedule!r}")
     changes = {"schedule": name} if name in SCHEDULE_KINDS else {"calendar": name, "stages": None}
     for suffix in suffixes:
         more = changes_of(suffix, name)

@@ -38,6 +38,7 @@ from progtuning.run.finetune import fine_tune, prepare
 from progtuning.run.identity import check_same
 from progtuning.run.log import RUN, RunLog
 from progtuning.run.saved import load_checkpoint
+from progtuning.run.signals import StopSignals
 from progtuning.settings.train import DataConfig, TrainConfig
 from progtuning.step.device import choose_device
 from progtuning.step.measure import environment
@@ -176,7 +177,8 @@ def rows_of(output: str | Path, resume: bool, identity: dict, device: str | None
         log.rewind((folder / ROWS).read_bytes().rfind(b"\n") + 1)
         for left in folder.glob(f"{_TEMPORARY}*"):
             shutil.rmtree(left, ignore_errors=True)
-        yield folder, log
+        with StopSignals():  # between two runs too
+            yield folder, log
     except KeyboardInterrupt as error:
         number = Signals(getattr(error, "signal", SIGINT))
         hint = f"{len(log.rows)} runs are kept in {folder}; to go on: the same command with --resume"
@@ -211,7 +213,10 @@ def check_run(setup: Setup, run: Run) -> None:
     """Raise InputError where a run has settings that exclude each other, keeps nothing, or has no step to make."""
     settings, device = settings_of(run, setup.base), choose_device(setup.device)
     config, settings, rows = encoded(setup.folder, setup.splits_of(run), settings)
-    lay_out(config, rows, settings, device, World())
+    try:
+        lay_out(config, rows, settings, device, World())
+    except InputError as error:
+        raise InputError(f"--schedules {run.schedule} at --budgets {run.budget:g}: {error}") from None
 
 
 def identify(setup: Setup) -> dict:

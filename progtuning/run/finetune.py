@@ -18,7 +18,7 @@ from progtuning.methods.lora import unwrap
 from progtuning.methods.saved import save_peft
 from progtuning.model.bert import Model
 from progtuning.model.config import BertConfig
-from progtuning.model.weights import CONFIG, LoadReport, load_model, save_pretrained
+from progtuning.model.weights import CONFIG, WEIGHTS, LoadReport, load_model, save_pretrained
 from progtuning.report.summary import SUMMARY, Summary, read_summary, write_summary
 from progtuning.run.best import Best, EnoughEvaluations
 from progtuning.run.build import build_trainer
@@ -164,9 +164,13 @@ def fine_tune(
 
     cache = cache or nullcontext()
     with StopSignals(world) as signals, RunFolder(output_dir, checkpoints, identity, say, world) as run, cache:
+        is_finished = run.is_resumed and world.first((run.path / SUMMARY).is_file())
+        if is_finished and merge and not world.first((run.path / WEIGHTS).is_file()):
+            got = "is finished and holds what it trained alone: give another --output-dir"
+            raise world.once(InputError(f"--merge: the run in {output_dir} {got}"))
         for note in begun.notes:
             say(note)
-        if run.is_resumed and world.first((run.path / SUMMARY).is_file()):
+        if is_finished:
             say(f"The run in {output_dir} is finished already.")
             return read_summary(run.path) if world.is_main else None
         for line in begun.account(splits):

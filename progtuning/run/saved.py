@@ -229,8 +229,8 @@ def check_division(checkpoint: Checkpoint, splits: Splits, rows: Mapping[str, En
     if any(run.get(f"run/identity/held-out rows/{name}") not in (None, data.digest()) for name, data in rows.items()):
         share = f"--dev-share {splits.division['dev_share']:g}"
         raise InputError(
-            f"{share} holds other rows of this file out than the run did, as it is another or has changed, and some may "
-            "be rows that the run trained on: --dev-share 1 measures all of its rows"
+            f"{share} holds other rows of this file out than the run did, as it is another or has changed, and some "
+            "may be rows that the run trained on: --dev-share 1 measures all of its rows"
         )
 
 
