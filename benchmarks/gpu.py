@@ -64,7 +64,9 @@ class Step:
     figures: Callable[[], Iterator[Figure]] = lambda: iter(())
 
 
-def run(steps: Sequence[Step], output: Path, minutes: float, env: dict[str, str]) -> None:
+def run(
+    steps: Sequence[Step], output: Path, minutes: float, env: dict[str, str], signals: StopSignals = StopSignals()
+) -> None:
     """Run the steps that are not done yet, and write a row for each, and the table, as they end."""
     end = time.monotonic() + 60 * minutes - RESERVE
     output.mkdir(parents=True, exist_ok=True)
@@ -78,7 +80,7 @@ def run(steps: Sequence[Step], output: Path, minutes: float, env: dict[str, str]
             status = NOT_BEGUN
         else:
             print(f"{step.name}: at most {limit:.0f} s", flush=True)
-            status = run_limited(step.command, limit, output / f"{step.name}.log", env)
+            status = run_limited(step.command, limit, output / f"{step.name}.log", env, signals)
         row = {"step": step.name, "status": status, "seconds": round(time.monotonic() - begin, 1)}
         row |= {"limit": step.limit, "figures": [] if status == NOT_BEGUN else list(step.figures())}
         harness.append_row(output / ROWS, row)
@@ -86,13 +88,15 @@ def run(steps: Sequence[Step], output: Path, minutes: float, env: dict[str, str]
         pack(output)
 
 
-def run_limited(command: Sequence[str], seconds: float, log: Path, env: dict[str, str]) -> str:
+def run_limited(command: Sequence[str], seconds: float, log: Path, env: dict[str, str], signals: StopSignals) -> str:
     """Run a command, its output in `log`; where the time is up all its processes end. Return what became of it."""
     with open(log, "w") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=env, start_new_session=True
-        )
+        with signals.held():  # one that comes while the process begins would leave it behind
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=env, start_new_session=True
+            )
         try:
+            signals.check()
             return DONE if process.wait(seconds) == 0 else FAILED
         except subprocess.TimeoutExpired:
             return LATE
@@ -342,9 +346,9 @@ def main(arguments: Sequence[str]) -> None:
         env["PROGTUNING_CACHE"] = str(args.cache.absolute())
     here = environment(choose_device(args.device))
     print(f"{here['device']} ({here['processor']}), torch {here['versions']['torch']}", flush=True)
-    with StopSignals(), tempfile.TemporaryDirectory() as work:
+    with StopSignals() as signals, tempfile.TemporaryDirectory() as work:
         steps = steps_of(args, Path(work))
-        run(steps, args.output, args.minutes, env)
+        run(steps, args.output, args.minutes, env, signals)
     print(table(steps, args.output))
 
 

@@ -396,8 +396,8 @@ def test_an_error_of_any_process_is_raised_by_the_first_and_ends_the_others_in_s
         ("the second", "InputError", "only there"),
         ("a disk", "RunError", "no space left"),
         ("the first", "RunError", "only here"),
-        ("a loss", "RunError", "step 2 (stage 1, rows "),
-        ("an output", "RunError", "the model's output for row 1 is not finite"),
+        ("a loss", "NotFinite", "step 2 (stage 1, rows "),
+        ("an output", "NotFinite", "the model's output for row 1 is not finite"),
     ):
         assert first[case][0] == kind and first[case][1].startswith(message), case
         assert second[case] == ["SystemExit", "2" if kind == "InputError" else "1"], case
