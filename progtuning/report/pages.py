@@ -48,7 +48,7 @@ def card(summary: Summary) -> str:
             "",
             *speed_lines(summary),
             f"Updated parameters (summed over epochs): {millions(summary.updated_parameters)} M, of "
-            f"{millions(summary.updated_parameters_full)} M where all that the method trains does in every epoch.",
+            f"{millions(summary.updated_parameters_full)} M if all of them trained in every epoch.",
             "",
         ]
     )
