@@ -565,6 +565,38 @@ def test_every_command_that_reads_a_model_of_few_parameters_takes_the_place_of_i
     assert f"--model '{run}': is no whole model: adapter_config.json says what was trained beside one" in line
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        "predict --checkpoint x --input y --output",
+        "predict --checkpoint x --output y --input",
+        "predict --input x --output y --checkpoint",
+        "predict --checkpoint x --task rte --data y --glue-submission",
+        "evaluate --checkpoint x --task rte --data",
+        "evaluate --checkpoint x --task rte --base-model",
+        "evaluate --checkpoint x --task rte --output-dir",
+        "train --task rte --output-dir x --model",
+        "train --model x --task rte --output-dir",
+        "probe --model x --task rte --output-dir",
+        "compare --model x --task rte --output-dir",
+        "reproduce table1 --glue",
+        "plan --model",
+        "explain -o x --run",
+        "explain -o x --model y --comparison",
+        "explain --model x --output",
+        "report x --output",
+        "report -o x DIR",
+        "demo --output-dir",
+    ],
+)
+def test_an_option_that_names_a_file_or_folder_is_refused_where_it_names_none(option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    *arguments, last = option.split()
+    line = refused(*call(*arguments, *([] if last == "DIR" else [last]), ""))
+    assert last in line and "got no name" in line
+    assert not list(tmp_path.iterdir())
+
+
 def test_predict_leaves_an_old_output_file_where_the_input_is_bad(trained, tmp_path):
     source, target = tmp_path / "in.tsv", tmp_path / "out.tsv"
     target.write_text("old")

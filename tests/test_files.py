@@ -214,6 +214,12 @@ def test_a_folder_that_cannot_be_made_is_refused_with_its_reason_before_it_is_tr
     assert not (tmp_path / "new").exists()
 
 
+def test_a_file_or_folder_without_a_name_is_refused_and_is_not_the_current_folder():
+    for check in (check_output_file, check_new_folder, lambda path: made_folder(path, "--output-dir")):
+        with pytest.raises(InputError, match="--output.* got no name"):
+            check("")
+
+
 @as_root
 def test_a_folder_that_takes_no_file_is_refused_before_the_work(public):
     with another_user():

@@ -220,6 +220,8 @@ def _nearest(path: Path) -> Path:
 
 def check_output_file(path: str | Path, option: str = "--output") -> None:
     """Raise InputError that names the option where `path` cannot be written; its folder need not exist yet."""
+    if not os.fspath(path):
+        raise InputError(f"{option} must be a file, got no name")
     try:
         place = plain_place(path)
         if os.path.isdir(path) or os.fspath(path).endswith(os.sep):
@@ -274,6 +276,8 @@ def made_folder(path: str | Path, option: str) -> Path:
 
     One that takes no new file is an error too.
     """
+    if not os.fspath(path):
+        raise InputError(f"{option} must be a folder, got no name")
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         _check_writable(Path(path))

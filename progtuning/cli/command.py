@@ -18,6 +18,7 @@ from progtuning.cli.options import (
     add_command,
     add_run_options,
     add_task_options,
+    named,
 )
 from progtuning.cli.plan import add_memory_options, add_plan_options, run_paper, run_plan, run_report
 from progtuning.cli.predict import run_evaluate, run_predict
@@ -81,13 +82,15 @@ def build_parser() -> Parser:
     demo = add_command(
         commands, "demo", run_demo, "full fine-tuning beside Progtuning on real reviews, in minutes on a CPU"
     )
-    demo.add_argument("--output-dir", default="progtuning-demo", help="for summary.json and a picture (%(default)s)")
+    text = "for summary.json and a picture (%(default)s)"
+    demo.add_argument("--output-dir", type=named, default="progtuning-demo", help=text)
     add_run_options(demo)
 
     train = add_command(commands, "train", run_train, "fine-tune a model on a task")
-    train.add_argument("--model", required=True, help=MODEL_HELP)
+    train.add_argument("--model", required=True, type=named, help=MODEL_HELP)
     add_task_options(train)
-    train.add_argument("--output-dir", required=True, help="a new or empty folder, or with --resume that of the run")
+    text = "a new or empty folder, or with --resume that of the run"
+    train.add_argument("--output-dir", required=True, type=named, help=text)
     add_options(train, CheckpointConfig)
     train.add_argument("--max-train-rows", type=int, metavar="N", help="train on a sample of N rows")
     train.add_argument(
@@ -127,7 +130,7 @@ def build_parser() -> Parser:
     evaluate = add_command(commands, "evaluate", run_evaluate, "measure a fine-tuned model on a task's held-out rows")
     add_checkpoint_options(evaluate)
     add_task_options(evaluate)
-    evaluate.add_argument("--output-dir", help="a new or empty folder, for SQuAD's prediction files")
+    evaluate.add_argument("--output-dir", type=named, help="a new or empty folder, for SQuAD's prediction files")
     add_options(evaluate, SquadConfig)
     add_run_options(evaluate)
 
@@ -136,10 +139,11 @@ def build_parser() -> Parser:
     text = (
         "file of text and text_pair, as for train, or JSONL of question and context; - is standard input (TSV or JSONL)"
     )
-    predict.add_argument("--input", help=text)
-    predict.add_argument("--output", help="TSV: label and probability, or score; JSONL: answers; - is standard output")
+    predict.add_argument("--input", type=named, help=text)
+    text = "TSV: label and probability, or score; JSONL: answers; - is standard output"
+    predict.add_argument("--output", type=named, help=text)
     text = "write what the GLUE server takes, for --task (ax and wnli too) and --data, into DIR"
-    predict.add_argument("--glue-submission", metavar="DIR", help=text)
+    predict.add_argument("--glue-submission", type=named, metavar="DIR", help=text)
     add_task_options(predict, required=False)
     add_options(predict, SquadConfig)
     add_run_options(predict)
@@ -161,9 +165,10 @@ def build_parser() -> Parser:
     probe = add_command(
         commands, "probe", run_probe, "the paper's Figure 1: train E, one block and the head alone, block by block"
     )
-    probe.add_argument("--model", required=True, help="as for train")
+    probe.add_argument("--model", required=True, type=named, help="as for train")
     add_task_options(probe)
-    probe.add_argument("--output-dir", required=True, help="a new or empty folder, for probe.json and a picture")
+    text = "a new or empty folder, for probe.json and a picture"
+    probe.add_argument("--output-dir", required=True, type=named, help=text)
     probe.add_argument("--max-train-rows", type=int, metavar="N", help="train on a sample of N rows")
     left_out = {"schedule", "stages", "calendar", "budget", "freeze_percentile", "evaluate", "keep", "patience"}
     left_out |= {"cache", "cache_dtype", "cache_limit"}
@@ -172,8 +177,7 @@ def build_parser() -> Parser:
     add_run_options(probe)
 
     report_command = add_command(commands, "report", run_report, "compare runs: a table, and with matplotlib pictures")
-    report_command.add_argument("folders", nargs="+", metavar="DIR", help="output folders of train")
-    report_command.add_argument(
-        "-o", "--output", required=True, metavar="FILE", help="Markdown; pictures are put beside it"
-    )
+    report_command.add_argument("folders", nargs="+", type=named, metavar="DIR", help="output folders of train")
+    text = "Markdown; pictures are put beside it"
+    report_command.add_argument("-o", "--output", required=True, type=named, metavar="FILE", help=text)
     return parser

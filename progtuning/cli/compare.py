@@ -6,7 +6,7 @@ from pathlib import Path
 from progtuning.base.checks import check_number
 from progtuning.base.errors import InputError, RunError
 from progtuning.base.files import write_json, write_text
-from progtuning.cli.options import Parser, add_task_options, check_beside, device_of, train_config
+from progtuning.cli.options import Parser, add_task_options, check_beside, device_of, named, train_config
 from progtuning.cli.streams import print_json, say, tell
 from progtuning.compare.grid import CACHED, Grid, default_rates, default_schedules, seeds_of, settings_of
 from progtuning.model.config import BertConfig
@@ -21,9 +21,10 @@ OF_THE_GRID |= {"batch_tokens"}
 
 def add_compare_options(parser: Parser) -> None:
     """Add what the command has beside the options of a run."""
-    parser.add_argument("--model", required=True, help="as for train")
+    parser.add_argument("--model", required=True, type=named, help="as for train")
     add_task_options(parser)
-    parser.add_argument("--output-dir", required=True, help="a new or empty folder, or with --resume that of before")
+    text = "a new or empty folder, or with --resume that of before"
+    parser.add_argument("--output-dir", required=True, type=named, help=text)
     text = "schedules, or calendars (2, or 0:2,4:1), each with what stands behind it: +cache, +eval (frozen blocks do "
     text += "not drop out), +never or +always (when E trains), +lr0.8 (--lr-decay)"
     text += " (full, and +cache: shrinking, growing, a third of the blocks frozen, and a third and at the end two)"

@@ -8,7 +8,7 @@ from pathlib import Path
 from progtuning.base.errors import InputError
 from progtuning.base.files import check_no_input, check_output_file, made_folder, read_json, write_text
 from progtuning.cli.compare import DOCUMENT
-from progtuning.cli.options import Parser
+from progtuning.cli.options import Parser, named
 from progtuning.cli.plan import Asked, names_of
 from progtuning.cli.streams import tell
 from progtuning.cost.explain import Explained
@@ -29,9 +29,11 @@ COMPARED = ("budget", "lr", "seeds", "metric", "cost", "seconds", "updated_param
 
 def add_explain_options(parser: Parser) -> None:
     runs = "instead of a model and options, output folders of train: what they were, and the plan of the first"
-    parser.add_argument("--run", dest="runs", nargs="+", metavar="DIR", help=runs)
-    parser.add_argument("--comparison", metavar="DIR", help="output folder of compare, whose result stands beside it")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the page, HTML; it needs no network")
+    parser.add_argument("--run", dest="runs", nargs="+", type=named, metavar="DIR", help=runs)
+    text = "output folder of compare, whose result stands beside it"
+    parser.add_argument("--comparison", type=named, metavar="DIR", help=text)
+    text = "the page, HTML; it needs no network"
+    parser.add_argument("-o", "--output", required=True, type=named, metavar="FILE", help=text)
 
 
 def run_explain(args: argparse.Namespace) -> None:

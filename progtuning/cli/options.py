@@ -38,6 +38,14 @@ class Parser(argparse.ArgumentParser):
         put(message) if file is sys.stdout else super()._print_message(message, file)
 
 
+def named(text: str) -> str:
+    """Return the value of an option that names a file, a folder or a model. None is an error: it comes of a variable of
+    the shell that is not set, and as a path it would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("got no name, expected one")
+    return text
+
+
 def add_command(commands, name: str, run: Callable, text: str) -> Parser:
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(run=run)
@@ -49,14 +57,15 @@ def add_task_options(parser: Parser, required: bool = True) -> None:
     parser.add_argument("--task", required=required, help=text)
     text = "folder with the task's files, or hub (movie-reviews needs none); your own are a file or a folder of CSV, "
     text += "TSV, JSONL or Parquet, plain or .gz, or hub:org/name[@revision][:config]"
-    parser.add_argument("--data", help=text)
+    parser.add_argument("--data", type=named, help=text)
     add_options(parser, DataConfig, only=None if required else ("text_column", "pair_column"))
 
 
 def add_checkpoint_options(parser: Parser) -> None:
-    parser.add_argument("--checkpoint", required=True, help="output folder of train, or of the library peft")
+    text = "output folder of train, or of the library peft"
+    parser.add_argument("--checkpoint", required=True, type=named, help=text)
     text = "where the base model of a --checkpoint of --peft is, if no longer where its file says; as --model of train"
-    parser.add_argument("--base-model", metavar="MODEL", help=text)
+    parser.add_argument("--base-model", type=named, metavar="MODEL", help=text)
     parser.add_argument("--batch-size", type=int, default=TrainConfig.batch_size)
     parser.add_argument("--max-length", type=int, help="tokens a sequence (as in training)")
     parser.add_argument("--precision", default=TrainConfig.precision, help="fp32 or bf16")

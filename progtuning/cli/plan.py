@@ -8,7 +8,7 @@ from pathlib import Path
 
 from progtuning.base.errors import InputError
 from progtuning.base.files import check_no_input, check_output_file, made_folder, write_text
-from progtuning.cli.options import Parser, check_beside, train_config
+from progtuning.cli.options import Parser, check_beside, named, train_config
 from progtuning.cli.streams import print_json, put_line, tell
 from progtuning.cost.budget import Forecast, even_forecast
 from progtuning.cost.closed_form import Kernels
@@ -26,7 +26,7 @@ from progtuning.stages import Schedule
 
 def add_plan_options(parser: Parser, needs_model: bool = True) -> None:
     help = f"{', '.join(ARCHITECTURES)}, a config.json or its folder"
-    parser.add_argument("--model", required=needs_model, help=help)
+    parser.add_argument("--model", required=needs_model, type=named, help=help)
     parser.add_argument("--length", type=int, help="tokens a sequence (128, or what the model takes)")
     parser.add_argument("--labels", type=int, help="classes; 1 is regression (2)")
     heads = [name for name in HEADS if name != "regression"]

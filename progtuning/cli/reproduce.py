@@ -6,7 +6,7 @@ from pathlib import Path
 from progtuning.base.checks import check_choices, check_number
 from progtuning.base.errors import InputError, RunError
 from progtuning.base.files import write_text
-from progtuning.cli.options import Parser, check_beside, device_of, train_config
+from progtuning.cli.options import Parser, check_beside, device_of, named, train_config
 from progtuning.cli.streams import print_json, put_line, say, tell
 from progtuning.compare.grid import seeds_of
 from progtuning.compare.presets import COLUMNS, PRESETS, Method, preset
@@ -28,14 +28,14 @@ _OF_THE_TABLE = {"schedule", "stages", "calendar", "seed", "evaluate", "keep", "
 def add_reproduce_options(parser: Parser) -> None:
     """Add what the command has beside the options of a run."""
     parser.add_argument("name", choices=NAMES, metavar="TABLE", help=f"{', '.join(NAMES[:-1])} or {NAMES[-1]}")
-    parser.add_argument("--model", help="as for train (bert-base-uncased)")
-    parser.add_argument("--glue", help="folder of the GLUE tasks' official folders, or hub")
-    parser.add_argument("--squad", help="folder of SQuAD's files, or hub")
+    parser.add_argument("--model", type=named, help="as for train (bert-base-uncased)")
+    parser.add_argument("--glue", type=named, help="folder of the GLUE tasks' official folders, or hub")
+    parser.add_argument("--squad", type=named, help="folder of SQuAD's files, or hub")
     tasks = dict.fromkeys(task for task, _ in COLUMNS.values())
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"of {', '.join(tasks)} (all of the table)")
     parser.add_argument("--seeds", type=int, metavar="N", help=f"runs of each, from --seed on ({SEEDS})")
     parser.add_argument("--max-train-rows", type=int, metavar="N", help="train on a sample of N rows")
-    parser.add_argument("--output-dir", help="a new or empty folder, or with --resume that of before")
+    parser.add_argument("--output-dir", type=named, help="a new or empty folder, or with --resume that of before")
     parser.add_argument("--resume", action="store_true", help="go on with the runs in --output-dir, or add to them")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (1)")
     add_options(parser, TrainConfig, only=options(TrainConfig).keys() - _OF_THE_TABLE | {"seed"}, defaults=None)
