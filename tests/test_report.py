@@ -1,10 +1,12 @@
 """Tables and pictures of runs."""
 
 import json
+import os
 import re
 import shutil
 import sys
 from dataclasses import replace
+from urllib.parse import unquote_to_bytes
 
 import pytest
 
@@ -249,6 +251,19 @@ def test_two_runs_of_one_name_are_told_apart_by_their_folders(runs, tmp_path):
     assert call("report", tmp_path / "a" / "run", tmp_path / "b" / "run", "-o", tmp_path / "page.md")[0] == 0
     page = (tmp_path / "page.md").read_text()
     assert f"## {tmp_path / 'a' / 'run'}" in page and f"## {tmp_path / 'b' / 'run'}" in page
+
+
+def test_the_pictures_of_a_page_of_any_name_are_links_by_markdowns_rules(runs, tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(runs / "full", tmp_path / "a]b\\")
+    page = tmp_path / "my (1st) \u00fc%20 \udcff.md"
+    status, _, err = call("report", tmp_path / "a]b\\", "-o", page)
+    assert status == 0, err
+    text = page.read_text()
+    links = re.findall(r"^!\[(?:[^\[\]\\]|\\.)*\]\(([!-\'*-~]+)\)$", text, re.MULTILINE)
+    names = [os.fsdecode(unquote_to_bytes(link)) for link in links]
+    assert names == [f"{page.stem}-1.png", f"{page.stem}-metric.png"] and text.count("![") == 2
+    assert all((tmp_path / name).read_bytes().startswith(PNG) for name in names)
 
 
 def test_a_bar_in_a_cell_is_no_column():

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -146,6 +147,23 @@ def test_predictions_that_would_take_the_place_of_an_input_are_refused(trained, 
     line = refused(*call("report", trained, "-o", trained / "summary.json"))
     assert "is the same file as the input" in line
     assert source.read_text() == "text\ngood film\n"
+
+
+@pytest.mark.parametrize("command", ["report", "explain"])
+def test_a_page_on_standard_output_is_the_whole_page_and_nothing_else(command, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = {"report": [trained], "explain": ["--run", trained]}[command]
+    assert call(command, *run, "-o", "page")[0] == 0
+    page = (tmp_path / "page").read_text(encoding="utf-8")
+    page = re.sub(r"\n\n!\[.*|\n\n## Metric against work", "", page) if command == "report" else page
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert call(command, *run, "-o", "-") == (0, page, "")
+    to_descriptor = shell(f"$P {command} {' '.join(map(str, run))} -o /dev/stdout")
+    assert (to_descriptor.stdout.decode(), to_descriptor.stderr) == (page, b"")
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main([command, *map(str, run), "-o", "-"]) == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_report_into_a_pipe_or_a_device_draws_no_pictures_beside_it(trained, full, tmp_path):

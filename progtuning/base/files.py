@@ -219,7 +219,12 @@ def _nearest(path: Path) -> Path:
 
 
 def check_output_file(path: str | Path, option: str = "--output") -> None:
-    """Raise InputError that names the option where `path` cannot be written; its folder need not exist yet."""
+    """Raise InputError that names the option where `path` cannot be written; its folder need not exist yet.
+
+    - is standard output.
+    """
+    if os.fspath(path) == "-":
+        return
     if not os.fspath(path):
         raise InputError(f"{option} must be a file, got no name")
     try:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from progtuning import __version__
 from progtuning.base.errors import InputError, Interrupted, RunError
-from progtuning.base.files import own_descriptor
 from progtuning.cli.compare import add_compare_options, run_compare
 from progtuning.cli.explain import add_explain_options, run_explain
 from progtuning.cli.options import (
@@ -23,7 +22,7 @@ from progtuning.cli.options import (
 from progtuning.cli.plan import add_memory_options, add_plan_options, run_paper, run_plan, run_report
 from progtuning.cli.predict import run_evaluate, run_predict
 from progtuning.cli.reproduce import add_reproduce_options, run_reproduce
-from progtuning.cli.streams import fail, let_first_speak, several_processes, standard_streams
+from progtuning.cli.streams import fail, is_standard_output, let_first_speak, several_processes, standard_streams
 from progtuning.cli.train import run_demo, run_probe, run_train
 from progtuning.settings.options import add_options, options
 from progtuning.settings.peft import PeftConfig
@@ -67,9 +66,8 @@ def run(argv: Sequence[str] | None) -> int:
 def prints_result(args: argparse.Namespace) -> bool:
     """Say whether the command's result goes to standard output alone, or is asked for there."""
     output = getattr(args, "output", None) or ""
-    to_output = output == "-" or own_descriptor(output) == 1
     is_all = args.run in (run_evaluate, run_plan, run_paper) or getattr(args, "dry_run", False)
-    return to_output or getattr(args, "json", False) or is_all
+    return is_standard_output(output) or getattr(args, "json", False) or is_all
 
 
 def build_parser() -> Parser:
@@ -178,6 +176,6 @@ def build_parser() -> Parser:
 
     report_command = add_command(commands, "report", run_report, "compare runs: a table, and with matplotlib pictures")
     report_command.add_argument("folders", nargs="+", type=named, metavar="DIR", help="output folders of train")
-    text = "Markdown; pictures are put beside it"
+    text = "Markdown; pictures are put beside it; - is standard output, without pictures"
     report_command.add_argument("-o", "--output", required=True, type=named, metavar="FILE", help=text)
     return parser

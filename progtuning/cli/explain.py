@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from progtuning.base.errors import InputError
-from progtuning.base.files import check_no_input, check_output_file, made_folder, read_json, write_text
+from progtuning.base.files import check_no_input, check_output_file, read_json
 from progtuning.cli.compare import DOCUMENT
 from progtuning.cli.options import Parser, named
 from progtuning.cli.plan import Asked, names_of
-from progtuning.cli.streams import tell
+from progtuning.cli.streams import tell_written, write_result
 from progtuning.cost.explain import Explained
 from progtuning.cost.plan import kernels_of, plan
 from progtuning.model.config import BertConfig, sequence_head
@@ -32,7 +32,7 @@ def add_explain_options(parser: Parser) -> None:
     parser.add_argument("--run", dest="runs", nargs="+", type=named, metavar="DIR", help=runs)
     text = "output folder of compare, whose result stands beside it"
     parser.add_argument("--comparison", type=named, metavar="DIR", help=text)
-    text = "the page, HTML; it needs no network"
+    text = "the page, HTML; it needs no network; - is standard output"
     parser.add_argument("-o", "--output", required=True, type=named, metavar="FILE", help=text)
 
 
@@ -50,10 +50,8 @@ def run_explain(args: argparse.Namespace) -> None:
     if args.comparison is not None:
         check_no_input(args.output, [Path(args.comparison) / DOCUMENT])
         document["comparison"] = read_comparison(Path(args.comparison))
-    page = explained_page(document)
-    made_folder(Path(args.output).parent, "--output")
-    write_text(args.output, page)
-    tell(f"Written: {args.output}")
+    write_result(args.output, explained_page(document))
+    tell_written(args.output)
 
 
 def explained_document(asked: Asked) -> dict:

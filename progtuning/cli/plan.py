@@ -7,9 +7,9 @@ from fractions import Fraction
 from pathlib import Path
 
 from progtuning.base.errors import InputError
-from progtuning.base.files import check_no_input, check_output_file, made_folder, write_text
+from progtuning.base.files import check_no_input, check_output_file, made_folder
 from progtuning.cli.options import Parser, check_beside, named, train_config
-from progtuning.cli.streams import print_json, put_line, tell
+from progtuning.cli.streams import print_json, put_line, tell_written, write_result
 from progtuning.cost.budget import Forecast, even_forecast
 from progtuning.cost.closed_form import Kernels
 from progtuning.cost.paper import metric_cells, paper_rows
@@ -148,12 +148,13 @@ def run_paper(args: argparse.Namespace) -> None:
 def run_report(args: argparse.Namespace) -> None:
     folders = [Path(folder) for folder in args.folders]
     runs = list(zip(names_of(folders), map(read_worked_summary, folders)))
-    output = Path(args.output)
     check_output_file(args.output)
-    check_no_input(output, (folder / SUMMARY for folder in folders))
-    made_folder(output.parent, "--output")
-    write_text(output, pages.compare(runs, output))
-    tell(f"Written: {output}")
+    check_no_input(args.output, (folder / SUMMARY for folder in folders))
+    path = None if args.output == "-" else Path(args.output)
+    if path is not None:
+        made_folder(path.parent, "--output")  # the pictures come first
+    write_result(args.output, pages.compare(runs, path))
+    tell_written(args.output)
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

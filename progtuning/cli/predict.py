@@ -5,16 +5,9 @@ import sys
 from pathlib import Path
 
 from progtuning.base.errors import InputError
-from progtuning.base.files import (
-    check_new_folder,
-    check_no_input,
-    check_output_file,
-    made_folder,
-    own_descriptor,
-    write_text,
-)
+from progtuning.base.files import check_new_folder, check_no_input, check_output_file
 from progtuning.cli.options import label_map
-from progtuning.cli.streams import print_json, put, put_line, say, tell
+from progtuning.cli.streams import is_standard_output, print_json, put_line, say, tell, write_result
 from progtuning.report import tables
 from progtuning.settings.options import given, option_name
 from progtuning.settings.train import DataConfig, SquadConfig, TrainConfig
@@ -65,18 +58,14 @@ def run_predict(args: argparse.Namespace) -> None:
         return
     reading = DataConfig(**given(args, DataConfig))
     text = predict_file(checkpoint, args.input, device, args.batch_size, args.precision, reading)
-    if args.output == "-":
-        put(text)
-    else:
-        made_folder(Path(args.output).parent, "--output")
-        write_text(args.output, text)
-        if args.json:
-            print_json({"written": [args.output]})
+    write_result(args.output, text)
+    if args.json:
+        print_json({"written": [args.output]})
 
 
 def check_predict_options(args: argparse.Namespace) -> None:
     """Raise InputError unless the options are those of a file, or those of a submission."""
-    if args.json and args.output is not None and (args.output == "-" or own_descriptor(args.output) == 1):
+    if args.json and args.output is not None and is_standard_output(args.output):
         raise InputError("--json does not go with --output -: standard output then holds the predictions")
     needed, others = ("input", "output"), ("task", "data")
     what = "predict"
@@ -93,5 +82,5 @@ def check_predict_options(args: argparse.Namespace) -> None:
     columns = given(args, DataConfig)
     if args.glue_submission is not None and columns:
         raise InputError(f"{option_name(DataConfig, min(columns))} does not go with {what}")
-    if args.output not in (None, "-"):
+    if args.output is not None:
         check_output_file(args.output)

@@ -7,8 +7,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
+from pathlib import Path
 
 from progtuning.base.errors import RunError
+from progtuning.base.files import made_folder, own_descriptor, write_text
 
 
 @contextmanager
@@ -96,6 +98,29 @@ def put(text: str) -> None:
         if isinstance(error, BrokenPipeError):
             raise SystemExit(1) from None
         raise RunError(f"standard output: cannot be written: {error.strerror or error}") from None
+
+
+def is_standard_output(output: str) -> bool:
+    """Say whether the value of --output is standard output, by whatever name."""
+    return output == "-" or own_descriptor(output) == 1
+
+
+def write_result(output: str, text: str) -> None:
+    """Write a result into the file that --output names, its folder made, or for - on standard output.
+
+    Raises InputError, and RunError where the disk or standard output refuses.
+    """
+    if output == "-":
+        put(text)
+    else:
+        made_folder(Path(output).parent, "--output")
+        write_text(output, text)
+
+
+def tell_written(output: str) -> None:
+    """Say where a result is, unless it is on standard output, which then holds nothing else."""
+    if not is_standard_output(output):
+        tell(f"Written: {output}")
 
 
 def discard_output() -> None:

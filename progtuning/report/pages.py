@@ -1,7 +1,10 @@
 """Pages of Markdown: the card of a run, and the comparison of several."""
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from progtuning.base.files import plain_place
 from progtuning.report.pictures import draw_metric, draw_run
@@ -91,13 +94,14 @@ def speed_lines(summary: Summary) -> list[str]:
     return [fast, "", said + of, ""]
 
 
-def compare(runs: Sequence[tuple[str, Summary]], path: Path) -> str:
+def compare(runs: Sequence[tuple[str, Summary]], path: Path | None) -> str:
     """Return a Markdown page on several runs and, where matplotlib is installed, draw its pictures beside `path`.
 
     Each run has its name with it.
 
     Pictures: the staircase of each run; its measured backward seconds a step beside its FLOPs a step, as shares of
-    those of the first stage; the main metric against all FLOPs. Beside a device or a pipe none are drawn.
+    those of the first stage; the main metric against all FLOPs. None are drawn beside a device or a pipe, nor with
+    `path` None.
     """
     names = list(dict.fromkeys(name for _, run in runs for name in run.metrics))
     rows = [
@@ -126,14 +130,18 @@ def compare(runs: Sequence[tuple[str, Summary]], path: Path) -> str:
         *SPEED,
     ]
     parts = ["# Runs", table(header, rows)]
-    pictures = {f"{path.stem}-{i + 1}.png": (draw_run, run) for i, (_, run) in enumerate(runs)}
-    pictures[f"{path.stem}-metric.png"] = (draw_metric, runs)
-    is_plain = plain_place(path) is not None
-    drawn = {name: is_plain and draw(subject, path.with_name(name)) for name, (draw, subject) in pictures.items()}
+    has_pictures = path is not None and plain_place(path) is not None
+
+    def picture(draw: Callable[..., bool], subject, end: str, text: str) -> list[str]:
+        """Draw into a file beside `path`; return its line, none where it is not drawn."""
+        if not (has_pictures and draw(subject, place := path.with_name(f"{path.stem}-{end}.png"))):
+            return []
+        text = re.sub(r"[\[\]\\]", r"\\\g<0>", text)
+        return [f"![{text}]({quote(os.fsencode(place.name))})"]
+
     for i, (title, run) in enumerate(runs):
         parts += [f"## {title}", stages_table(run), *(["\n".join(lines[:-1])] if (lines := speed_lines(run)) else [])]
-        name = f"{path.stem}-{i + 1}.png"
-        parts += [f"![stages of {title}]({name})"] if drawn[name] else []
-    name = f"{path.stem}-metric.png"
-    parts += ["## Metric against work", f"![metric against FLOPs]({name})"] if drawn[name] else []
+        parts += picture(draw_run, run, str(i + 1), f"stages of {title}")
+    if drawn := picture(draw_metric, runs, "metric", "metric against FLOPs"):
+        parts += ["## Metric against work", *drawn]
     return "\n\n".join(parts) + "\n"
