@@ -536,6 +536,25 @@ def test_the_demo_takes_its_own_model_and_data_where_folders_of_their_names_stan
     assert (folder / "config.json").is_file() and len(splits.train) == 3000
 
 
+def test_the_demo_leaves_the_folder_of_a_run_alone_and_takes_its_own_again(trained, tmp_path, monkeypatch):
+    began = []
+    monkeypatch.setattr("progtuning.base.sources.model_folder", lambda *_: began.append(1) or 1 / 0)
+    before = {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+    line = refused(*call("demo", "--output-dir", trained))
+    assert f"--output-dir must not be the folder of a run, got {trained} with run.json in it" in line
+    assert before == {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+    (tmp_path / "file").write_text("")
+    assert "--output-dir" in refused(*call("demo", "--output-dir", tmp_path / "file"))
+    (tmp_path / "old" / "savings.png").mkdir(parents=True)
+    assert "savings.png is a folder" in refused(*call("demo", "--output-dir", tmp_path / "old"))
+    assert not began
+    (tmp_path / "demo").mkdir()
+    for name in ("summary.json", "savings.png"):
+        (tmp_path / "demo" / name).write_text("{}")
+    with pytest.raises(ZeroDivisionError):
+        call("demo", "--output-dir", tmp_path / "demo")
+
+
 def test_every_command_that_reads_a_model_of_few_parameters_takes_the_place_of_its_base(tiny_folder, tmp_path):
     base, run, data = tmp_path / "base", tmp_path / "run", tmp_path / "RTE"
     shutil.copytree(tiny_folder, base)

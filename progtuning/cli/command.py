@@ -80,7 +80,7 @@ def build_parser() -> Parser:
     demo = add_command(
         commands, "demo", run_demo, "full fine-tuning beside Progtuning on real reviews, in minutes on a CPU"
     )
-    text = "for summary.json and a picture (%(default)s)"
+    text = "for summary.json and a picture, not the folder of a run (%(default)s)"
     demo.add_argument("--output-dir", type=named, default="progtuning-demo", help=text)
     add_run_options(demo)
 

