@@ -35,9 +35,8 @@ from safetensors.torch import load_file
 from progtuning.base.errors import RunError
 from progtuning.base.files import read_json, write_json, write_text
 from progtuning.report import tables
-from progtuning.report.summary import SUMMARY, read_summary
+from progtuning.report.summary import LOG, SUMMARY, read_summary
 from progtuning.run.folder import checkpoints_of
-from progtuning.run.log import LOG
 from progtuning.run.signals import StopSignals
 from progtuning.step.device import choose_device
 from progtuning.step.measure import environment

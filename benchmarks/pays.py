@@ -24,7 +24,7 @@ from progtuning.compare.frontier import BASE, bootstrap, ended, percentiles, res
 from progtuning.compare.runs import ROWS
 from progtuning.report import tables
 from progtuning.report.pictures import new_figure, save_figure
-from progtuning.run.log import RUN
+from progtuning.report.summary import RUN
 
 MEAN = "mean"
 Found = dict[tuple[float, str], dict[str, list[dict]]]  # by budget and schedule, and by task: a row for each seed

@@ -43,9 +43,8 @@ from progtuning.cli import command
 from progtuning.model.bert import build_model
 from progtuning.model.config import BertConfig
 from progtuning.model.weights import save_pretrained
-from progtuning.report.summary import SUMMARY, read_summary
+from progtuning.report.summary import LOG, SUMMARY, read_summary
 from progtuning.run.folder import checkpoints_of, step_of, unfinished_checkpoints_of
-from progtuning.run.log import LOG
 
 WORDS = "good fine great nice bad poor awful sad film story cast plot the a was is and very not".split()
 SAVE_EVERY, EPOCHS, ROWS, BATCH_SIZE = 4, 4, 96, 8  # 12 steps an epoch

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from progtuning.engine import StageEngine
+from progtuning.report.summary import LOG
 from progtuning.run.best import Best, EnoughEvaluations
 from progtuning.run.evaluate import Measured
-from progtuning.run.log import LOG
 from progtuning.run.saved import load_checkpoint
 from progtuning.settings.train import TrainConfig
 from progtuning.stages import Stage

@@ -19,13 +19,13 @@ from progtuning.base.files import MAX_JSON_BYTES, replacing
 from progtuning.data.squad import Answer, Question, SquadRows, Window
 from progtuning.data.tokenization import Encoding
 from progtuning.methods.apply import apply_peft
-from progtuning.report.summary import StageSummary, read_summary
+from progtuning.report.summary import LOG, StageSummary, read_summary
 from progtuning.run.best import Best
 from progtuning.run.build import build_trainer
 from progtuning.run.checkpoint import read_checkpoint, write_checkpoint
 from progtuning.run.evaluate import Measured, predict
 from progtuning.run.folder import RunFolder, checkpoints_of, step_of
-from progtuning.run.log import CHECKPOINTS, LOG, RunLog, warn
+from progtuning.run.log import CHECKPOINTS, RunLog, warn
 from progtuning.run.signals import StopSignals
 from progtuning.run.state import random_states, set_random_states
 from progtuning.settings.peft import PeftConfig
@@ -416,6 +416,32 @@ def test_train_resume_ends_as_the_run_that_was_not_stopped(stopped, tiny_folder,
     ours, theirs = (read_summary(path) for path in (tmp_path / "run", stopped.parent / "whole"))
     assert ours.metrics == theirs.metrics
     assert unmeasured(ours.stages) == unmeasured(theirs.stages)
+
+
+def test_every_reader_of_a_run_says_of_one_that_has_not_finished_that_it_goes_on_with_resume(
+    stopped, tiny_task, tmp_path
+):
+    task, page = ["--task", "classification", "--data", tiny_task], tmp_path / "page"
+    new = tmp_path / "new"
+    new.mkdir()
+    for name in ("run.json", LOG):
+        shutil.copy(stopped / name, new)
+    for run in (stopped, new):
+        readers = [
+            ["evaluate", "--checkpoint", run, *task],
+            ["predict", "--checkpoint", run, "--input", "-", "--output", page],
+            ["report", run, "-o", page],
+            ["explain", "--run", run, "-o", page],
+        ]
+        for reader in readers:
+            line = refused(*call(*reader))
+            assert f"{run} is of a run that has not finished: go on with train --resume" in line
+    assert not page.exists()
+    shutil.copytree(stopped.parent / "whole", tmp_path / "whole")
+    (tmp_path / "whole" / "summary.json").unlink()
+    assert call("evaluate", "--checkpoint", tmp_path / "whole", *task)[0] == 0
+    shutil.copy(stopped / "run.json", tmp_path)  # of compare: it has rows.jsonl for a log
+    assert "summary.json: cannot be read" in refused(*call("report", tmp_path, "-o", page))
 
 
 def test_a_finished_run_resumed_says_so_and_changes_nothing(stopped, tiny_folder, tiny_task, tmp_path):

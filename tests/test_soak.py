@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from progtuning.report.summary import LOG
 from progtuning.run.checkpoint import read_checkpoint
-from progtuning.run.log import CHECKPOINTS, LOG
+from progtuning.run.log import CHECKPOINTS
 from tests.test_benchmarks import BENCHMARKS
 
 assert str(BENCHMARKS) in sys.path  # put there by test_benchmarks

@@ -15,8 +15,8 @@ from progtuning.cost.explain import Explained
 from progtuning.cost.plan import kernels_of, plan
 from progtuning.model.config import BertConfig, sequence_head
 from progtuning.report.explained import explained_page, run_document
-from progtuning.report.summary import SUMMARY, Summary, read_worked_summary
-from progtuning.run.log import LOG, read_log
+from progtuning.report.summary import LOG, SUMMARY, Summary, read_worked_summary
+from progtuning.run.log import read_log
 from progtuning.settings.options import given, option_name, options
 from progtuning.settings.peft import PeftConfig
 from progtuning.settings.train import TrainConfig

@@ -10,7 +10,7 @@ from progtuning.cli.options import check_beside, device_of, train_config
 from progtuning.cli.streams import print_json, put_line, say, tell
 from progtuning.model.config import BertConfig
 from progtuning.report import hub, pages, pictures, tables
-from progtuning.report.summary import SUMMARY
+from progtuning.report.summary import RUN, SUMMARY
 from progtuning.settings.options import given
 from progtuning.settings.train import CheckpointConfig, DataConfig, TrainConfig
 
@@ -27,7 +27,6 @@ def run_demo(args: argparse.Namespace) -> None:
     from progtuning.data.task import limit_train
     from progtuning.run.finetune import fine_tune
     from progtuning.run.folder import is_run
-    from progtuning.run.log import RUN
     from progtuning.step.device import choose_device
 
     output = Path(args.output_dir)

@@ -30,13 +30,14 @@ from progtuning.data.task import Splits, limit_train
 from progtuning.methods.saved import base_digest
 from progtuning.model.config import BertConfig
 from progtuning.model.weights import load_model
+from progtuning.report.summary import RUN
 from progtuning.report.tables import PHASES
 from progtuning.run.build import build_loader, forecast, lay_out
 from progtuning.run.checkpoint import FORMAT
 from progtuning.run.evaluate import predict
 from progtuning.run.finetune import fine_tune, prepare
 from progtuning.run.identity import check_same
-from progtuning.run.log import RUN, RunLog
+from progtuning.run.log import RunLog
 from progtuning.run.saved import load_checkpoint
 from progtuning.run.signals import StopSignals
 from progtuning.settings.train import DataConfig, TrainConfig

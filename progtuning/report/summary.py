@@ -9,7 +9,8 @@ from typing import get_args, get_origin
 from progtuning.base.errors import InputError
 from progtuning.base.files import read_json, write_json
 
-SUMMARY = "summary.json"
+SUMMARY = "summary.json"  # written last
+RUN, LOG = "run.json", "metrics.jsonl"  # of the run's identity, and of its steps: there from the start
 _NAMES = "task, settings.schedule or settings.peft.method"
 _SIZES = "num_blocks or updated_parameters"
 _COUNTS = "embeddings or .steps"
@@ -168,11 +169,18 @@ def write_summary(folder: Path, summary: Summary) -> None:
     write_json(folder / SUMMARY, summary.to_json())
 
 
+def check_finished(folder: Path) -> None:
+    """Raise InputError where `folder` is of a run of train that was begun and has no summary."""
+    if (folder / RUN).is_file() and (folder / LOG).is_file() and not (folder / SUMMARY).exists():
+        raise InputError(f"{folder} is of a run that has not finished: go on with train --resume")
+
+
 def read_summary(folder: Path) -> Summary:
     """Read the summary of an output folder of `train`. Raises InputError where it is none.
 
     Keys that have no default must be there, with values of their types; of the others nothing is checked.
     """
+    check_finished(folder)
     path = folder / SUMMARY
     values = read_json(path)
     expected = {one.name for one in fields(Summary) if one.default is MISSING}

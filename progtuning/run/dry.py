@@ -12,11 +12,11 @@ import torch
 from progtuning.base.files import read_json
 from progtuning.cost.plan import knows_bytes, plan_batches
 from progtuning.data.task import Splits
+from progtuning.report.summary import RUN
 from progtuning.run.build import build_shelves, forecast, lay_out
 from progtuning.run.finetune import promises, start
 from progtuning.run.folder import described, is_run
 from progtuning.run.identity import check_same
-from progtuning.run.log import RUN
 from progtuning.settings.train import CheckpointConfig, TrainConfig
 from progtuning.step.processes import World
 

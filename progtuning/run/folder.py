@@ -25,10 +25,11 @@ import torch
 from progtuning import __version__
 from progtuning.base.errors import InputError
 from progtuning.base.files import check_new_folder, new_folder, read_json, temporary_of, write_json
+from progtuning.report.summary import LOG, RUN
 from progtuning.run.best import Best
 from progtuning.run.checkpoint import FORMAT, read_checkpoint, write_checkpoint
 from progtuning.run.identity import check_same
-from progtuning.run.log import CHECKPOINTS, LOG, RUN, RunLog, warn
+from progtuning.run.log import CHECKPOINTS, RunLog, warn
 from progtuning.run.state import load_state_dict, state_dict
 from progtuning.settings.train import CheckpointConfig
 from progtuning.step.processes import World

@@ -14,8 +14,9 @@ from progtuning.data.task import Task
 from progtuning.data.tokenization import Tokenizer
 from progtuning.methods.saved import base_digest
 from progtuning.model.bert import Model
+from progtuning.report.summary import RUN
 from progtuning.run.checkpoint import FORMAT, flatten
-from progtuning.run.log import RUN, warn
+from progtuning.run.log import warn
 from progtuning.settings.options import option_name
 from progtuning.settings.train import TrainConfig
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from progtuning.base.checks import INFINITY, check_number
 from progtuning.base.errors import InputError, RunError
+from progtuning.report.summary import LOG
 
-RUN, LOG, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
+CHECKPOINTS = "checkpoints"
 
 
 class RunLog:

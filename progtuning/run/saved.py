@@ -24,10 +24,9 @@ from progtuning.methods.saved import LORA_CONFIG, TRAINED_CONFIG, base_model_nam
 from progtuning.model.bert import Model
 from progtuning.model.config import HEADS, BertConfig, format_label_map
 from progtuning.model.weights import CONFIG, load_model, reorder_classes
-from progtuning.report.summary import SUMMARY, no_training, read_training
+from progtuning.report.summary import RUN, SUMMARY, check_finished, no_training, read_training
 from progtuning.run.checkpoint import flatten
 from progtuning.run.evaluate import Measured, measure_splits, predict
-from progtuning.run.log import RUN
 from progtuning.settings.train import DataConfig, SquadConfig
 
 _log = logging.getLogger(__name__)
@@ -135,9 +134,12 @@ def load_checkpoint(
 
     `label_map` gives its classes other names, by those they have. `say` is told which keys of config.json are passed
     over. What a PEFT method trained is put on its base model, which `base_folder` finds; where the folder has no
-    tokenizer, it has the base's. Raises InputError where the folder has no head, where a file is missing or damaged, or
-    where an option is out of range.
+    tokenizer, it has the base's. Raises InputError where the folder is of a run that has not finished, where it has no
+    head, where a file is missing or damaged, or where an option is out of range.
     """
+    is_described = (folder / CONFIG).exists() or peft_file(folder) is not None
+    if not is_described or not any(folder.glob("*.safetensors")):
+        check_finished(folder)  # a whole model may have lost its summary by somebody's hand
     base = base_folder(folder, base_model)
     config = BertConfig.from_json(folder / CONFIG) if base is None else tuned_config(folder, base)
     if config.head not in HEADS:
