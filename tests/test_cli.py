@@ -1,6 +1,7 @@
 """The command line as its user meets it: what it writes, what it prints, and how it refuses."""
 
 import contextlib
+import csv
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from progtuning.base.files import new_folder
 from progtuning.cli.command import main
+from progtuning.data.tables import keyed_rows
 from tests.conftest import WORDS
 
 FAST = ["--epochs", "3", "--batch-size", "8", "--lr", "5e-3", "--max-length", "16", "--device", "cpu"]
@@ -158,6 +160,11 @@ def test_regression_trains_and_predicts_scores(tiny_folder, tmp_path):
     assert set(json.loads(out)["metrics"]) == {"pearson", "spearman"}
     status, out, _ = call("predict", "--checkpoint", run, "--input", "-", "--output", "-", stdin=b"text\ngood\n")
     assert status == 0 and out.startswith("score\n") and float(out.split()[1]) == pytest.approx(0, abs=5)
+    files = ["--input", "-", "--output"]
+    assert call("predict", "--checkpoint", run, *files, tmp_path / "x.csv", stdin=b"text\ngood\n")[0] == 0
+    assert call("predict", "--checkpoint", run, *files, tmp_path / "x.jsonl", stdin=b"text\ngood\n")[0] == 0
+    assert (tmp_path / "x.csv").read_text() == out
+    assert json.loads((tmp_path / "x.jsonl").read_text()) == {"score": float(out.split()[1])}
 
 
 def test_train_on_pairs_of_a_glue_task(tiny_folder, tmp_path):
@@ -613,6 +620,42 @@ def test_an_option_that_names_a_file_or_folder_is_refused_where_it_names_none(op
     *arguments, last = option.split()
     line = refused(*call(*arguments, *([] if last == "DIR" else [last]), ""))
     assert last in line and "got no name" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_predictions_are_the_kind_of_file_that_the_outputs_name_says_and_can_be_read_again(trained, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(trained, run)
+    config, names = json.loads((run / "config.json").read_text()), ['a "b", c', "1"]
+    config["id2label"] = dict(enumerate(names))
+    config["label2id"] = {name: i for i, name in enumerate(names)}
+    (run / "config.json").write_text(json.dumps(config))
+    command = ["predict", "--checkpoint", run, "--input", "-", "--output"]
+    texts = "text\n" + "".join(f"the film was {word}\n" for word in WORDS)
+    _, tsv, _ = call(*command, "-", stdin=texts.encode())
+    rows = [line.split("\t") for line in tsv.splitlines()]
+    assert {row[0] for row in rows[1:]} == set(names)
+    for name in ("x.csv", "x.CSV", "x.jsonl", "x.tsv", "x.txt", "csv"):
+        status, _, err = call(*command, out / name, stdin=texts.encode())
+        assert status == 0, err
+    with open(out / "x.csv", newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == rows
+    assert (out / "x.CSV").read_bytes() == (out / "x.csv").read_bytes()
+    assert all((out / name).read_text() == tsv for name in ("x.tsv", "x.txt", "csv"))
+    found = [json.loads(line) for line in (out / "x.jsonl").read_text().splitlines()]
+    assert found == [{"label": label, "probability": float(value)} for label, value in rows[1:]]
+    read = [
+        [row["text"] for _, row in keyed_rows(out / f"x.{kind}", ["text"], [], {"text": "label"})]
+        for kind in ("csv", "jsonl", "tsv")
+    ]
+    assert read == [[row[0] for row in rows[1:]]] * 3
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.parquet", "x.csv.gz", "X.PARQUET"])
+def test_predictions_of_a_kind_that_is_not_written_are_refused_before_the_work(name, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("progtuning.run.saved.predict_file", lambda *_: pytest.fail("the work has begun"))
+    line = refused(*call("predict", "--checkpoint", trained, "--input", "-", "--output", tmp_path / name))
+    assert f"{name}: got a name that ends in {Path(name.lower()).suffix}, expected .tsv or .csv or .jsonl" in line
     assert not list(tmp_path.iterdir())
 
 

@@ -213,6 +213,13 @@ def test_predict_writes_the_classes_and_the_probability_of_each_as_transformers_
     assert status == 0, err
     found = list(csv.DictReader(io.StringIO(out), delimiter="\t"))
     assert [row["label"] for row in found] == ["comedy,drama", "", "drama,war"]
+    for kind in ("csv", "jsonl"):
+        assert call("predict", *options, "--output", tmp_path / f"out.{kind}")[0] == 0
+    with open(tmp_path / "out.csv", newline="") as file:
+        assert list(csv.DictReader(file)) == found
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row.pop("label") for row in rows] == [["comedy", "drama"], [], ["drama", "war"]]
+    assert rows == [{key: float(value) for key, value in row.items() if key != "label"} for row in found]
     pipeline = transformers.pipeline("text-classification", model=str(trained), top_k=None)
     for row, theirs in zip(found, pipeline(texts)):
         for one in theirs:

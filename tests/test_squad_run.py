@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,6 +160,10 @@ def test_predict_answers_from_every_kind_of_input_with_the_place_in_the_context(
     for name in ("in.tsv", "in.json"):
         assert call(*arguments, tmp_path / "out", "--input", tmp_path / name)[0] == 0
         assert (tmp_path / "out").read_text(encoding="utf-8") == out
+    for name in ("out.csv", "out.tsv", "out.parquet", "out.jsonl.gz"):
+        line = refused(*call(*arguments, tmp_path / name, "--input", tmp_path / "in.tsv"))
+        assert f"{name}: got a name that ends in {Path(name).suffix}, expected .jsonl or .json" in line
+        assert not (tmp_path / name).exists()
     found = [json.loads(line) for line in out.splitlines()]
     assert [row["id"] for row in found] == [f"x{i}" for i in range(len(rows))]
     assert all(context[row["start"] : row["end"]] == row["answer"] for row, (_, context) in zip(found, rows))

@@ -138,7 +138,8 @@ def build_parser() -> Parser:
         "file of text and text_pair, as for train, or JSONL of question and context; - is standard input (TSV or JSONL)"
     )
     predict.add_argument("--input", type=named, help=text)
-    text = "TSV: label and probability, or score; JSONL: answers; - is standard output"
+    text = "label and probability, or score, as TSV, or by its name .csv or .jsonl; answers as JSONL; - is standard "
+    text += "output (TSV or JSONL)"
     predict.add_argument("--output", type=named, help=text)
     text = "write what the GLUE server takes, for --task (ax and wnli too) and --data, into DIR"
     predict.add_argument("--glue-submission", type=named, metavar="DIR", help=text)

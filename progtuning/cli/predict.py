@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from progtuning.base.errors import InputError
@@ -56,11 +57,24 @@ def run_predict(args: argparse.Namespace) -> None:
         paths = [str(path) for path in write_glue_submission(checkpoint, *arguments)]
         print_json({"written": paths}) if args.json else tell(f"Written: {', '.join(paths)}")
         return
+    kind = output_kind(args.output, checkpoint.task.kinds)
     reading = DataConfig(**given(args, DataConfig))
-    text = predict_file(checkpoint, args.input, device, args.batch_size, args.precision, reading)
+    text = predict_file(checkpoint, args.input, device, args.batch_size, args.precision, reading, kind)
     write_result(args.output, text)
     if args.json:
         print_json({"written": [args.output]})
+
+
+def output_kind(output: str, kinds: Sequence[str]) -> str:
+    """Return which of `kinds` the name of a file says that it is, the first where it says none.
+
+    Raises InputError where it says another kind of file: what reads it would go by its name.
+    """
+    end = Path(output.lower()).suffix.removeprefix(".")
+    if end not in kinds and end in ("csv", "tsv", "jsonl", "json", "parquet", "gz"):
+        expected = " or ".join(f".{kind}" for kind in kinds)
+        raise InputError(f"--output {output}: got a name that ends in .{end}, expected {expected}")
+    return end if end in kinds else kinds[0]
 
 
 def check_predict_options(args: argparse.Namespace) -> None:

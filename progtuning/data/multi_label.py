@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from progtuning.data.batching import EncodedRows
-from progtuning.data.tables import Example
+from progtuning.data.tables import Example, written_rows
 from progtuning.data.task import Classes, Limits
 
 
@@ -25,11 +25,9 @@ class MultiLabel(Classes):
         counts = self.listed(has.sum(axis=0).tolist())
         return f"{counts}; {(sizes == 0).sum():,} with none, {(sizes > 1).sum():,} with several"
 
-    def lines(self, outputs: np.ndarray, rows: EncodedRows, limits: Limits) -> str:
-        """Return a TSV of the classes, with commas between them, as `label`, and of each one's `probability`."""
+    def lines(self, outputs: np.ndarray, rows: EncodedRows, limits: Limits, kind: str) -> str:
+        """Return a table of the classes as `label`, and of each one's `probability`."""
         probabilities = np.exp(-np.logaddexp(0, -outputs.astype(np.float64)))  # the logistic function, (N, C)
-        lines = ["\t".join(["label", *(f"probability of {name}" for name in self.labels)])]
-        for decided, row in zip(self.decide(outputs, rows, limits), probabilities):
-            names = ",".join(name for name, has in zip(self.labels, decided) if has)
-            lines.append("\t".join([names, *(f"{value:.6f}" for value in row)]))
-        return "\n".join(lines) + "\n"
+        decided = zip(self.decide(outputs, rows, limits), probabilities.tolist())
+        cells = ([[name for name, has in zip(self.labels, row) if has], *values] for row, values in decided)
+        return written_rows(["label", *(f"probability of {name}" for name in self.labels)], cells, kind)

@@ -26,6 +26,7 @@ class Questions(Task):
 
     head = "question-answering"
     max_length = MAX_LENGTH
+    kinds = ("jsonl", "json")
     writes_files = True
 
     @classmethod
@@ -84,8 +85,8 @@ class Questions(Task):
             values = np.array([metrics.squad([text], [texts])[self.main_metric] for text, texts in zip(answers, golds)])
         return lambda indices: float(values[indices].mean())
 
-    def lines(self, outputs: np.ndarray, rows: SquadRows, limits: Limits) -> str:
-        """Return the lines of `answers.to_jsonl`."""
+    def lines(self, outputs: np.ndarray, rows: SquadRows, limits: Limits, kind: str) -> str:
+        """Return the lines of `answers.to_jsonl`, whatever the kind."""
         return to_jsonl(self.decide(outputs, rows, limits), _threshold(limits))
 
     def write(self, decisions: Sequence[Prediction], folder: Path, limits: Limits) -> None:

@@ -26,6 +26,7 @@ label is a class name or a number. The rules where a file leaves a choice:
 
 import csv
 import gzip
+import io
 import itertools
 import json
 import logging
@@ -34,7 +35,7 @@ import re
 import sys
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -153,6 +154,30 @@ def keyed_rows(
     else:
         rows = ((f"{path}: line {n}", row) for n, row in tsv_rows(path, lines, required=due, optional=others))
     return ((where, {key: row[name] for key, name in named.items() if name in row}) for where, row in rows)
+
+
+def written_rows(columns: Sequence[str], rows: Iterable[Sequence], kind: str = "tsv", number: str = ".6f") -> str:
+    """Return a table as the text of a file of `kind`: "tsv", "csv" or "jsonl", each as `keyed_rows` reads it.
+
+    A cell is a text, a float, of which the format `number` says how many digits stand, or a list of names, which JSONL
+    keeps and the others write with commas between them.
+    """
+    if kind == "jsonl":
+        plain = ([float(format(cell, number)) if isinstance(cell, float) else cell for cell in row] for row in rows)
+        objects = (dict(zip(columns, row)) for row in plain)
+        return "".join(json.dumps(one, ensure_ascii=False, allow_nan=False) + "\n" for one in objects)
+    texts = [[_cell(cell, number) for cell in row] for row in rows]
+    if kind == "tsv":
+        return "".join("\t".join(row) + "\n" for row in (columns, *texts))
+    with io.StringIO(newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([columns, *texts])
+        return file.getvalue()
+
+
+def _cell(cell: str | float | list[str], number: str) -> str:
+    if isinstance(cell, float):
+        return format(cell, number)
+    return ",".join(cell) if isinstance(cell, list) else cell
 
 
 def read_lines(path: str | Path, keep_ends: bool = False) -> Iterator[tuple[int, str]]:

@@ -18,7 +18,7 @@ import numpy as np
 from progtuning.base.errors import InputError
 from progtuning.data import metrics
 from progtuning.data.batching import EncodedRows, encode_examples
-from progtuning.data.tables import Example, class_index, has_pairs, parse_number, read_table, shorten
+from progtuning.data.tables import Example, class_index, has_pairs, parse_number, read_table, shorten, written_rows
 from progtuning.data.tokenization import Tokenizer
 from progtuning.model.config import HEADS
 from progtuning.settings.options import option_name, options
@@ -46,6 +46,11 @@ class Task:
 
     head: ClassVar[str]  # that a model needs for the task, a row of `config.HEADS`
     max_length: ClassVar[int] = 128  # tokens, where the user names none
+    kinds: ClassVar[tuple[str, ...]] = (
+        "tsv",
+        "csv",
+        "jsonl",
+    )  # of files for predictions, the first unless one is named
     writes_files: ClassVar[bool] = False  # whether it has `write(decisions, folder, limits)`, for official scripts
 
     @classmethod
@@ -132,8 +137,8 @@ class Task:
         metric = metrics.METRICS[self.main_metric]
         return lambda indices: metric(values[indices], labels[indices])
 
-    def lines(self, outputs: np.ndarray, rows: EncodedRows, limits: Limits) -> str:
-        """Return what `predict` writes, a line for each row."""
+    def lines(self, outputs: np.ndarray, rows: EncodedRows, limits: Limits, kind: str) -> str:
+        """Return what `predict` writes, a line for each row, as a file of `kind`, one of `kinds`."""
         raise NotImplementedError
 
 
@@ -174,13 +179,12 @@ class Classes(Task):
     def plain(self, decisions: np.ndarray) -> list[int]:
         return decisions.tolist()
 
-    def lines(self, outputs: np.ndarray, rows: EncodedRows, limits: Limits) -> str:
-        """Return a TSV of the class `label` and its `probability`."""
+    def lines(self, outputs: np.ndarray, rows: EncodedRows, limits: Limits, kind: str) -> str:
+        """Return a table of the class `label` and its `probability`."""
         exponentials = np.exp(outputs - outputs.max(axis=1, keepdims=True))
         probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
         decided = zip(self.decide(outputs, rows, limits), probabilities)
-        rows = (f"{self.labels[index]}\t{row[index]:.6f}\n" for index, row in decided)
-        return "label\tprobability\n" + "".join(rows)
+        return written_rows(("label", "probability"), ((self.labels[i], float(row[i])) for i, row in decided), kind)
 
     def cells(self, decisions: np.ndarray, names: Sequence[str], bounds: tuple[float, float]) -> list[str]:
         """Return the decisions as a submission writes them: by the classes' `names`. Raises ValueError."""
@@ -215,9 +219,10 @@ class Numbers(Task):
     def plain(self, decisions: np.ndarray) -> list[float]:
         return [float(f"{score:.9g}") for score in decisions]  # all that a float32 holds
 
-    def lines(self, outputs: np.ndarray, rows: EncodedRows, limits: Limits) -> str:
-        """Return a TSV of `score`."""
-        return "score\n" + "".join(f"{score:.6g}\n" for score in self.decide(outputs, rows, limits))
+    def lines(self, outputs: np.ndarray, rows: EncodedRows, limits: Limits, kind: str) -> str:
+        """Return a table of `score`."""
+        scores = self.decide(outputs, rows, limits)
+        return written_rows(("score",), ((score,) for score in scores.tolist()), kind, number=".6g")
 
     def cells(self, decisions: np.ndarray, names: Sequence[str], bounds: tuple[float, float]) -> list[str]:
         """As of Classes: clipped to the `bounds` of the labels."""

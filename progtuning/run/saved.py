@@ -271,18 +271,21 @@ def predict_file(
     batch_size: int = 32,
     precision: str = "fp32",
     reading: DataConfig = DataConfig(),
+    kind: str | None = None,
 ) -> str:
     """Return the predictions for a file (`-`: standard input), a row for each of its rows.
 
-    For a table of texts, in which `reading` names the columns, they are the TSV of its task's `lines`; for one of
-    questions and contexts, or SQuAD's own JSON, the lines of `answers.to_jsonl`. Raises InputError.
+    For a table of texts, in which `reading` names the columns, they are a table of `kind` as its task's `lines` has it;
+    for one of questions and contexts, or SQuAD's own JSON, the lines of `answers.to_jsonl`. `kind` is one of the task's
+    `kinds`, None the first. Raises InputError.
     """
     task = checkpoint.task
     task.check(checkpoint)
     examples = task.read(file, reading)
     check_pairs(checkpoint, examples, file)
     rows = task.encode(examples, checkpoint.tokenizer, checkpoint)
-    return task.lines(predict(checkpoint.model, rows, batch_size, device, precision), rows, checkpoint)
+    outputs = predict(checkpoint.model, rows, batch_size, device, precision)
+    return task.lines(outputs, rows, checkpoint, kind or task.kinds[0])
 
 
 def write_glue_submission(
