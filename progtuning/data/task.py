@@ -46,11 +46,7 @@ class Task:
 
     head: ClassVar[str]  # that a model needs for the task, a row of `config.HEADS`
     max_length: ClassVar[int] = 128  # tokens, where the user names none
-    kinds: ClassVar[tuple[str, ...]] = (
-        "tsv",
-        "csv",
-        "jsonl",
-    )  # of files for predictions, the first unless one is named
+    kinds: ClassVar[tuple[str, ...]] = ("tsv", "csv", "jsonl")  # of files of predictions; the first, if none is named
     writes_files: ClassVar[bool] = False  # whether it has `write(decisions, folder, limits)`, for official scripts
 
     @classmethod
