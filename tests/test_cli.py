@@ -752,3 +752,17 @@ def test_a_submission_refuses_columns_of_ones_own_files(tmp_path):
 
 def test_no_memory_at_all_is_refused():
     assert "--memory must be more than 0, got '0'" in refused(*call("plan", "--model", "minilm-l6", "--memory", "0"))
+
+
+@pytest.mark.parametrize("command", [["plan"], ["explain", "-o", "page.html"]], ids=lambda command: command[0])
+def test_labels_that_the_head_of_a_plan_cannot_have_are_refused_by_their_option(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = [*command, "--model", "bert-base-uncased", "--labels"]
+    line = refused(*call(*asked, "1", "--head", "multi-label"))
+    assert line.endswith("--labels must be in 2..100000 for --head multi-label, got 1")
+    assert "--labels must be in 1..100000 for --head classification, got 0" in refused(*call(*asked, "0"))
+    for labels in ("2", "7"):
+        line = refused(*call(*asked, labels, "--head", "question-answering"))
+        assert line.endswith("--labels is for heads that have classes, got it with --head question-answering")
+    for taken in (["1"], ["1", "--head", "classification"], ["2", "--head", "multi-label"]):
+        assert call(*asked, *taken)[0] == 0

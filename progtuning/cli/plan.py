@@ -28,7 +28,7 @@ def add_plan_options(parser: Parser, needs_model: bool = True) -> None:
     help = f"{', '.join(ARCHITECTURES)}, a config.json or its folder"
     parser.add_argument("--model", required=needs_model, type=named, help=help)
     parser.add_argument("--length", type=int, help="tokens a sequence (128, or what the model takes)")
-    parser.add_argument("--labels", type=int, help="classes; 1 is regression (2)")
+    parser.add_argument("--labels", type=int, help="classes; 1 of --head classification is regression (2)")
     heads = [name for name in HEADS if name != "regression"]
     parser.add_argument("--head", choices=heads, help="(classification)")
     parser.add_argument("--rows", type=int, help="training rows, all of --length, for the cost of a whole run (10000)")
@@ -67,9 +67,13 @@ class Asked:
         config = architecture(args.model)
         labels = 2 if args.labels is None else args.labels
         rows = 10_000 if args.rows is None else args.rows
-        if not 1 <= labels <= 100_000:
-            raise InputError(f"--labels must be in 1..100000, got {labels}")
-        head = sequence_head(labels) if args.head in (None, "classification") else args.head
+        asked_head = args.head or "classification"
+        if args.labels is not None and not HEADS[asked_head].has_labels:
+            raise InputError(f"--labels is for heads that have classes, got it with --head {asked_head}")
+        least = 2 if HEADS[asked_head].has_several else 1  # 1 of classification is regression
+        if not least <= labels <= 100_000:
+            raise InputError(f"--labels must be in {least}..100000 for --head {asked_head}, got {labels}")
+        head = sequence_head(labels, asked_head) if HEADS[asked_head].has_labels else asked_head
         config = config.with_head(head, tuple(f"LABEL_{i}" for i in range(labels)))
         settings = train_config(args, config.num_hidden_layers)
         check_beside(args, settings, own=False)  # it plans a cache too
