@@ -147,6 +147,22 @@ def test_blank_lines_are_no_rows_in_jsonl_in_one_column_and_at_the_end_of_a_tabl
     assert read_table(path, require_label=False)[1][1] == Example("", "", None, "1")
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_blank_lines_between_the_rows_of_csv_are_counted_and_an_empty_text_in_quotation_marks_is_a_row(
+    tmp_path, caplog, end
+):
+    path = write(tmp_path / "one.csv", end.join(["", "text", "bad", "", '""', '"a', "", 'b"', "", "", "good", "", ""]))
+    rows = read_table(path, require_label=False)[1]
+    assert [(row.text, row.id) for row in rows] == [("bad", "0"), ("", "1"), (f"a{end}{end}b", "2"), ("good", "3")]
+    assert caplog.messages == [f"{path}: 3 blank lines between the rows passed over"]
+    caplog.clear()
+    path = write(tmp_path / "two.csv", end.join(["text,label", "a,x", "", "b,y", ""]))
+    assert [row.text for row in read_table(path)[1]] == ["a", "b"]
+    assert caplog.messages == [f"{path}: 1 blank lines between the rows passed over"]
+    caplog.clear()
+    assert read_table(write(path, end.join(["text,label", "a,x", "b,y", "", ""]))) and not caplog.messages
+
+
 @pytest.mark.parametrize("again", ["text\tlabel", "\ufefftext\tlabel", "label\ttext", "Text\tLABEL ", "text\tlabel\r"])
 def test_the_header_again_among_the_rows_is_an_error_with_its_line(tmp_path, again):
     path = write(tmp_path / "a.tsv", f"text\tlabel\na\tx\n{again}\nb\ty\n")

@@ -10,8 +10,9 @@ feed and a lone CR are characters of the text.
     JSONL    one JSON object a line; what is null counts as absent
     Parquet  a value is what JSON would have for it; classes that the library datasets has numbered have their names
 
-A blank line is no row in CSV, in JSONL, in a TSV of one column, and at the end of any TSV. The names of the columns may
-not stand again among the rows, as they do where files with a header are joined.
+A blank line is no row in CSV, in JSONL, in a TSV of one column, and at the end of any TSV; the user is told how many
+there are between rows. The names of the columns may not stand again among the rows, as they do where files with a
+header are joined.
 
 Columns or keys: `text`, `text_pair` (optional), `label`, `id` (optional); any other is an error, because a misspelt
 `text_pair` would otherwise be left out in silence, unless the user names the columns: then others are passed over. A
@@ -31,6 +32,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import re
 import sys
 import unicodedata
@@ -39,7 +41,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from progtuning.base.errors import InputError
 from progtuning.base.files import RepeatedKey, unique_keys
@@ -48,6 +50,7 @@ from progtuning.settings.train import DataConfig
 
 MAX_LINE_BYTES = 1 << 20  # a sequence is at most some hundred tokens, so a longer line is not text to classify
 _log = logging.getLogger(__name__)
+_Line = TypeVar("_Line", str, list[str])  # a line, or its cells
 _BOM = b"\xef\xbb\xbf"
 SUFFIXES = tuple(f".{kind}{gz}" for kind in ("csv", "tsv", "jsonl") for gz in ("", ".gz")) + (".parquet",)
 _KEYS = ("text", "text_pair", "label", "id")
@@ -300,11 +303,13 @@ def _is_blank(line: str) -> bool:
     return not line.strip() and "\t" not in line
 
 
-def _without_blank(path: str | Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+def _without_blank(
+    path: str | Path, lines: Iterator[tuple[int, _Line]], is_blank: Callable[[_Line], bool] = _is_blank
+) -> Iterator[tuple[int, _Line]]:
     """Yield the lines that are not blank. The user is told of those between rows, which a count of lines includes."""
     blank = between = 0
     for number, line in lines:
-        if _is_blank(line):
+        if is_blank(line):
             blank += 1
         else:
             between, blank = between + blank, 0
@@ -342,7 +347,21 @@ def _csv_rows(
     path: str | Path, lines: Iterator[tuple[int, str]], required: Sequence[str], optional: Sequence[str] | None
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield (file and first line, {column: cell}) for each row of CSV among `lines`, which have their ends."""
-    first, columns = 0, None  # the line in which a row begins
+    records = _csv_records(path, lines)
+    first, cells = next(records)
+    columns = _checked_header(f"{path}: line {first}", cells, required, optional)
+    for first, cells in _without_blank(path, records, operator.not_):  # an empty text in quotation marks is [""]
+        where, names = f"{path}: line {first}", ", ".join(columns)
+        if _is_header(cells, columns):
+            raise InputError(f"{where}: got the header again ({names}), expected a row")
+        if len(cells) != len(columns):
+            raise InputError(f"{where}: got {len(cells)} columns, expected {len(columns)} ({names})")
+        yield where, dict(zip(columns, cells))
+
+
+def _csv_records(path: str | Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
+    """Yield (number of its first line, cells) for each record of CSV; a blank line is one without cells."""
+    first = 0
 
     def texts() -> Iterator[str]:
         nonlocal first
@@ -350,27 +369,18 @@ def _csv_rows(
             first = first or number
             yield text
 
-    rows = csv.reader(texts(), strict=True)
+    records = csv.reader(texts(), strict=True)
     while True:
         first = 0
         try:
-            cells = next(rows, None)
+            cells = next(records, None)
         except csv.Error as error:
             raise InputError(
                 f"{path}: line {first}: got a row that is no CSV ({error}), expected it as RFC 4180"
             ) from None
         if cells is None:
             return
-        where = f"{path}: line {first}"
-        if columns is None:
-            columns = _checked_header(where, cells, required, optional)
-        elif cells and _is_header(cells, columns):
-            raise InputError(f"{where}: got the header again ({', '.join(columns)}), expected a row")
-        elif cells and len(cells) != len(columns):
-            names = ", ".join(columns)
-            raise InputError(f"{where}: got {len(cells)} columns, expected {len(columns)} ({names})")
-        elif cells:
-            yield where, dict(zip(columns, cells))
+        yield first, cells
 
 
 def _json_objects(path: str | Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[str, dict]]:
