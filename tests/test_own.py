@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from progtuning.base.errors import InputError
 from progtuning.data.own import load_dev, load_own, split_rows
+from progtuning.data.squad import read_questions
 from progtuning.data.tables import Example, read_table
 from progtuning.run.saved import load_checkpoint, load_held_out
 from progtuning.settings.train import DataConfig
@@ -318,6 +319,34 @@ def test_what_python_cannot_hold_of_a_parquet_file_is_one_line_that_names_it(con
     columns = DataConfig(text_column="text", label_column="label")  # where these are named, others are not read
     if b"when" in content:
         assert len(load_own(tmp_path / "rows.parquet", columns).train) == 32
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_value_that_is_null_is_said_where_one_is_due_and_is_absent_elsewhere(tmp_path, form):
+    def written(**changes):
+        rows = [{"text": "a", "text_pair": "b", "label": "x", "id": "7"}] * 2 + [changes]
+        (path := tmp_path / f"a.{form}").write_bytes(as_bytes(rows, form))
+        return path
+
+    whole = {"text": "a", "text_pair": "b", "label": "y", "id": "8"}
+    place = "row 2" if form == "parquet" else "line 3"
+    path = written(**whole | {"label": None})
+    assert error_of(read_table, path) == f"{path}: {place}: label is null, expected a name or a number"
+    assert len(read_table(path, require_label=False)[1]) == 3
+    path = written(**whole | {"text": None})
+    for asked in ({}, {"require_label": False}):
+        assert error_of(read_table, path, **asked) == f"{path}: {place}: text is null, expected a text"
+    path = written(**whole | {"text_pair": None})
+    reading = DataConfig(pair_column="text_pair")
+    assert error_of(read_table, path, reading=reading) == f"{path}: {place}: text_pair is null, expected a text"
+    assert read_table(written(**whole | {"id": None}))[1][2].id == "2"
+    (path := tmp_path / f"b.{form}").write_bytes(as_bytes([{"question": "who?", "context": None}], form))
+    assert error_of(read_questions, path).endswith(": context is null, expected a text")
+    (path := tmp_path / f"c.{form}").write_bytes(as_bytes([{"body": None, "queue": None}], form))
+    reading = DataConfig(text_column="body", label_column="queue")
+    assert "body is null, expected a text" in error_of(read_table, path, reading=reading)
+    (path := tmp_path / f"c.{form}").write_bytes(as_bytes([{"body": "a", "queue": None}], form))
+    assert "queue is null, expected a name or a number" in error_of(read_table, path, reading=reading)
 
 
 def test_a_file_that_cannot_be_divided_says_why(tmp_path):

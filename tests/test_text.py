@@ -288,7 +288,11 @@ BAD_JSONL = {
     "blank lines alone": ("\n \n", "line 1: got no rows, expected at least one"),
     "a list": ('["a", "x"]\n', "line 1: got ['a', 'x'], expected a JSON object"),
     "text not a string": ('{"text": ["a"], "label": "x"}', "line 1: got text ['a'], expected a string"),
-    "text null": ('{"text": null, "label": "x"}', "line 1: got keys ['label'], expected text, label"),
+    "text null": ('{"text": null, "label": "x"}', "line 1: text is null, expected a text"),
+    "label null": (
+        '{"text": "a", "label": "x"}\n{"text": "a", "label": null}',
+        "line 2: label is null, expected a name",
+    ),
     "label missing": ('{"text": "a", "label": "x"}\n{"text": "a"}', "line 2: got keys ['text'], expected text, label"),
     "text true": ('{"text": true, "label": "x"}', "line 1: got text True, expected a string"),
     "id true": ('{"text": "a", "label": "x", "id": true}', "line 1: got id True, expected a string or a number"),

@@ -7,7 +7,7 @@ feed and a lone CR are characters of the text.
     TSV      the first line names the columns; a quotation mark is an ordinary character, and nothing is escaped
     CSV      the first row names the columns; what stands between quotation marks may hold commas, line ends and, each
              twice, quotation marks (RFC 4180), up to the 131,072 characters that Python's csv takes
-    JSONL    one JSON object a line; what is null counts as absent
+    JSONL    one JSON object a line; null where a text, a label or a named column is due is an error, elsewhere absent
     Parquet  a value is what JSON would have for it; classes that the library datasets has numbered have their names
 
 A blank line is no row in CSV, in JSONL, in a TSV of one column, and at the end of any TSV; the user is told how many
@@ -146,7 +146,7 @@ def keyed_rows(
     kind = Path(str(path).lower().removesuffix(".gz")).suffix
     if kind == ".parquet":
         rows = _numbered_classes(path, parquet_rows(path, columns and named.values(), due), named.get("label"))
-        return _values(_without_null(rows), due, others, named)
+        return _values(rows, due, others, named)
     lines = itertools.dropwhile(lambda line: _is_blank(line[1]), read_lines(path, keep_ends=kind == ".csv"))
     first = next(lines, (1, ""))
     lines = itertools.chain([first], lines)
@@ -402,10 +402,6 @@ def _numbered_classes(path: Path, rows: Iterator[tuple[str, dict]], label: str |
         yield where, row
 
 
-def _without_null(rows: Iterator[tuple[str, dict]]) -> Iterator[tuple[str, dict]]:
-    return ((where, {key: value for key, value in row.items() if value is not None}) for where, row in rows)
-
-
 def _values(
     rows: Iterator[tuple[str, dict]],
     required: Sequence[str],
@@ -414,13 +410,17 @@ def _values(
 ) -> Iterator[tuple[str, dict[str, str | int | float]]]:
     """Yield for each row, an object of JSON values, what its keys have under their names in the file."""
     for where, row in rows:
-        if not set(required) <= set(row) <= {*required, *(row if optional is None else optional)}:
+        given = {name: value for name, value in row.items() if value is not None}
+        if not set(required) <= set(row) or not set(given) <= {*required, *(row if optional is None else optional)}:
             raise InputError(f"{where}: got keys {shorten(list(row))}, expected {_expected(required, optional)}")
-        yield where, {key: _json_value(where, key, row[name]) for key, name in named.items() if name in row}
+        if null := next((name for name in required if name not in given), None):
+            what = "a name or a number" if null == named.get("label") else "a text"
+            raise InputError(f"{where}: {null} is null, expected {what}")
+        yield where, {key: _json_value(where, key, given[name]) for key, name in named.items() if name in given}
 
 
 def _json_object(where: str, line: str) -> dict:
-    """Parse a line of JSONL and leave out what is null."""
+    """Parse a line of JSONL."""
     try:
         value = json.loads(line, object_pairs_hook=unique_keys)
     except RepeatedKey as error:
@@ -433,7 +433,7 @@ def _json_object(where: str, line: str) -> dict:
         ) from None
     if not isinstance(value, dict):
         raise InputError(f"{where}: got {shorten(value)}, expected a JSON object")
-    return {key: item for key, item in value.items() if item is not None}
+    return value
 
 
 def _json_value(where: str, key: str, value) -> str | int | float | list[str | int | float]:
