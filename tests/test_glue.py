@@ -255,7 +255,7 @@ def test_broken_rows_elsewhere_and_too_many_of_them_are_errors(tmp_path):
         (
             "qnli",
             "index\tquestion\tsentence\n0\ta\tb\n",
-            "line 1: got columns ['index', 'question', 'sentence'], expected",
+            "line 1: got columns ['index', 'question', 'sentence'], of which none is 'label', expected",
         ),
         ("qnli", "index\tquestion\tsentence\tlabel\n", "line 1: got no rows, expected at least one"),
         ("rte", "", "line 1: got an empty file, expected rows"),

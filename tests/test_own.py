@@ -156,6 +156,55 @@ def test_columns_have_the_names_that_are_given_and_others_are_passed_over(tmp_pa
     assert "expected topic, label" in error_of(read_table, path, reading=DataConfig(text_column="topic"))
 
 
+NAMED = DataConfig(text_column="body", label_column="queue")
+
+
+def table(path, *rows: str):
+    """Write a table whose rows are given with commas between cells, in the form that the name of `path` says."""
+    path.write_text("".join(row.replace(",", "," if path.suffix == ".csv" else "\t") + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_a_wanted_column_stands_once_and_where_others_are_passed_over_these_may_repeat(tmp_path, name):
+    path = table(tmp_path / name, "body,note,queue,note,,", "good,1,x,2,,", "bad,3,y,4,?,")
+    assert [(row.text, row.label) for row in read_table(path, reading=NAMED)[1]] == [("good", 0), ("bad", 1)]
+    for twice, reading, header in (
+        ("body", NAMED, "body,queue,body"),
+        ("text_pair", NAMED, "body,text_pair,queue,text_pair"),
+        ("text", DataConfig(), "text,text,label"),
+        ("id", DataConfig(), "text,id,id,label"),
+    ):
+        path = table(tmp_path / name, header, *["a,b,c,d"[: 2 * len(header.split(",")) - 1]] * 2)
+        assert (
+            error_of(read_table, path, reading=reading)
+            == f"{path}: line 1: column {twice!r} stands twice, expected once"
+        )
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_columns_without_a_name_at_the_end_of_a_header_are_passed_over_where_nothing_stands_in_them(tmp_path, name):
+    path = table(tmp_path / name, "text,label,, ", "good,x,,", "bad,y, ,")
+    for reading in (DataConfig(), DataConfig(text_column="text")):
+        assert [row.text for row in read_table(path, reading=reading)[1]] == ["good", "bad"]
+    path = table(path, "text,label,,", "good,x,,", "bad,y,a pair,")
+    expected = f"{path}: line 3: got 'a pair' in a column without a name, expected nothing there"
+    assert error_of(read_table, path) == expected
+    assert len(read_table(path, reading=DataConfig(text_column="text"))[1]) == 2
+    assert "of which '' is unknown" in error_of(read_table, table(path, ",text,label", "0,good,x"))
+    assert "got the header again (text, label, '')" in error_of(read_table, table(path, *["text,label,", "a,x,"] * 2))
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl"])
+def test_the_column_that_is_wrong_is_named_however_wide_the_file_is(tmp_path, form):
+    wide = {f"a long name of column {i}": "x" for i in range(50)}
+    (path := tmp_path / f"a.{form}").write_bytes(as_bytes([{"text": "a", "label": "x", "text_b": "b"} | wide], form))
+    assert "of which 'text_b' is unknown, expected text, label" in error_of(read_table, path)
+    assert "of which none is 'queue', expected text, queue" in error_of(
+        read_table, path, reading=DataConfig(label_column="queue")
+    )
+
+
 def test_options_of_ones_own_files_are_refused_where_they_say_nothing(tiny_folder, tmp_path):
     assert "--text-column" in error_of(DataConfig, text_column="a", label_column="a")
     assert "exclude each other" in error_of(DataConfig, dev_share=0.5, dev_split="test")

@@ -162,13 +162,22 @@ def test_questions_to_answer_come_from_tsv_jsonl_and_json_without_answers(tmp_pa
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("question\tanswer\na\tb\n", "line 1: got columns ['question', 'answer'], expected question, context"),
-        ("question\tcontext\tlabel\na\tb\tc\n", "line 1: got columns ['question', 'context', 'label'], expected"),
+        (
+            "question\tanswer\na\tb\n",
+            "line 1: got columns ['question', 'answer'], of which none is 'context', expected question, context",
+        ),
+        (
+            "question\tcontext\tlabel\na\tb\tc\n",
+            "line 1: got columns ['question', 'context', 'label'], of which 'label' is unknown, expected",
+        ),
         ("question\tcontext\n \tb\n", "line 2: got nothing but white space for 'question'"),
         ("question\tcontext\tid\na\tb\t1\na\tb\t1\n", "got the id '1' twice, expected each id once"),
         ("question\tcontext\na\tb\nquestion\tcontext\n", "line 3: got the header again (question, context), expected"),
         ("question\tcontext\n\n", "got no questions, expected at least one"),
-        ('{"question": "a"}\n', "line 1: got keys ['question'], expected question, context"),
+        (
+            '{"question": "a"}\n',
+            "line 1: got keys ['question'], of which none is 'context', expected question, context",
+        ),
         ('{"question": "a", "context": ["b"]}\n', "line 1: got context ['b'], expected a string"),
     ],
 )

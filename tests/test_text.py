@@ -242,15 +242,24 @@ def test_other_labels_that_are_alike_stay_apart_and_numbers_to_predict_may_be_sp
 HEADER = b"text\tlabel\n"
 BAD_TSV = {
     "empty file": (b"", "line 1: got an empty file, expected rows"),
-    "byte-order mark alone": (b"\xef\xbb\xbf", "line 1: got columns [''], expected text, label"),
+    "byte-order mark alone": (
+        b"\xef\xbb\xbf",
+        "line 1: got columns [''], of which none is 'text', expected text, label",
+    ),
     "header alone": (HEADER, "line 1: got no rows, expected at least one"),
-    "no header": (b"fine film\tgood\n", "line 1: got columns ['fine film', 'good'], expected text, label"),
-    "missing column": (b"text\ttext_pair\na\tb\n", "line 1: got columns ['text', 'text_pair'], expected text, label"),
+    "no header": (
+        b"fine film\tgood\n",
+        "line 1: got columns ['fine film', 'good'], of which none is 'text', expected text, label",
+    ),
+    "missing column": (
+        b"text\ttext_pair\na\tb\n",
+        "line 1: got columns ['text', 'text_pair'], of which none is 'label', expected text, label",
+    ),
     "unknown column": (
         b"text\tlabel\ttext_b\na\tb\tc\n",
-        "'text_b'], expected text, label (and, if need be, text_pair, id)",
+        "'text_b'], of which 'text_b' is unknown, expected text, label (and, if need be, text_pair, id)",
     ),
-    "column twice": (b"text\ttext\tlabel\na\tb\tc\n", "line 1: got columns ['text', 'text', 'label']"),
+    "column twice": (b"text\ttext\tlabel\na\tb\tc\n", "line 1: column 'text' stands twice, expected once"),
     "too few columns": (HEADER + b"a\tx\nb\n", "line 3: got 1 tab-separated columns, expected 2 (text, label)"),
     "too many columns": (HEADER + b"a\tx\ty\n", "line 2: got 3 tab-separated columns, expected 2 (text, label)"),
     "blank line": (HEADER + b"a\tx\n\nb\ty\n", "line 3: got 1 tab-separated columns"),
@@ -293,7 +302,10 @@ BAD_JSONL = {
         '{"text": "a", "label": "x"}\n{"text": "a", "label": null}',
         "line 2: label is null, expected a name",
     ),
-    "label missing": ('{"text": "a", "label": "x"}\n{"text": "a"}', "line 2: got keys ['text'], expected text, label"),
+    "label missing": (
+        '{"text": "a", "label": "x"}\n{"text": "a"}',
+        "line 2: got keys ['text'], of which none is 'label', expected text, label",
+    ),
     "text true": ('{"text": true, "label": "x"}', "line 1: got text True, expected a string"),
     "id true": ('{"text": "a", "label": "x", "id": true}', "line 1: got id True, expected a string or a number"),
     "label NaN": ('{"text": "a", "label": NaN}', "line 1: got label 'nan', expected a name or a finite number"),
@@ -304,7 +316,7 @@ BAD_JSONL = {
     "label with a tab": ('{"text": "a", "label": "x\\ty"}', "line 1: got label 'x\\ty', expected a name without space"),
     "unknown key": (
         '{"text": "a", "label": "x", "text2": "b"}',
-        "line 1: got keys ['text', 'label', 'text2'], expected text, label (and, if need be, text_pair, id)",
+        "line 1: got keys ['text', 'label', 'text2'], of which 'text2' is unknown, expected text, label",
     ),
     "pair in one row alone": (
         '{"text": "a", "label": "x"}\n{"text": "a", "text_pair": "b", "label": "x"}',

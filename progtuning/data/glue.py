@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from progtuning.base.errors import InputError
-from progtuning.data.tables import Example, check_file, read_lines, tsv_rows
+from progtuning.data.tables import Example, Header, check_file, read_lines, tsv_rows
 from progtuning.data.task import Classes, Numbers, Splits
 
 _MAX_BROKEN_ROWS = 32
@@ -166,13 +166,10 @@ def read_glue_file(name: str, path: str | Path, *, labelled: bool = True, max_br
     """
     glue = glue_task(name, tests=not labelled)
     texts = [glue.text] + ([glue.text_pair] if glue.text_pair else [])
-    rows = tsv_rows(
-        path,
-        read_lines(check_file(Path(path))),
-        columns=glue.columns if labelled else None,
-        required=[*texts, glue.label] if labelled else texts,
-        max_short_rows=max_broken_rows,
-    )
+    columns = glue.columns if labelled else None
+    header = Header([*texts, glue.label] if labelled else texts, [glue.index]) if columns is None else None
+    lines = read_lines(check_file(Path(path)))
+    rows = tsv_rows(path, lines, columns=columns, header=header, max_short_rows=max_broken_rows)
     label_index = {label: i for i, label in enumerate(glue.file_labels)}
     examples = []
     for number, row in rows:

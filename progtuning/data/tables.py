@@ -15,7 +15,8 @@ there are between rows. The names of the columns may not stand again among the r
 header are joined.
 
 Columns or keys: `text`, `text_pair` (optional), `label`, `id` (optional); any other is an error, because a misspelt
-`text_pair` would otherwise be left out in silence, unless the user names the columns: then others are passed over. A
+`text_pair` would otherwise be left out in silence, unless the user names the columns: then others are passed over. The
+columns without a name that end the header of a spreadsheet are passed over where they are empty or others may be. A
 label is a class name or a number. The rules where a file leaves a choice:
 
     regression   unless the caller decides, where every label is a number and one of them has a fractional part
@@ -69,6 +70,56 @@ class Example:
     text_pair: str | None = None
     label: int | float | tuple[float, ...] | None = None
     id: str | None = None  # the file's own index, else the 0-based number of the row
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The columns that a table must have, those that it may have, and whether others are passed over or an error."""
+
+    required: Sequence[str]
+    optional: Sequence[str] = ()
+    takes_others: bool = True
+
+    def columns(self, where: str, cells: list[str]) -> list[str]:
+        """Return the names in a header, "" for each column without one at its end. Raises InputError, beginning with
+        `where`."""
+        named = len(cells)
+        while named > 1 and not cells[named - 1].strip():
+            named -= 1
+        self.check(where, "columns", cells[:named])
+        return cells[:named] + [""] * (len(cells) - named)
+
+    def check(self, where: str, what: str, names: list[str]) -> None:
+        """Raise InputError, beginning with `where`, for names of columns or keys that are not these; it names one."""
+        wanted = (*self.required, *self.optional)
+        if twice := next((name for name in wanted if names.count(name) > 1), None):
+            raise InputError(f"{where}: column {twice!r} stands twice, expected once")
+        missing = [name for name in self.required if name not in names]
+        unknown = [name for name in names if not self.takes_others and name not in wanted]
+        if missing or unknown:
+            found = f"none is {missing[0]!r}" if missing else f"{shorten(unknown[0])} is unknown"
+            raise InputError(f"{where}: got {what} {shorten(names)}, of which {found}, expected {self._expected()}")
+
+    def row(self, where: str, columns: list[str], cells: list[str]) -> dict[str, str]:
+        """Return {column: cell} of a row. Raises InputError, beginning with `where`, for the header again, in any case
+        and order, and for a cell that no name of a column is above, unless others are passed over."""
+        names = [cell.strip("\ufeff ").casefold() for cell in cells]  # of joined files each may begin with such a mark
+        if len(columns) > 1 and sorted(names) == sorted(column.casefold() for column in columns):
+            raise InputError(f"{where}: got the header again ({_listed(columns)}), expected a row")
+        row = dict(zip(columns, cells))
+        if "" in row and not self.takes_others:
+            beside = next((cell for name, cell in zip(columns, cells) if not name and cell.strip()), None)
+            if beside is not None:
+                raise InputError(f"{where}: got {shorten(beside)} in a column without a name, expected nothing there")
+        return row
+
+    def _expected(self) -> str:
+        others = ["others"] if self.takes_others else [name for name in self.optional if name not in self.required]
+        names = "--text-column, --pair-column and --label-column"
+        if "label" not in self.required:
+            names = "--text-column and --pair-column"
+        hint = f"; {names} name others" if not self.takes_others and "text" in self.required else ""
+        return f"{', '.join(self.required)} (and, if need be, {', '.join(others)}){hint}"
 
 
 def has_pairs(examples: Sequence[Example]) -> bool:
@@ -141,21 +192,20 @@ def keyed_rows(
     Raises InputError that names file and line.
     """
     named = {key: key if columns is None else columns.get(key, key) for key in (*required, *optional)}
-    due = [named[key] for key in required]
-    others = None if columns is not None else [named[key] for key in optional]
+    header = Header([named[key] for key in required], [named[key] for key in optional], columns is not None)
     kind = Path(str(path).lower().removesuffix(".gz")).suffix
     if kind == ".parquet":
-        rows = _numbered_classes(path, parquet_rows(path, columns and named.values(), due), named.get("label"))
-        return _values(rows, due, others, named)
+        rows = parquet_rows(path, columns and named.values(), header.required)
+        return _values(_numbered_classes(path, rows, named.get("label")), header, named)
     lines = itertools.dropwhile(lambda line: _is_blank(line[1]), read_lines(path, keep_ends=kind == ".csv"))
     first = next(lines, (1, ""))
     lines = itertools.chain([first], lines)
     if kind == ".csv":
-        rows = _csv_rows(path, lines, due, others)
+        rows = _csv_rows(path, lines, header)
     elif kind == ".jsonl" or first[1].lstrip().startswith("{"):
-        return _values(_json_objects(path, lines), due, others, named)
+        return _values(_json_objects(path, lines), header, named)
     else:
-        rows = ((f"{path}: line {n}", row) for n, row in tsv_rows(path, lines, required=due, optional=others))
+        rows = ((f"{path}: line {n}", row) for n, row in tsv_rows(path, lines, header=header))
     return ((where, {key: row[name] for key, name in named.items() if name in row}) for where, row in rows)
 
 
@@ -218,20 +268,17 @@ def tsv_rows(
     lines: Iterator[tuple[int, str]],
     *,
     columns: Sequence[str] | None = None,
-    required: Sequence[str] = (),
-    optional: Sequence[str] | None = None,
+    header: Header | None = None,
     max_short_rows: int = 0,
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield (line number, {column: cell}) for each row among `lines` of a tab-separated file without quoting.
 
-    `columns` names the columns of a file without a header; otherwise the first line does, and must have `required` and,
-    where `optional` is given, no others than these two. At most `max_short_rows` rows with too few columns are passed
-    over. Raises InputError that names file and line.
+    `columns` names the columns of a file without a header; otherwise the first line does, as `header` has it. At most
+    `max_short_rows` rows with too few columns are passed over. Raises InputError that names file and line.
     """
-    has_header = columns is None
-    if has_header:
+    if header is not None:
         number, line = next(lines)
-        columns = _checked_header(f"{path}: line {number}", line.split("\t"), required, optional)
+        columns = header.columns(f"{path}: line {number}", line.split("\t"))
     if len(columns) == 1:  # a blank line would be an empty text
         lines = _without_blank(path, lines)
     short_rows, blank = 0, None  # the first of the blank lines that end the file, unless a row follows
@@ -243,14 +290,14 @@ def tsv_rows(
             blank = blank or number
         elif blank or len(cells) != len(columns):
             number, found = (blank, 1) if blank else (number, len(cells))
-            names = ", ".join(columns)
             raise InputError(
-                f"{path}: line {number}: got {found} tab-separated columns, expected {len(columns)} ({names})"
+                f"{path}: line {number}: got {found} tab-separated columns, "
+                f"expected {len(columns)} ({_listed(columns)})"
             )
-        elif has_header and _is_header(cells, columns):
-            raise InputError(f"{path}: line {number}: got the header again ({', '.join(columns)}), expected a row")
-        else:
+        elif header is None:
             yield number, dict(zip(columns, cells))
+        else:
+            yield number, header.row(f"{path}: line {number}", columns, cells)
     if short_rows:
         _log.warning("%s: %d rows with fewer than %d columns passed over", path, short_rows, len(columns))
 
@@ -318,45 +365,22 @@ def _without_blank(
         _log.warning("%s: %d blank lines between the rows passed over", path, between)
 
 
-def _is_header(cells: list[str], columns: list[str]) -> bool:
-    """Say whether a row of several cells is the names of the columns again, in any case and order; of joined files
-    each may begin with a byte-order mark."""
-    names = [cell.strip("\ufeff ").casefold() for cell in cells]
-    return len(columns) > 1 and sorted(names) == sorted(column.casefold() for column in columns)
-
-
-def _checked_header(
-    where: str, columns: list[str], required: Sequence[str], optional: Sequence[str] | None
-) -> list[str]:
-    known = columns if optional is None else (*required, *optional)
-    if not set(required) <= set(columns) <= set(known) or len(set(columns)) != len(columns):
-        raise InputError(f"{where}: got columns {shorten(columns)}, expected {_expected(required, optional)}")
-    return columns
-
-
-def _expected(required: Sequence[str], optional: Sequence[str] | None) -> str:
-    others = "others" if optional is None else ", ".join(key for key in optional if key not in required)
-    named = (
-        "--text-column, --pair-column and --label-column" if "label" in required else "--text-column and --pair-column"
-    )
-    hint = f"; {named} name others" if optional and "text" in required else ""
-    return f"{', '.join(required)} (and, if need be, {others}){hint}"
+def _listed(columns: list[str]) -> str:
+    return ", ".join(column or "''" for column in columns)
 
 
 def _csv_rows(
-    path: str | Path, lines: Iterator[tuple[int, str]], required: Sequence[str], optional: Sequence[str] | None
+    path: str | Path, lines: Iterator[tuple[int, str]], header: Header
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield (file and first line, {column: cell}) for each row of CSV among `lines`, which have their ends."""
     records = _csv_records(path, lines)
     first, cells = next(records)
-    columns = _checked_header(f"{path}: line {first}", cells, required, optional)
+    columns = header.columns(f"{path}: line {first}", cells)
     for first, cells in _without_blank(path, records, operator.not_):  # an empty text in quotation marks is [""]
-        where, names = f"{path}: line {first}", ", ".join(columns)
-        if _is_header(cells, columns):
-            raise InputError(f"{where}: got the header again ({names}), expected a row")
+        where = f"{path}: line {first}"
         if len(cells) != len(columns):
-            raise InputError(f"{where}: got {len(cells)} columns, expected {len(columns)} ({names})")
-        yield where, dict(zip(columns, cells))
+            raise InputError(f"{where}: got {len(cells)} columns, expected {len(columns)} ({_listed(columns)})")
+        yield where, header.row(where, columns, cells)
 
 
 def _csv_records(path: str | Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
@@ -403,17 +427,13 @@ def _numbered_classes(path: Path, rows: Iterator[tuple[str, dict]], label: str |
 
 
 def _values(
-    rows: Iterator[tuple[str, dict]],
-    required: Sequence[str],
-    optional: Sequence[str] | None,
-    named: Mapping[str, str],
+    rows: Iterator[tuple[str, dict]], header: Header, named: Mapping[str, str]
 ) -> Iterator[tuple[str, dict[str, str | int | float]]]:
     """Yield for each row, an object of JSON values, what its keys have under their names in the file."""
     for where, row in rows:
         given = {name: value for name, value in row.items() if value is not None}
-        if not set(required) <= set(row) or not set(given) <= {*required, *(row if optional is None else optional)}:
-            raise InputError(f"{where}: got keys {shorten(list(row))}, expected {_expected(required, optional)}")
-        if null := next((name for name in required if name not in given), None):
+        header.check(where, "keys", [name for name in row if name in given or name in header.required])
+        if null := next((name for name in header.required if name not in given), None):
             what = "a name or a number" if null == named.get("label") else "a text"
             raise InputError(f"{where}: {null} is null, expected {what}")
         yield where, {key: _json_value(where, key, given[name]) for key, name in named.items() if name in given}
