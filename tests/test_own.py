@@ -195,6 +195,40 @@ def test_columns_without_a_name_at_the_end_of_a_header_are_passed_over_where_not
     assert "got the header again (text, label, '')" in error_of(read_table, table(path, *["text,label,", "a,x,"] * 2))
 
 
+QUOTING = "quoting is not read in TSV, but in CSV"
+
+
+def test_quoted_cells_of_a_tsv_stay_as_they_are_and_are_said_once_with_their_number_and_the_first_line(
+    tmp_path, caplog
+):
+    texts = ["plain", 'he said "x"', 'a "b" c', '"good" and "bad"', '"', 'x"y"']
+    with open(path := tmp_path / "a.tsv", "w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([["text", "label"], *([text, "x"] for text in texts)])
+    rows = read_table(path)[1]
+    assert [row.text for row in rows[:3]] == ["plain", '"he said ""x"""', '"a ""b"" c"']
+    assert caplog.messages == [
+        f"{path}: 5 cells, the first in line 3, have quotation marks around them, read as text: {QUOTING}"
+    ]
+    caplog.clear()
+    path.write_text('text\tlabel\nsay "x"\tx\n"\tx\n"a" or "b"\tx\n"""\tx\nit\'s "\tx\n')
+    assert len(read_table(path)[1]) == 5 and not caplog.messages
+    path.write_text('body\tnote\nplain\t"n"\n')  # of a column that is passed over nothing is said
+    assert read_table(path, require_label=False, reading=DataConfig(text_column="body")) and not caplog.messages
+
+
+@pytest.mark.parametrize("content, message", [
+    ('"text"\t"label"\n"a"\t"x"\n', """line 1: got columns ['"text"', '"label"'], of which none is 'text', expected"""),
+    ('text\tlabel\n"a\nb"\tx\n', "line 2: got 1 tab-separated columns, expected 2 (text, label)"),
+    ('text\tlabel\n"a\tb"\tx\n', "line 2: got 3 tab-separated columns, expected 2 (text, label)"),
+], ids=["a header", "a line end", "a tab"])  # fmt: skip
+def test_a_tsv_that_cannot_be_read_for_its_quoting_says_so(tmp_path, content, message):
+    (path := tmp_path / "a.tsv").write_text(content)
+    error = error_of(read_table, path)
+    assert error.startswith(f"{path}: {message}") and error.endswith(f"; {QUOTING}")
+    path.write_text(content.replace('"', ""))
+    assert "quoting" not in (error_of(read_table, path) if "line 1" not in message else "")
+
+
 @pytest.mark.parametrize("form", ["csv", "tsv", "jsonl"])
 def test_the_column_that_is_wrong_is_named_however_wide_the_file_is(tmp_path, form):
     wide = {f"a long name of column {i}": "x" for i in range(50)}

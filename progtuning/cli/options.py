@@ -56,7 +56,7 @@ def add_task_options(parser: Parser, required: bool = True) -> None:
     text = "a GLUE task, squad, squad_v2, movie-reviews, or classification, regression or multi-label for your own data"
     parser.add_argument("--task", required=required, help=text)
     text = "folder with the task's files, or hub (movie-reviews needs none); your own are a file or a folder of CSV, "
-    text += "TSV, JSONL or Parquet, plain or .gz, or hub:org/name[@revision][:config]"
+    text += "TSV without quoting, JSONL or Parquet, plain or .gz, or hub:org/name[@revision][:config]"
     parser.add_argument("--data", type=named, help=text)
     add_options(parser, DataConfig, only=None if required else ("text_column", "pair_column"))
 

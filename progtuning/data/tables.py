@@ -4,7 +4,8 @@ Every text file is UTF-8 with or without a byte-order mark, its lines end in LF 
 MAX_LINE_BYTES, and it is read line by line, unpacked where its name ends in .gz. A line ends at LF alone: U+2028, form
 feed and a lone CR are characters of the text.
 
-    TSV      the first line names the columns; a quotation mark is an ordinary character, and nothing is escaped
+    TSV      the first line names the columns; a quotation mark is an ordinary character, and nothing is escaped; where
+             cells look as if a writer of CSV had quoted them, the user is told
     CSV      the first row names the columns; what stands between quotation marks may hold commas, line ends and, each
              twice, quotation marks (RFC 4180), up to the 131,072 characters that Python's csv takes
     JSONL    one JSON object a line; null where a text, a label or a named column is due is an error, elsewhere absent
@@ -56,6 +57,7 @@ _BOM = b"\xef\xbb\xbf"
 SUFFIXES = tuple(f".{kind}{gz}" for kind in ("csv", "tsv", "jsonl") for gz in ("", ".gz")) + (".parquet",)
 _KEYS = ("text", "text_pair", "label", "id")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_NO_QUOTING = "quoting is not read in TSV, but in CSV"
 _MAX_NUMBER = 3.4e38  # losses are computed in float32
 _NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # what JSON's escapes can write and UTF-8 or a tokenizer cannot
@@ -80,16 +82,16 @@ class Header:
     optional: Sequence[str] = ()
     takes_others: bool = True
 
-    def columns(self, where: str, cells: list[str]) -> list[str]:
+    def columns(self, where: str, cells: list[str], hint: str = "") -> list[str]:
         """Return the names in a header, "" for each column without one at its end. Raises InputError, beginning with
-        `where`."""
+        `where` and ending with `hint`."""
         named = len(cells)
         while named > 1 and not cells[named - 1].strip():
             named -= 1
-        self.check(where, "columns", cells[:named])
+        self.check(where, "columns", cells[:named], hint)
         return cells[:named] + [""] * (len(cells) - named)
 
-    def check(self, where: str, what: str, names: list[str]) -> None:
+    def check(self, where: str, what: str, names: list[str], hint: str = "") -> None:
         """Raise InputError, beginning with `where`, for names of columns or keys that are not these; it names one."""
         wanted = (*self.required, *self.optional)
         if twice := next((name for name in wanted if names.count(name) > 1), None):
@@ -98,7 +100,8 @@ class Header:
         unknown = [name for name in names if not self.takes_others and name not in wanted]
         if missing or unknown:
             found = f"none is {missing[0]!r}" if missing else f"{shorten(unknown[0])} is unknown"
-            raise InputError(f"{where}: got {what} {shorten(names)}, of which {found}, expected {self._expected()}")
+            got = f"{where}: got {what} {shorten(names)}, of which {found}"
+            raise InputError(f"{got}, expected {self._expected()}{hint}")
 
     def row(self, where: str, columns: list[str], cells: list[str]) -> dict[str, str]:
         """Return {column: cell} of a row. Raises InputError, beginning with `where`, for the header again, in any case
@@ -205,7 +208,7 @@ def keyed_rows(
     elif kind == ".jsonl" or first[1].lstrip().startswith("{"):
         return _values(_json_objects(path, lines), header, named)
     else:
-        rows = ((f"{path}: line {n}", row) for n, row in tsv_rows(path, lines, header=header))
+        rows = _tsv_table_rows(path, lines, header, named)
     return ((where, {key: row[name] for key, name in named.items() if name in row}) for where, row in rows)
 
 
@@ -278,7 +281,8 @@ def tsv_rows(
     """
     if header is not None:
         number, line = next(lines)
-        columns = header.columns(f"{path}: line {number}", line.split("\t"))
+        cells = line.split("\t")
+        columns = header.columns(f"{path}: line {number}", cells, _quoting_hint(cells))
     if len(columns) == 1:  # a blank line would be an empty text
         lines = _without_blank(path, lines)
     short_rows, blank = 0, None  # the first of the blank lines that end the file, unless a row follows
@@ -292,7 +296,7 @@ def tsv_rows(
             number, found = (blank, 1) if blank else (number, len(cells))
             raise InputError(
                 f"{path}: line {number}: got {found} tab-separated columns, "
-                f"expected {len(columns)} ({_listed(columns)})"
+                f"expected {len(columns)} ({_listed(columns)}){_quoting_hint(cells)}"
             )
         elif header is None:
             yield number, dict(zip(columns, cells))
@@ -367,6 +371,31 @@ def _without_blank(
 
 def _listed(columns: list[str]) -> str:
     return ", ".join(column or "''" for column in columns)
+
+
+def _tsv_table_rows(
+    path: str | Path, lines: Iterator[tuple[int, str]], header: Header, named: Mapping[str, str]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (file and line, {column: cell}) for each row of TSV. The user is told of cells that a writer of CSV has
+    quoted, among those that are read: their marks are part of the text."""
+    quoted, first = 0, None
+    for number, row in tsv_rows(path, lines, header=header):
+        if count := sum(name in row and _is_quoted(row[name]) for name in named.values()):
+            quoted, first = quoted + count, first or number
+        yield f"{path}: line {number}", row
+    if quoted:
+        told = "%s: %d cells, the first in line %d, have quotation marks around them, read as text: %s"
+        _log.warning(told, path, quoted, first, _NO_QUOTING)
+
+
+def _is_quoted(cell: str) -> bool:
+    """Say whether quotation marks stand around a cell, and within it only doubled ones (RFC 4180)."""
+    return len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', "")
+
+
+def _quoting_hint(cells: list[str]) -> str:
+    """Return the end of an error of TSV whose reason may be that its cells are quoted, as tabs and line ends are."""
+    return f"; {_NO_QUOTING}" if any(cell.startswith('"') for cell in cells) else ""
 
 
 def _csv_rows(
