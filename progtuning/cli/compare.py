@@ -62,9 +62,10 @@ def run_compare(args: argparse.Namespace) -> None:
         lrs=tuple(sorted(args.lrs or default_rates(base.lr))),
         seeds=seeds_of(args.seeds, base.seed),
     )
-    if base.cache != "off" and not any("cache" in schedule.split("+") for schedule in grid.schedules):
+    runs = [settings_of(run, base) for run in grid.results(dict.fromkeys(grid.schedules, base.lr))]
+    if base.cache != "off" and all(run.cache == "off" for run in runs):
         raise InputError(f"--cache {base.cache} says nothing without a schedule that has {CACHED}: leave it out")
-    check_beside(args, *(settings_of(run, base) for run in grid.results(dict.fromkeys(grid.schedules, base.lr))))
+    check_beside(args, *runs)
     reading = DataConfig(**given(args, DataConfig))
     data = (args.task, args.data, reading)
     setup = Setup(args.model, folder, *data, args.max_train_rows, args.choice_share, base, args.device)

@@ -107,11 +107,10 @@ def run_train(args: argparse.Namespace) -> None:
 
 def run_probe(args: argparse.Namespace) -> None:
     from progtuning.base.sources import model_folder
-    from progtuning.compare.runs import encoded
     from progtuning.data.registry import load_splits
     from progtuning.data.task import limit_train
     from progtuning.run.build import lay_out
-    from progtuning.run.finetune import probe
+    from progtuning.run.finetune import encoded, probe
     from progtuning.step.measure import environment
     from progtuning.step.processes import World
 

@@ -11,11 +11,11 @@ from typing import NamedTuple
 from progtuning.base.errors import InputError, NotFinite
 from progtuning.compare.frontier import spread
 from progtuning.compare.presets import COLUMNS, Preset
-from progtuning.compare.runs import append, encoded, got, rows_of, splits_of
+from progtuning.compare.runs import append, got, rows_of, splits_of
 from progtuning.cost.paper import METRIC_NOTES
 from progtuning.report.tables import PHASES, table
 from progtuning.run.build import lay_out
-from progtuning.run.finetune import fine_tune, probe
+from progtuning.run.finetune import encoded, fine_tune, probe
 from progtuning.settings.train import TrainConfig
 from progtuning.step.device import choose_device
 from progtuning.step.processes import World

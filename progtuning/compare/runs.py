@@ -24,7 +24,6 @@ import torch
 from progtuning.base.errors import InputError, Interrupted, NotFinite, RunError
 from progtuning.base.files import check_new_folder, made_folder, read_json, write_json
 from progtuning.compare.grid import CHOICE, Grid, Run, run_of, settings_of, split_for_choice
-from progtuning.data.batching import EncodedRows
 from progtuning.data.registry import load_splits
 from progtuning.data.task import Splits, limit_train
 from progtuning.methods.saved import base_digest
@@ -35,7 +34,7 @@ from progtuning.report.tables import PHASES
 from progtuning.run.build import build_loader, forecast, lay_out
 from progtuning.run.checkpoint import FORMAT
 from progtuning.run.evaluate import predict
-from progtuning.run.finetune import fine_tune, prepare
+from progtuning.run.finetune import encoded, fine_tune, prepare
 from progtuning.run.identity import check_same
 from progtuning.run.log import RunLog
 from progtuning.run.saved import load_checkpoint
@@ -119,12 +118,6 @@ def flops_of_full(folder: Path, splits: Splits, settings: TrainConfig, device: t
     """Return the FLOPs of which `settings.budget` is a share."""
     config, settings, rows = encoded(folder, splits, settings)
     return forecast(config, build_loader(config, rows, settings, device), settings).full(settings.epochs)
-
-
-def encoded(folder: Path, splits: Splits, settings: TrainConfig) -> tuple[BertConfig, TrainConfig, EncodedRows]:
-    """Return what `prepare` does of the training rows."""
-    config, settings, _, rows, _ = prepare(folder, replace(splits, dev={}), settings)
-    return config, settings, rows
 
 
 def predictions(output: Path, splits: Splits, settings: TrainConfig, device: torch.device) -> list:

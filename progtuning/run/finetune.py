@@ -58,6 +58,12 @@ def prepare(
     return config, settings, tokenizer, train_rows, dev_rows
 
 
+def encoded(folder: Path, splits: Splits, settings: TrainConfig) -> tuple[BertConfig, TrainConfig, EncodedRows]:
+    """Return what `prepare` does of the training rows."""
+    config, settings, _, rows, _ = prepare(folder, replace(splits, dev={}), settings)
+    return config, settings, rows
+
+
 @dataclass
 class Start:
     """What a run begins with: the settings with nothing left open, the encoded rows, and the model as it starts."""
